@@ -1,0 +1,32 @@
+"""lc3: 3LC gradient compression for PyTorch, for training over slow links."""
+
+from lc3.codec import decode, encode
+from lc3.config import Config
+from lc3.errors import (
+    AttachError,
+    ConfigError,
+    ExchangeError,
+    FormatError,
+    InputError,
+    Lc3Error,
+    PeerError,
+    PlanMismatch,
+    StateError,
+)
+from lc3.version import __version__
+
+__all__ = [
+    "AttachError",
+    "Config",
+    "ConfigError",
+    "ExchangeError",
+    "FormatError",
+    "InputError",
+    "Lc3Error",
+    "PeerError",
+    "PlanMismatch",
+    "StateError",
+    "__version__",
+    "decode",
+    "encode",
+]

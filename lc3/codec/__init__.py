@@ -1,0 +1,129 @@
+"""The ``Codec`` protocol, ``codec_for(device)``, and encode/decode of one tensor."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lc3.config import check_sparsity
+from lc3.errors import FormatError, InputError
+from lc3.format import max_frame_bytes
+
+
+class Codec(Protocol):
+    """A backend: a module with these two functions.
+
+    All backends agree on every byte and on every residual.
+    """
+
+    def encode(self, x: Tensor, sparsity: float, out: Tensor) -> int:
+        """Write ``x`` as one frame and leave behind what the frame does not carry.
+
+        Args:
+            x: float32[n], contiguous. Gradient plus residual on entry; the new
+                residual, ``x - decode(frame)``, on return. Untouched when not finite.
+            sparsity: 3LC's s, 1 ≤ s < 2.
+            out: uint8[≥ max_frame_bytes(n)]. Only the returned prefix is meaningful.
+
+        Returns:
+            Frame length in bytes.
+
+        Source: Lim, Andersen, Kaminsky, "3LC", MLSys 2019 (arXiv 1802.07389).
+        """
+        ...
+
+    def decode_add(self, frame: Tensor, acc: Tensor) -> int:
+        """Add the values of the frame at the start of ``frame`` to ``acc``.
+
+        Args:
+            frame: uint8[*], contiguous; more may follow the frame.
+            acc: float32[n], contiguous. Mutated where a digit is not 0; untouched when
+                an error is raised.
+
+        Returns:
+            How many bytes the frame had.
+
+        Raises:
+            FormatError: no valid frame of n values stands there.
+        """
+        ...
+
+
+def codec_for(device: torch.device) -> Codec:
+    """Return the backend for tensors on ``device``. The only place that picks one.
+
+    Raises:
+        InputError: there is none for this kind of device.
+    """
+    if device.type == "cpu":
+        from lc3.codec import cpu
+
+        return cpu
+    raise InputError(
+        f"lc3 has no codec for {device.type!r} tensors in this version, only for "
+        "'cpu'; lc3.encode and lc3.decode move single tensors for you"
+    )
+
+
+def warm_up(codec: Codec) -> None:
+    """Run every path of ``codec`` once, so that nothing compiles during a step."""
+    out = torch.empty(max_frame_bytes(200), dtype=torch.uint8)
+    for x in (torch.zeros(200), torch.arange(200.0), torch.full((200,), torch.nan)):
+        codec.decode_add(out[: codec.encode(x, 1.0, out)], torch.zeros(200))
+
+
+def encode(x: Tensor, sparsity: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return one tensor as a 3LC frame, and what the frame does not carry.
+
+    For people with a transport of their own; add the residual to the next tensor before
+    encoding that one (error feedback).
+
+    Args:
+        x: any floating dtype, shape, strides and device; rounded to float32 first.
+            Not modified.
+        sparsity: 3LC's s, 1 ≤ s < 2. Larger sends fewer values.
+
+    Returns:
+        frame: uint8[*] on x's device, the bytes of ``lc3.format``.
+        residual: float32 of x's shape and device, contiguous. ``decode(frame)`` plus
+            this equals ``x`` exactly. If x is not finite somewhere the frame decodes to
+            NaN and the residual is x itself: keep the one you had before.
+
+    Raises:
+        ConfigError: sparsity is outside [1, 2).
+        InputError: x is complex, integer, sparse or otherwise not a dense float tensor.
+    """
+    check_sparsity("sparsity", sparsity)
+    if not x.is_floating_point() or x.layout != torch.strided:
+        raise InputError(
+            f"x is a {x.layout} tensor of {x.dtype}; lc3 encodes dense floating-point "
+            "tensors (for complex ones, encode torch.view_as_real(x))"
+        )
+    residual = x.detach().to("cpu", torch.float32, copy=True).contiguous()
+    out = torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8)
+    used = codec_for(residual.device).encode(residual.view(-1), sparsity, out)
+    return out[:used].clone().to(x.device), residual.to(x.device)
+
+
+def decode(frame: Tensor, numel: int) -> Tensor:
+    """Return the ``numel`` values of a frame as float32[numel], on the frame's device.
+
+    Raises:
+        InputError: frame is not a uint8 vector, or numel is negative.
+        FormatError: the bytes are not exactly one frame of ``numel`` values.
+    """
+    if frame.dtype != torch.uint8 or frame.dim() != 1:
+        raise InputError(
+            f"frame is {frame.dtype}{list(frame.shape)}, but must be a uint8 vector"
+        )
+    if isinstance(numel, bool) or not isinstance(numel, int) or numel < 0:
+        raise InputError(f"numel={numel!r} must be an integer of at least 0")
+    data = frame.detach().cpu().contiguous()
+    values = torch.zeros(numel, dtype=torch.float32)
+    used = codec_for(data.device).decode_add(data, values)
+    if used != data.numel():
+        raise FormatError(
+            f"the frame of {numel} values ends after {used} bytes, but {data.numel()} "
+            "were given; is numel the same as at encoding?"
+        )
+    return values.to(frame.device)

@@ -1,0 +1,74 @@
+"""``Config``: every knob, checked once when it is built."""
+
+import math
+import struct
+from dataclasses import dataclass
+
+from lc3.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How gradients are compressed. The same on every rank; ``attach`` compares it.
+
+    Attributes:
+        sparsity: 3LC's s for the push (worker to owner), 1 ≤ s < 2 after rounding to
+            float32. Larger sends fewer values and keeps a larger residual.
+        pull_sparsity: s for the pull (owner to everybody). ``None``: the push's.
+        min_numel: parameters with fewer elements travel raw, as float32.
+        min_ndim: parameters with fewer dimensions travel raw. 2 keeps norm scales and
+            biases raw; 0 codes them too.
+        raw: shell-style patterns of parameter names that travel raw, whatever their
+            size.
+        coded: patterns of parameter names that are coded, whatever their size.
+        min_share: a parameter is spread over several owners only in slices of about
+            this many elements or more.
+        block: elements under one scale. ``None``: one scale per slice, as in the paper.
+    """
+
+    sparsity: float = 1.0
+    pull_sparsity: float | None = None
+    min_numel: int = 1024
+    min_ndim: int = 2
+    raw: tuple[str, ...] = ()
+    coded: tuple[str, ...] = ()
+    min_share: int = 16_384
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity("sparsity", self.sparsity)
+        if self.pull_sparsity is not None:
+            check_sparsity("pull_sparsity", self.pull_sparsity)
+        _check_count("min_numel", self.min_numel, 0)
+        _check_count("min_ndim", self.min_ndim, 0)
+        _check_count("min_share", self.min_share, 1)
+        if self.block is not None:
+            _check_count("block", self.block, 5)
+        _check_patterns("raw", self.raw)
+        _check_patterns("coded", self.coded)
+
+
+def check_sparsity(name: str, value: float) -> None:
+    """Raise ``ConfigError`` unless 1 ≤ value < 2 holds, in float32 too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    rounded = math.nan
+    if math.isfinite(value) and abs(value) < 4:
+        (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    if not 1.0 <= rounded < 2.0:
+        raise ConfigError(
+            f"{name}={value!r} is outside [1, 2) (as float32); 1.0 sends most, "
+            "1.75 is the paper's middle, and at 2 nothing would ever be sent"
+        )
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
+
+
+def _check_patterns(name: str, value: tuple[str, ...]) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(
+            f"{name}={value!r} must be a tuple of name patterns, like ('fc.*',)"
+        )

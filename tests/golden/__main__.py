@@ -1,0 +1,93 @@
+"""Write the golden files. Only for a new format version, or to add cases."""
+
+import argparse
+import json
+import zlib
+from pathlib import Path
+
+import torch
+
+from lc3.codec import reference
+from lc3.format import HEADER_BYTES, Tag, max_frame_bytes, seal, seal_abort
+
+HERE = Path(__file__).parent
+LENGTHS = (1, 2, 4, 5, 6, 11, 70, 71, 145, 350)
+SPARSITIES = (1.0, 1.25, 1.5, 1.75, 1.9)
+
+
+def inputs(n: int) -> dict[str, torch.Tensor]:
+    """Return named inputs that do not depend on any random generator's version."""
+    at = torch.arange(n, dtype=torch.float64)
+    wave = ((at * 0.7548776662466927) % 1 - 0.5).float()  # exact in float64 for small n
+    spike = torch.zeros(n)
+    spike[-1] = -2.5
+    poisoned = wave.clone()
+    poisoned[n // 2] = torch.inf
+    return {
+        "wave": wave,
+        "peaks": wave**7,
+        "spike": spike,
+        "subnormal": (wave * 20).round() * 1e-45,
+        "zero": torch.zeros(n),
+        "infinite": poisoned,
+    }
+
+
+def frames() -> list[dict[str, object]]:
+    cases = []
+    for n in LENGTHS:
+        for kind, x in inputs(n).items():
+            for sparsity in (
+                SPARSITIES[:1] if kind in ("zero", "infinite") else SPARSITIES
+            ):
+                residual, out = (
+                    x.clone(),
+                    torch.empty(max_frame_bytes(n), dtype=torch.uint8),
+                )
+                used = reference.encode(residual, sparsity, out)
+                cases.append(
+                    {
+                        "kind": kind,
+                        "sparsity": sparsity,
+                        "input": x.numpy().tobytes().hex(),
+                        "frame": out[:used].numpy().tobytes().hex(),
+                        "residual": residual.numpy().tobytes().hex(),
+                    }
+                )
+    return cases
+
+
+def messages() -> list[dict[str, object]]:
+    cases: list[dict[str, object]] = []
+    for tag in (Tag(0, 0, 0, 0), Tag(3, 2**40 + 7, 12, 0xDEADBEEF)):
+        for body in ("", "0000803fb0", "000000410102030405ca"):
+            message = torch.zeros(HEADER_BYTES + len(body) // 2, dtype=torch.uint8)
+            message[HEADER_BYTES:] = torch.tensor(list(bytes.fromhex(body)))
+            cases.append(
+                {**as_dict(tag), "message": seal(message, tag).numpy().tobytes().hex()}
+            )
+        abort = seal_abort("disk full · Platte voll", tag)
+        cases.append({**as_dict(tag), "abort": abort.numpy().tobytes().hex()})
+    return cases
+
+
+def as_dict(tag: Tag) -> dict[str, object]:
+    return {
+        "sender": tag.sender,
+        "step": tag.step,
+        "bucket": tag.bucket,
+        "plan": tag.plan,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", required=True)
+    parser.parse_args()
+    for name, cases in (("frames", frames()), ("messages", messages())):
+        text = "".join(f" {json.dumps(case)},\n" for case in cases)[:-2]
+        data = f"[\n{text}\n]\n"
+        (HERE / f"{name}.json").write_text(data)
+        print(
+            f"{name}.json: {len(cases)} cases, CRC-32 {zlib.crc32(data.encode()):08x}"
+        )

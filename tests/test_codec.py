@@ -1,0 +1,305 @@
+"""Every backend writes the same bytes and keeps the same residual, for every input."""
+
+import subprocess
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+import lc3
+from lc3.codec import cpu, reference
+from lc3.format import max_frame_bytes
+
+BACKENDS = [reference, cpu]
+EXAMPLES = settings().max_examples  # of the profile: 100, or 5 000 in make fuzz
+SPARSITIES = [1.0, 1.25, 1.5, 1.75, 1.9, 1.984375]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+
+backends = pytest.mark.parametrize("codec", BACKENDS, ids=lambda c: c.__name__)
+any_float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+vectors = st.one_of(
+    hnp.arrays(np.float32, st.integers(1, 400), elements=any_float32),
+    hnp.arrays(
+        np.float32,
+        st.integers(1, 400),
+        elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 0.499, SMALLEST]),
+        fill=st.just(np.float32(0)),
+    ),
+    hnp.arrays(np.float32, st.integers(1, 90), elements=st.floats(width=32)),
+)
+
+
+def encoded(codec: ModuleType, x: Tensor, sparsity: float) -> tuple[bytes, Tensor]:
+    """Return (frame, residual), and check that nothing behind the frame was written."""
+    residual = x.clone()
+    out = torch.full((max_frame_bytes(x.numel()) + 8,), 0xA5, dtype=torch.uint8)
+    used = codec.encode(residual, sparsity, out[:-8])
+    assert (out[-8:] == 0xA5).all()
+    return bytes(out[:used].numpy()), residual
+
+
+def decoded(codec: ModuleType, frame: bytes, numel: int) -> Tensor:
+    """Return the values of a frame, and check that only they were written."""
+    guarded = torch.zeros(numel + 16)
+    guarded[:8] = guarded[-8:] = 7.0
+    data = torch.frombuffer(bytearray(frame + b"\x55"), dtype=torch.uint8)[: len(frame)]
+    try:
+        assert codec.decode_add(data, guarded[8:-8]) == len(frame)
+    finally:
+        assert (guarded[:8] == 7).all()
+        assert (guarded[-8:] == 7).all()
+    return guarded[8:-8]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def check_all_agree(x: Tensor, sparsity: float) -> None:
+    """All backends: one frame, one residual, and together they are the input."""
+    frame, residual = encoded(reference, x, sparsity)
+    assert len(frame) <= max_frame_bytes(x.numel())
+    for codec in BACKENDS[1:]:
+        frame_too, residual_too = encoded(codec, x, sparsity)
+        assert frame_too == frame
+        assert same_bits(residual_too, residual)
+    for codec in BACKENDS:
+        values = decoded(codec, frame, x.numel())
+        if x.isfinite().all():
+            assert np.array_equal((values + residual).numpy(), x.numpy())
+        else:
+            assert values.isnan().all()
+            assert same_bits(residual, x)
+
+
+@settings(max_examples=25 * EXAMPLES)
+@given(x=vectors, s=st.sampled_from(SPARSITIES) | st.floats(1.0, 1.984375, width=32))
+def test_frame_plus_residual_is_the_input_bit_for_bit(x: np.ndarray, s: float) -> None:
+    check_all_agree(torch.from_numpy(x), s)
+
+
+def special_inputs(n: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(n)
+    noise = torch.randn(n, generator=g)
+    spike = torch.zeros(n)
+    spike[n // 2] = -3.0
+    ties = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.25])[
+        torch.randint(5, (n,), generator=g)
+    ]
+    signed_zeros = torch.zeros(n) * noise.sign()
+    infinite, nan = noise.clone(), noise.clone()
+    infinite[n - 1], nan[0] = -torch.inf, torch.nan
+    return {
+        "noise": noise,
+        "heavy tails": noise**5,
+        "all zero": torch.zeros(n),
+        "signed zeros": signed_zeros,
+        "single spike": spike,
+        "all equal": torch.full((n,), 0.1),
+        "subnormal": (noise * 8).round() * SMALLEST,
+        "near the maximum": torch.clamp(noise, -1, 1) * FLOAT32_MAX,
+        "ties at half the scale": ties,
+        "infinite": infinite,
+        "nan": nan,
+    }
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_all_backends_agree_on_every_length_and_special_input(sparsity: float) -> None:
+    assert lc3.encode(torch.zeros(0), sparsity)[0].tolist() == [0, 0, 0, 0]
+    for n in range(1, 401):
+        for x in special_inputs(n).values():
+            check_all_agree(x, sparsity)
+
+
+@pytest.mark.parametrize("n", [4096 * 5 - 1, 4096 * 5, 4096 * 5 + 1, 65_537, 1_048_579])
+def test_all_backends_agree_around_block_boundaries(n: int) -> None:
+    inputs = special_inputs(n)
+    for name in ("noise", "heavy tails", "single spike", "nan"):
+        check_all_agree(inputs[name], 1.25)
+
+
+def test_ties_at_exactly_half_the_scale_are_zero() -> None:
+    frame, residual = lc3.encode(torch.tensor([1.0, 0.5, -0.5, 0.50001, -0.50001]))
+    assert lc3.decode(frame, 5).tolist() == [1, 0, 0, 1, -1]
+    assert residual[1:3].tolist() == [0.5, -0.5]
+
+
+def test_scale_is_capped_at_the_largest_float() -> None:
+    frame, residual = lc3.encode(torch.tensor([FLOAT32_MAX, -1.0]), 1.75)
+    assert lc3.decode(frame, 2).tolist() == [FLOAT32_MAX, 0.0]
+    assert residual.tolist() == [0.0, -1.0]
+
+
+@backends
+@pytest.mark.parametrize("run", [0, 1, 2, 13, 14, 15, 27, 28, 29, 30, 42, 43, 1000])
+@pytest.mark.parametrize("ends", [(1, 1), (0, 1), (1, 0)])
+def test_zero_runs_of_all_kinds_of_length(
+    codec: ModuleType, run: int, ends: tuple[int, int]
+) -> None:
+    before, after = ends
+    length = before + run + after
+    x = torch.zeros(5, length)
+    x[0, :before] = 1
+    x[0, length - after :] = 1
+    frame, _ = encoded(codec, x.view(-1), 1.0)
+    rest = run % 14
+    folded = [255] * (run // 14) + (
+        [121] if rest == 1 else [241 + rest] if rest else []
+    )
+    assert list(frame[4:]) == [202] * before + folded + [202] * after
+    assert same_bits(decoded(codec, frame, x.numel()), x.view(-1))
+
+
+@backends
+@pytest.mark.parametrize("n", [70, 350, 700, 1400, 2100])
+def test_a_spike_costs_the_least_the_format_allows(codec: ModuleType, n: int) -> None:
+    x = torch.zeros(n)
+    x[0] = 1
+    frame, _ = encoded(codec, x, 1.0)
+    zeros = n // 5 - 1
+    assert len(frame) == 4 + 1 + zeros // 14 + (zeros % 14 > 0)
+
+
+@backends
+def test_decode_adds(codec: ModuleType) -> None:
+    frame, _ = lc3.encode(torch.tensor([2.0, 0.0, -2.0]))
+    acc = torch.tensor([1.0, -0.0, 1.0])
+    assert codec.decode_add(frame, acc) == len(frame)
+    assert acc.tolist() == [3.0, 0.0, -1.0]
+    assert acc[1].signbit()  # where the digit is 0 nothing is added, not even a zero
+
+
+@backends
+def test_bytes_behind_a_frame_are_left_alone(codec: ModuleType) -> None:
+    frame, _ = lc3.encode(torch.randn(333))
+    more = torch.cat([frame, torch.arange(50, dtype=torch.uint8)])
+    assert codec.decode_add(more, torch.zeros(333)) == len(frame)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("frame", "numel", "words"),
+    [
+        ("", 5, "too few"),
+        ("0000", 5, "too few"),
+        ("0000803f", 5, "ends after 0 of 1"),
+        ("0000803f79", 6, "ends after 1 of 2"),
+        ("0000803ff3", 5, "crosses the end"),
+        ("0000803fff", 65, "crosses the end"),
+        ("0000803f00", 1, "padding"),
+        ("0000803f7900", 6, "padding"),
+        ("00000080", 5, "scale -0.0"),
+        ("0000807f", 5, "scale inf"),
+        ("000080ff", 5, "scale -inf"),
+        ("000080bf79", 5, "scale -1.0"),
+    ],
+)
+def test_a_bad_frame_is_refused_and_nothing_is_added(
+    codec: ModuleType, frame: str, numel: int, words: str
+) -> None:
+    acc = torch.ones(numel)
+    data = torch.frombuffer(bytearray.fromhex(frame) + b"\0", dtype=torch.uint8)[:-1]
+    with pytest.raises(lc3.FormatError, match=words):
+        codec.decode_add(data, acc)
+    assert (acc == 1).all()
+
+
+def outcome(codec: ModuleType, frame: bytes, numel: int) -> object:
+    try:
+        data = torch.frombuffer(bytearray(frame) + b"\0", dtype=torch.uint8)[:-1]
+        guarded = torch.zeros(numel + 16)
+        used = codec.decode_add(data, guarded[8:-8])
+    except lc3.FormatError:
+        return "refused"
+    assert not guarded[:8].any()
+    assert not guarded[-8:].any()
+    return used, guarded.numpy().tobytes()
+
+
+@settings(max_examples=25 * EXAMPLES)
+@given(data=st.data(), x=vectors, s=st.sampled_from(SPARSITIES))
+def test_backends_agree_on_damaged_frames(
+    data: st.DataObject, x: np.ndarray, s: float
+) -> None:
+    frame = bytearray(lc3.encode(torch.from_numpy(x), s)[0].numpy().tobytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        kind = data.draw(st.sampled_from(["set", "cut", "insert"]))
+        at = data.draw(st.integers(0, len(frame)))
+        if kind == "cut":
+            del frame[at:]
+        elif kind == "insert":
+            frame.insert(at, data.draw(st.integers(0, 255)))
+        elif at < len(frame):
+            frame[at] = data.draw(st.integers(0, 255))
+    expected = outcome(reference, bytes(frame), x.size)
+    for codec in BACKENDS[1:]:
+        assert outcome(codec, bytes(frame), x.size) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 4, 5)])
+def test_encode_takes_any_float_dtype_and_shape(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = x.clone()
+    frame, residual = lc3.encode(x, 1.5)
+    assert torch.equal(x, before)
+    assert residual.shape == x.shape
+    assert residual.dtype == torch.float32
+    assert torch.equal(lc3.decode(frame, x.numel()).view(shape) + residual, x.float())
+
+
+def test_encode_takes_strided_and_differentiable_tensors() -> None:
+    x = torch.randn(6, 8, requires_grad=True).t()[::2]
+    frame, residual = lc3.encode(x)
+    assert residual.is_contiguous()
+    assert torch.equal(lc3.decode(frame, x.numel()).view(x.shape) + residual, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: lc3.encode(torch.zeros(3), 2.0), lc3.ConfigError, r"2\.0 is outside"),
+        (lambda: lc3.encode(torch.zeros(3), 0.99), lc3.ConfigError, "outside"),
+        (lambda: lc3.encode(torch.zeros(3), 1.99999999), lc3.ConfigError, "as float32"),
+        (lambda: lc3.encode(torch.zeros(3), float("nan")), lc3.ConfigError, "outside"),
+        (lambda: lc3.encode(torch.zeros(3), True), lc3.ConfigError, "must be a number"),
+        (
+            lambda: lc3.encode(torch.zeros(3, dtype=torch.cfloat)),
+            lc3.InputError,
+            "complex",
+        ),
+        (
+            lambda: lc3.encode(torch.zeros(3, dtype=torch.int32)),
+            lc3.InputError,
+            "int32",
+        ),
+        (lambda: lc3.encode(torch.eye(3).to_sparse()), lc3.InputError, "sparse"),
+        (lambda: lc3.decode(torch.zeros(4), 3), lc3.InputError, "uint8 vector"),
+        (lambda: lc3.decode(lc3.encode(torch.ones(9))[0], -1), lc3.InputError, "-1"),
+        (
+            lambda: lc3.decode(lc3.encode(torch.ones(10))[0], 5),
+            lc3.FormatError,
+            "ends after",
+        ),
+        (lambda: lc3.decode(lc3.encode(torch.ones(9))[0], 20), lc3.FormatError, "cut"),
+    ],
+)
+def test_bad_input_is_named(call: object, error: type[Exception], words: str) -> None:
+    assert callable(call)
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_importing_lc3_does_not_import_numba() -> None:
+    code = "import sys, lc3; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
