@@ -1,0 +1,259 @@
+"""3LC as a communication hook of DistributedDataParallel.
+
+No ``from __future__ import annotations`` here: DDP compares the hook's annotations with
+the classes themselves.
+"""
+
+import logging
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+
+import lc3
+from lc3.codec import codec_for, warm_up
+from lc3.config import Config
+from lc3.engine import Engine
+from lc3.errors import AttachError, StateError
+from lc3.exchange import GroupExchange
+from lc3.handshake import agree
+from lc3.lane import Lane
+from lc3.meter import Meter
+from lc3.plan import make_plan
+
+log = logging.getLogger(__name__)
+
+_CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = torch.device("cpu")
+_CLOSE_TIMEOUT_S = 10.0
+
+
+def attach(
+    model: DistributedDataParallel,
+    config: Config = Config(),  # noqa: B008  # frozen
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> "State":
+    """Compress the gradients of ``model`` from its next backward pass on.
+
+    Collective: every rank of the group calls it, with the same configuration.
+
+    Args:
+        model: wrapped in DistributedDataParallel, on the CPU, without a hook of
+            its own.
+        config: what to compress, and how much.
+        group: the ranks to average over; default: the model's process group. lc3 makes
+            a process group of its own over the same ranks.
+
+    Returns:
+        The state: its ``meter``, ``state_dict()``, ``close()``.
+
+    Raises:
+        AttachError: the model cannot be compressed.
+        ConfigError: a pattern of the configuration matches no parameter.
+        InputError: there is no codec for the model's device.
+        PlanMismatch: ranks differ in configuration, parameters or version.
+        PeerError: one of these happened on another rank.
+    """
+    state = State(model, config, group=group)
+    model.register_comm_hook(state, lc3_hook)
+    return state
+
+
+def lc3_hook(
+    state: "State", bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """Replace every gradient in ``bucket`` by its 3LC mean (``register_comm_hook``)."""
+    if not isinstance(bucket, dist.GradBucket):
+        raise AttachError(
+            'torch.compile with torch._dynamo.config.optimize_ddp = "python_reducer" '
+            'gives hooks no buckets; use "ddp_optimizer" with lc3'
+        )
+    buffer, index, step = bucket.buffer(), bucket.index(), state.step
+    names = [state.name_of(parameter) for parameter in bucket.parameters()]
+    if bucket.is_last():
+        state.step += 1
+    return state.lane.submit(lambda: state.reduce(buffer, names, step, index))
+
+
+class State:
+    """Everything lc3 keeps for one model: made by ``attach``.
+
+    Attributes:
+        config: the configuration.
+        meter: bytes and seconds so far, on this rank.
+        engine: averages gradients; holds the plan and the residuals.
+        lane: the thread that talks to other ranks.
+        step: synchronised backward passes so far.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        config: Config = Config(),  # noqa: B008  # frozen
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _check_model(model)
+        self.config = config
+        self.meter = Meter()
+        self.step = 0
+        self._names = {
+            parameter: name
+            for name, parameter in model.module.named_parameters()
+            if parameter.requires_grad and name not in model.parameters_to_ignore
+        }
+        self._said: set[str] = set()
+        self._group = _own_group(model.process_group if group is None else group)
+        exchange = GroupExchange(self._group, _CPU)
+        shapes = [(name, list(p.shape)) for p, name in self._names.items()]
+
+        def build() -> Engine:
+            _check_parameters(self._names)
+            codec = codec_for(next(iter(self._names)).device)
+            warm_up(codec)
+            plan = make_plan(shapes, exchange.world, config)
+            return Engine(plan, config, exchange, codec, self.meter)
+
+        try:
+            self.engine = agree(exchange, lc3.__version__, config, shapes, build)
+        except BaseException:
+            dist.destroy_process_group(self._group)
+            raise
+        self.lane = Lane(f"lc3-rank{exchange.rank}")
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Return the name of a parameter of the model."""
+        name = self._names.get(parameter)
+        if name is None:
+            raise AttachError(
+                f"a bucket holds a parameter of shape {list(parameter.shape)} that was "
+                "frozen when lc3 was attached; set requires_grad before wrapping the "
+                "model"
+            )
+        return str(name)
+
+    def reduce(
+        self, buffer: Tensor, names: list[str], step: int, bucket: int
+    ) -> Tensor:
+        """Average one bucket over the ranks. Runs on the lane.
+
+        Args:
+            buffer: the bucket's flat buffer, overwritten. Slices of it, never shaped
+                views: for channels_last parameters the two differ in order.
+            names: of its parameters, in the order of the buffer.
+            step: synchronised backward passes before this one.
+            bucket: its number in this backward pass.
+
+        Returns:
+            What the hook's future must hold: ``buffer``, or for a gradient that passes
+            through uncompressed a tensor like it.
+        """
+        self.meter.steps = step + 1
+        if buffer.layout != torch.strided or buffer.dtype not in _CODED_DTYPES:
+            self._say_once(
+                f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
+                f"gradients pass through a plain all-reduce (first: {names[0]})"
+            )
+            return self.engine.pass_through(buffer)
+        flat = buffer if buffer.dtype == torch.float32 else buffer.float()
+        sizes = [self.engine.plan.numel[name] for name in names]
+        if sum(sizes) != flat.numel():
+            raise AttachError(
+                f"bucket {bucket} holds {flat.numel()} elements, its parameters "
+                f"{sum(sizes)}; this torch lays out buckets in a way lc3 does not know"
+            )
+        grads = dict(zip(names, torch.split(flat, sizes), strict=True))
+        self.engine.all_reduce(grads, step, bucket)
+        return buffer if flat is buffer else buffer.copy_(flat)
+
+    def _say_once(self, what: str) -> None:
+        kind = what.split()[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            log.warning("lc3: %s", what)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return residuals and step of this rank: tensors, strings, integers only.
+
+        Every rank saves its own; load it into the same rank of an equal run.
+        """
+        return {"step": self.step, "residuals": self.engine.residuals.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict`` of this rank.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        if set(state) != {"step", "residuals"}:
+            raise StateError(
+                f"state has the keys {sorted(state)}, expected ['residuals', 'step']; "
+                "is this what state.state_dict() returned?"
+            )
+        self.engine.residuals.load_state_dict(state["residuals"])
+        self.step = int(state["step"])
+
+    def close(self) -> None:
+        """End the lane and its process group. The model can no longer run backward."""
+        if self.lane.close(_CLOSE_TIMEOUT_S):
+            dist.destroy_process_group(self._group)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an lc3 State holds a process group and cannot be pickled; save "
+            "state.state_dict(), and save model.module, not the DDP wrapper"
+        )
+
+
+def _check_model(model: DistributedDataParallel) -> None:
+    if not isinstance(model, DistributedDataParallel):
+        raise AttachError(
+            f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
+            "the module first: model = DistributedDataParallel(model)"
+        )
+    if model._comm_hooks:
+        hook, state = model._comm_hooks[0]
+        raise AttachError(
+            "lc3 is already attached to this model"
+            if isinstance(state, State)
+            else f"the model already has the communication hook {hook.__name__}; "
+            "DDP takes one only, so wrap the module again without it"
+        )
+
+
+def _check_parameters(names: Mapping[Parameter, str]) -> None:
+    if not names:
+        raise AttachError(
+            "the model has no trainable parameter, so nothing to compress"
+        )
+    for parameter, name in names.items():
+        if parameter.is_complex():
+            raise AttachError(
+                f"parameter {name!r} is {parameter.dtype}; lc3 compresses real "
+                "gradients: keep complex parameters as two real ones "
+                "(torch.view_as_real)"
+            )
+
+
+def _own_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a new process group over the ranks of ``group``, with the same timeout.
+
+    Only its members call this, so that a model on some of the ranks can be compressed.
+    """
+    options = getattr(group._get_backend(_CPU), "options", None)
+    timeout: timedelta | None = getattr(options, "_timeout", None)
+    own = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=timeout,
+        backend=str(dist.get_backend_config(group)),
+        use_local_synchronization=True,
+        group_desc="lc3",
+    )
+    assert isinstance(own, dist.ProcessGroup)
+    return own

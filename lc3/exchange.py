@@ -1,0 +1,200 @@
+"""Moving messages between ranks: byte strings of any length, in rank order.
+
+Two transports have the same methods: ``GroupExchange`` over a torch.distributed process
+group, and ``LoopbackExchange``, N ranks as N threads of one process.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lc3.errors import ExchangeError
+
+_SIZE_BYTES = 8
+
+
+class Exchange(Protocol):
+    """Collectives over byte strings. Every rank calls the same ones in the same order.
+
+    Attributes:
+        rank: this rank in the group.
+        world: number of ranks.
+        sent_bytes: bytes given to the transport for other ranks so far, the sizes that
+            announce them included. A rank's message to itself is never sent.
+    """
+
+    rank: int
+    world: int
+    sent_bytes: int
+
+    def all_to_all(
+        self, messages: Sequence[Tensor], timeout_s: float | None = None
+    ) -> list[Tensor]:
+        """Send ``messages[r]``, uint8[*], to each rank r; return what came, by rank.
+
+        Raises:
+            ExchangeError: the transport failed, or took more than ``timeout_s``
+                (default: the group's own timeout).
+        """
+        ...
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """Send ``message``, uint8[*], to every rank; return what came, by rank.
+
+        The same two rounds as ``all_to_all``, so that a rank that has failed may answer
+        either with an abort message.
+        """
+        ...
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean over ranks of a tensor that is not to be compressed."""
+        ...
+
+
+class GroupExchange:
+    """An ``Exchange`` over a process group that nobody else uses.
+
+    Works for any backend with ``all_to_all_single`` for the messages' device (gloo on
+    the CPU, NCCL on CUDA). A ragged all_gather is an all_to_all of one message to
+    everybody: gloo's own all_gather refuses uneven sizes, and the bytes on the wire are
+    the same.
+
+    Args:
+        group: the process group.
+        device: where messages live.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+        self.sent_bytes = 0
+        self._group = group
+        self._device = device
+
+    def all_to_all(
+        self, messages: Sequence[Tensor], timeout_s: float | None = None
+    ) -> list[Tensor]:
+        """See ``Exchange.all_to_all``. Two rounds: the sizes, then the bytes."""
+        outgoing = [0 if r == self.rank else m.numel() for r, m in enumerate(messages)]
+        with _transport_errors():
+            sizes = torch.empty(self.world, dtype=torch.int64, device=self._device)
+            announced = torch.tensor(outgoing, dtype=torch.int64, device=self._device)
+            self._wait(self._start(sizes, announced), timeout_s)
+            incoming = sizes.tolist()
+            received = torch.empty(
+                sum(incoming), dtype=torch.uint8, device=self._device
+            )
+            payload = torch.cat([m for r, m in enumerate(messages) if r != self.rank])
+            self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
+        self.sent_bytes += sum(outgoing) + _SIZE_BYTES * (self.world - 1)
+        arrived = list(torch.split(received, incoming))
+        arrived[self.rank] = messages[self.rank]
+        return arrived
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """See ``Exchange.all_gather``."""
+        return self.all_to_all([message] * self.world)
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """See ``Exchange.all_reduce_mean``. Counted as a ring sends it, values only."""
+        with _transport_errors():
+            dist.all_reduce(tensor, group=self._group)
+        values = tensor._values() if tensor.is_sparse else tensor
+        self.sent_bytes += 2 * (self.world - 1) * values.nbytes // self.world
+        return tensor / self.world
+
+    def _start(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        incoming: list[int] | None = None,
+        outgoing: list[int] | None = None,
+    ) -> Any:
+        return dist.all_to_all_single(
+            received, sent, incoming, outgoing, group=self._group, async_op=True
+        )
+
+    def _wait(self, work: Any, timeout_s: float | None) -> None:
+        if timeout_s is None:
+            work.wait()
+        elif not work.wait(timedelta(seconds=timeout_s)):
+            raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
+
+
+class Loopback:
+    """N ranks in one process: ``ranks[r]`` is the ``Exchange`` of the thread of rank r.
+
+    Args:
+        world: number of ranks.
+        timeout_s: how long a rank waits for the others before it gives up.
+    """
+
+    def __init__(self, world: int, timeout_s: float = 60.0) -> None:
+        self._barrier = threading.Barrier(world, timeout=timeout_s)
+        self._slots: list[Any] = [None] * world
+        self.ranks = [LoopbackExchange(self, rank, world) for rank in range(world)]
+
+    def swap(self, rank: int, given: Any, timeout_s: float | None) -> list[Any]:
+        """Show ``given`` to all ranks; return what each of them gave, by rank."""
+        try:
+            self._slots[rank] = given
+            self._barrier.wait(timeout_s)
+            shown = list(self._slots)
+            self._barrier.wait(timeout_s)
+        except threading.BrokenBarrierError as error:
+            raise ExchangeError("another rank's thread left the exchange") from error
+        return shown
+
+
+class LoopbackExchange:
+    """An ``Exchange`` between the threads of one process. Built by ``Loopback``."""
+
+    def __init__(self, loopback: Loopback, rank: int, world: int) -> None:
+        self.rank = rank
+        self.world = world
+        self.sent_bytes = 0
+        self._loopback = loopback
+
+    def all_to_all(
+        self, messages: Sequence[Tensor], timeout_s: float | None = None
+    ) -> list[Tensor]:
+        """See ``Exchange.all_to_all``. Messages are copied, as a network would."""
+        outgoing = sum(m.numel() for r, m in enumerate(messages) if r != self.rank)
+        shown = self._loopback.swap(
+            self.rank, [message.clone() for message in messages], timeout_s
+        )
+        self.sent_bytes += outgoing + _SIZE_BYTES * (self.world - 1)
+        return [given[self.rank] for given in shown]
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """See ``Exchange.all_gather``."""
+        return self.all_to_all([message] * self.world)
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """See ``Exchange.all_reduce_mean``. Added in rank order."""
+        first, *others = self._loopback.swap(self.rank, tensor.clone(), None)
+        self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
+        total: Tensor = first
+        for other in others:
+            total = total + other
+        return total / self.world
+
+
+@contextmanager
+def _transport_errors() -> Iterator[None]:
+    try:
+        yield
+    except ExchangeError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ExchangeError(
+            f"the exchange with the other ranks failed ({error}); a rank died, the "
+            "link is down, or the process group's timeout passed: look at the other "
+            "ranks' logs"
+        ) from error

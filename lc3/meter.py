@@ -1,0 +1,114 @@
+"""Bytes by direction and tensor, density, seconds: counted where they happen."""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from lc3.format import RUN_BASE, SCALE_BYTES
+
+_NONZERO_DIGITS = np.zeros(256, np.int64)
+_NONZERO_DIGITS[:RUN_BASE] = (
+    np.arange(RUN_BASE)[:, None] // np.array([81, 27, 9, 3, 1]) % 3 != 1
+).sum(axis=1)
+
+
+@dataclass
+class Direction:
+    """What one direction, push or pull, wrote on this rank.
+
+    Its own share is counted too, so that bits per element do not depend on the number
+    of ranks; ``Meter.sent_bytes`` is what really left.
+
+    Attributes:
+        coded_elements: gradient elements that were coded.
+        coded_bytes: bytes of their frames, by parameter name.
+        nonzero_digits: how many of them were sent as ±1.
+        raw_bytes: bytes of raw pieces, by parameter name.
+        header_bytes: bytes of message headers.
+    """
+
+    coded_elements: int = 0
+    coded_bytes: Counter[str] = field(default_factory=Counter)
+    nonzero_digits: int = 0
+    raw_bytes: Counter[str] = field(default_factory=Counter)
+    header_bytes: int = 0
+
+    def add_frame(self, name: str, numel: int, frame: Tensor) -> None:
+        """Count one frame, uint8[*], of ``numel`` elements of parameter ``name``."""
+        self.coded_elements += numel
+        self.coded_bytes[name] += frame.numel()
+        self.nonzero_digits += int(_NONZERO_DIGITS[frame.numpy()[SCALE_BYTES:]].sum())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of frame per coded element, scales included; nan before the first."""
+        return _ratio(8 * self.coded_bytes.total(), self.coded_elements)
+
+    @property
+    def density(self) -> float:
+        """Share of coded elements sent as ±1; nan before the first."""
+        return _ratio(self.nonzero_digits, self.coded_elements)
+
+
+@dataclass
+class Meter:
+    """What compression did so far on this rank. Plain numbers, always counted.
+
+    Attributes:
+        steps: synchronised backward passes.
+        buckets: exchanges of a bucket.
+        sent_bytes: bytes this rank gave to the transport for other ranks: messages with
+            headers, the sizes that announce them, tensors passed through.
+        dense_bytes: what a bandwidth-optimal float32 all-reduce of the same gradients
+            would have sent from this rank: 2 (W − 1) / W · 4 bytes an element.
+        passed_through_bytes: the part of ``sent_bytes`` that is sparse and float64
+            gradients, which are not compressed.
+        push, pull: the two directions.
+        seconds: wall-clock by stage: encode, exchange, decode.
+    """
+
+    steps: int = 0
+    buckets: int = 0
+    sent_bytes: int = 0
+    dense_bytes: float = 0.0
+    passed_through_bytes: int = 0
+    push: Direction = field(default_factory=Direction)
+    pull: Direction = field(default_factory=Direction)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to ``seconds[name]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes left this rank than float32 would have sent."""
+        return _ratio(self.dense_bytes, self.sent_bytes)
+
+    def summary(self) -> dict[str, float]:
+        """Return the main figures by name, for logs and tables."""
+        return {
+            "steps": self.steps,
+            "buckets": self.buckets,
+            "sent_bytes": self.sent_bytes,
+            "ratio": self.ratio,
+            "push_bits_per_element": self.push.bits_per_element,
+            "pull_bits_per_element": self.pull.bits_per_element,
+            "push_density": self.push.density,
+            "pull_density": self.pull.density,
+            **{f"{stage}_seconds": value for stage, value in self.seconds.items()},
+        }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")

@@ -1,0 +1,137 @@
+"""Which slice of which parameter goes to which rank, and which parameters stay raw."""
+
+import math
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from lc3.config import Config
+from lc3.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Elements ``start`` to ``stop`` of one flattened parameter: one owner."""
+
+    name: str
+    start: int
+    stop: int
+    owner: int
+    coded: bool
+
+    @property
+    def numel(self) -> int:
+        """How many elements the slice has."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The division of labour, made once from names, shapes, world size and ``Config``.
+
+    It knows nothing of buckets, so that results do not depend on them. The rules are in
+    ``lc3.format``.
+
+    Attributes:
+        world: number of ranks.
+        block: elements under one scale, or ``None``.
+        numel: elements by parameter name, in the order of the parameter list.
+        position: place in that list by parameter name.
+        coded: names of the parameters that are coded; the others travel raw.
+        slices: by parameter name; empty for a parameter without elements.
+        fingerprint: 32 bits that every message carries.
+    """
+
+    world: int
+    block: int | None
+    numel: dict[str, int]
+    position: dict[str, int]
+    coded: frozenset[str]
+    slices: dict[str, tuple[Slice, ...]]
+    fingerprint: int
+
+    def slices_of(self, names: Collection[str], owner: int) -> Iterator[Slice]:
+        """Yield the slices of ``names`` that ``owner`` owns, in plan order."""
+        for name in sorted(names, key=self.position.__getitem__):
+            for slice_ in self.slices[name]:
+                if slice_.owner == owner:
+                    yield slice_
+
+    def pieces(self, slice_: Slice) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of each piece of a slice, relative to the slice."""
+        step = self.block if slice_.coded and self.block else slice_.numel
+        for start in range(0, slice_.numel, step):
+            yield start, min(start + step, slice_.numel)
+
+
+def make_plan(
+    shapes: Sequence[tuple[str, Sequence[int]]], world: int, config: Config
+) -> Plan:
+    """Return the plan for parameters ``shapes``, an ordered list of (name, shape).
+
+    Raises:
+        ConfigError: a pattern of ``config.raw`` or ``config.coded`` matches no name, or
+            one name is matched by both.
+    """
+    numel = {name: math.prod(shape) for name, shape in shapes}
+    ndim = {name: len(shape) for name, shape in shapes}
+    forced_raw = _matching(config.raw, "raw", numel)
+    forced_coded = _matching(config.coded, "coded", numel)
+    if both := sorted(forced_raw & forced_coded):
+        raise ConfigError(
+            f"{both[0]!r} is matched by raw and by coded; narrow one of them"
+        )
+
+    def is_coded(name: str) -> bool:
+        if name in forced_raw or name in forced_coded:
+            return name in forced_coded
+        return numel[name] >= config.min_numel and ndim[name] >= config.min_ndim
+
+    coded = frozenset(name for name in numel if is_coded(name))
+    slices: dict[str, tuple[Slice, ...]] = {}
+    dealt = 0
+    for name, n in numel.items():
+        cuts = list(_cut(n, world, config.min_share))
+        slices[name] = tuple(
+            Slice(name, start, stop, (dealt + index) % world, name in coded)
+            for index, (start, stop) in enumerate(cuts)
+        )
+        dealt += len(cuts)
+    lines = [
+        "lc3 plan 1",
+        f"world {world}",
+        f"block {config.block or 0}",
+        f"min_numel {config.min_numel}",
+        f"min_share {config.min_share}",
+        *(
+            f"{'coded' if name in coded else 'raw'} {n} {name}"
+            for name, n in numel.items()
+        ),
+    ]
+    fingerprint = zlib.crc32("".join(f"{line}\n" for line in lines).encode())
+    position = {name: index for index, name in enumerate(numel)}
+    return Plan(world, config.block, numel, position, coded, slices, fingerprint)
+
+
+def _cut(n: int, world: int, min_share: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the nearly equal slices of ``n`` elements."""
+    count = min(world, -(-n // min_share))
+    start = 0
+    for index in range(count):
+        stop = start + n // count + (index < n % count)
+        yield start, stop
+        start = stop
+
+
+def _matching(patterns: Iterable[str], knob: str, names: Collection[str]) -> set[str]:
+    found = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ConfigError(
+                f"{knob} pattern {pattern!r} matches no trainable parameter; the first "
+                f"names are {', '.join(list(names)[:5])}"
+            )
+        found |= matches
+    return found

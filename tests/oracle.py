@@ -1,0 +1,105 @@
+"""The whole exchange in one process, in plain NumPy, straight from the paper.
+
+It shares no code with ``lc3`` but ``Config``: digits come from a division and a
+rounding, not from comparisons; there are no messages, owners or bytes. Every multi-rank
+result must equal it bit for bit.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import ceil, prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lc3 import Config
+
+Floats = NDArray[np.float32]
+Shapes = Sequence[tuple[str, Sequence[int]]]
+
+
+def quantize(x: Floats, sparsity: float) -> tuple[Floats, Floats]:
+    """Return (decoded, residual); NaN everywhere and x if x is not finite."""
+    if not np.isfinite(x).all():
+        return np.full_like(x, np.nan), x
+    with np.errstate(over="ignore"):
+        scale = np.float32(np.abs(x).max()) * np.float32(sparsity)
+    scale = min(scale, np.finfo(np.float32).max)
+    if scale == 0:
+        return np.zeros_like(x), x
+    digits = np.rint(x.astype(np.float64) / np.float64(scale)).astype(np.float32)
+    decoded = digits * scale
+    return decoded, x - decoded
+
+
+class Oracle:
+    """3LC with error feedback on both sides, for ``world`` workers."""
+
+    def __init__(self, shapes: Shapes, world: int, config: Config) -> None:
+        self.shapes, self.world, self.config = shapes, world, config
+        self.sent = [
+            {name: np.zeros(prod(shape), np.float32) for name, shape in shapes}
+            for _ in range(world)
+        ]
+        self.owned = {name: np.zeros(prod(shape), np.float32) for name, shape in shapes}
+
+    def step(self, grads: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
+        """Return the mean every rank gets, by name, from every rank's gradients."""
+        result = {}
+        for name, shape in self.shapes:
+            result[name] = np.zeros(prod(shape), np.float32)
+            for piece in self.pieces(name, prod(shape)):
+                parts = [grad[name][piece] for grad in grads]
+                result[name][piece] = (
+                    self.coded_mean(name, piece, parts)
+                    if self.coded(name, shape)
+                    else self.mean(parts)
+                )
+        return result
+
+    def mean(self, parts: Sequence[Floats]) -> Floats:
+        total = np.zeros_like(parts[0])
+        for part in parts:
+            total += part
+        return total / np.float32(self.world)
+
+    def coded_mean(self, name: str, piece: slice, parts: Sequence[Floats]) -> Floats:
+        pushed, left = [], []
+        for rank, part in enumerate(parts):
+            residual = self.sent[rank][name][piece]
+            if part.any():
+                value, rest = quantize(part + residual, self.config.sparsity)
+            else:
+                value, rest = np.zeros_like(part), residual.copy()
+            pushed.append(value)
+            left.append(rest)
+        pulled = np.zeros_like(parts[0])
+        rest = self.owned[name][piece].copy()
+        if any(value.any() for value in pushed):
+            pull_sparsity = self.config.pull_sparsity or self.config.sparsity
+            pulled, rest = quantize(self.mean(pushed) + rest, pull_sparsity)
+        if not np.isnan(pulled).any():
+            self.owned[name][piece] = rest
+            for rank in range(self.world):
+                self.sent[rank][name][piece] = left[rank]
+        return pulled
+
+    def coded(self, name: str, shape: Sequence[int]) -> bool:
+        config = self.config
+        if any(fnmatchcase(name, pattern) for pattern in config.raw):
+            return False
+        if any(fnmatchcase(name, pattern) for pattern in config.coded):
+            return True
+        return prod(shape) >= config.min_numel and len(shape) >= config.min_ndim
+
+    def pieces(self, name: str, n: int) -> Iterator[slice]:
+        if n == 0:
+            return
+        shape = dict(self.shapes)[name]
+        count = max(1, min(self.world, ceil(n / self.config.min_share)))
+        start = 0
+        for size in [n // count + 1] * (n % count) + [n // count] * (count - n % count):
+            step = (self.config.block or size) if self.coded(name, shape) else size
+            for at in range(start, start + size, step):
+                yield slice(at, min(at + step, start + size))
+            start += size

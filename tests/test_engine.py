@@ -1,0 +1,485 @@
+"""The whole exchange between threads equals the oracle, and failures lose nothing."""
+
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lc3
+from lc3 import Config
+from lc3.codec import Codec, cpu, reference
+from lc3.engine import Engine
+from lc3.exchange import Exchange, Loopback
+from lc3.format import HEADER_BYTES
+from lc3.handshake import agree
+from lc3.meter import Meter
+from lc3.plan import make_plan
+from tests.oracle import Oracle
+
+SHAPES = [
+    ("a", (40, 50)),
+    ("b", (7,)),
+    ("empty", (0, 3)),
+    ("c", (900, 3)),
+    ("d", (11, 3)),
+]
+SMALL = Config(min_numel=100, min_share=400)
+
+
+def in_threads(
+    world: int, job: Callable[[int, Exchange], Any], timeout_s: float = 20
+) -> list[Any]:
+    """Return what ``job(rank, exchange)`` returned or raised, by rank."""
+    results: list[Any] = [None] * world
+    loopback = Loopback(world, timeout_s)
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = job(rank, loopback.ranks[rank])
+        except Exception as error:  # noqa: BLE001  # it is the result
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s + 10)
+        assert not thread.is_alive()
+    return results
+
+
+def engine_of(
+    exchange: Exchange, config: Config = SMALL, codec: Codec = cpu, shapes: Any = SHAPES
+) -> Engine:
+    return Engine(
+        make_plan(shapes, exchange.world, config), config, exchange, codec, Meter()
+    )
+
+
+Gradients = Callable[[int, int], dict[str, Tensor]]
+
+
+def random_gradients(rank: int, step: int, shapes: Any = SHAPES) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return {
+        name: torch.randn(int(np.prod(shape)), generator=generator) ** 3
+        for name, shape in shapes
+    }
+
+
+def run(
+    world: int,
+    steps: int,
+    config: Config,
+    gradients: Gradients = random_gradients,
+    codecs: Sequence[Codec] = (cpu,),
+    shapes: Any = SHAPES,
+) -> list[Any]:
+    """Train W ranks; check every mean against the oracle; return the engines."""
+    oracle = Oracle(shapes, world, config)
+    expected = [
+        oracle.step(
+            [
+                {k: g.numpy().copy() for k, g in gradients(r, step).items()}
+                for r in range(world)
+            ]
+        )
+        for step in range(steps)
+    ]
+
+    def job(rank: int, exchange: Exchange) -> Engine:
+        engine = engine_of(exchange, config, codecs[rank % len(codecs)], shapes)
+        for step in range(steps):
+            grads = gradients(rank, step)
+            engine.all_reduce(grads, step, 0)
+            for name, grad in grads.items():
+                np.testing.assert_array_equal(grad.numpy(), expected[step][name], name)
+        for name, buffer in engine.residuals.sent.items():
+            np.testing.assert_array_equal(buffer.numpy(), oracle.sent[rank][name], name)
+        for slice_ in engine.plan.slices_of(engine.plan.coded, rank):
+            np.testing.assert_array_equal(
+                engine.residuals.owned[slice_.name].numpy(),
+                oracle.owned[slice_.name][slice_.start : slice_.stop],
+                slice_.name,
+            )
+        return engine
+
+    results = in_threads(world, job)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 7])
+@pytest.mark.parametrize("block", [None, 64])
+def test_the_exchange_equals_the_oracle(world: int, block: int | None) -> None:
+    config = Config(sparsity=1.5, min_numel=100, min_share=400, block=block)
+    run(world, 20, config)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(
+    world=st.integers(2, 5),
+    sparsity=st.floats(1, 1.9375, width=32),
+    pull=st.none() | st.floats(1, 1.9375, width=32),
+    min_numel=st.integers(0, 3000),
+    min_ndim=st.integers(0, 3),
+    min_share=st.integers(1, 3000),
+    block=st.none() | st.integers(5, 3000),
+)
+def test_any_configuration_equals_the_oracle(
+    world: int, sparsity: float, pull: float | None, min_share: int, **knobs: Any
+) -> None:
+    config = Config(sparsity=sparsity, pull_sparsity=pull, min_share=min_share, **knobs)
+    run(world, 3, config)
+
+
+def test_ranks_with_different_backends_agree() -> None:
+    run(3, 10, SMALL, codecs=(reference, cpu))
+
+
+def test_gradients_arrive_in_the_end() -> None:
+    """Sum of inputs = sum of outputs + what is still owed, on both sides."""
+    engines = run(3, 30, SMALL)
+    for name in ("a", "c"):
+        given = torch.stack(
+            [random_gradients(r, t)[name].double() for r in range(3) for t in range(30)]
+        ).sum(0)
+        oracle = Oracle(SHAPES, 3, SMALL)
+        applied = np.zeros(given.numel())
+        for t in range(30):
+            grads = [
+                {k: g.numpy() for k, g in random_gradients(r, t).items()}
+                for r in range(3)
+            ]
+            applied += oracle.step(grads)[name]
+        owed = sum(engine.residuals.sent[name].double() for engine in engines) / 3
+        owned = torch.cat(
+            [
+                engines[s.owner].residuals.owned[name]
+                for s in engines[0].plan.slices[name]
+            ]
+        )
+        torch.testing.assert_close(
+            given / 3,
+            torch.from_numpy(applied) + owed + owned.double(),
+            rtol=0,
+            atol=2e-4,
+        )
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", [[0], [2], [0, 1, 2]])
+def test_a_step_that_overflows_anywhere_never_was(bad: float, where: list[int]) -> None:
+    """Every rank sees NaN in that tensor; later steps equal a run without the step."""
+
+    def overflow_at_2(rank: int, step: int) -> dict[str, Tensor]:
+        grads = random_gradients(rank, step)
+        if step == 2:
+            for grad in grads.values():
+                grad.zero_()
+            if rank in where:
+                grads["c"][1234] = bad
+        return grads
+
+    def quiet_at_2(rank: int, step: int) -> dict[str, Tensor]:
+        grads = random_gradients(rank, step)
+        return {name: grad * (step != 2) for name, grad in grads.items()}
+
+    def job(gradients: Gradients) -> list[Any]:
+        def train(rank: int, exchange: Exchange) -> Any:
+            engine = engine_of(exchange)
+            outputs = []
+            for step in range(5):
+                grads = gradients(rank, step)
+                engine.all_reduce(grads, step, 0)
+                outputs.append(grads)
+            return outputs, engine.residuals.state_dict()
+
+        return in_threads(3, train)
+
+    for (with_, state), (without, state_too) in zip(
+        job(overflow_at_2), job(quiet_at_2), strict=True
+    ):
+        bad_slice = with_[2]["c"].isnan()
+        assert bad_slice[1234]
+        assert bad_slice.sum() == 900
+        for step in (0, 1, 3, 4):
+            for name in with_[step]:
+                assert torch.equal(with_[step][name], without[step][name])
+        for side in ("sent", "owned"):
+            for name, buffer in state[side].items():
+                assert torch.equal(buffer, state_too[side][name])
+
+
+def test_a_rank_without_gradient_keeps_its_residual() -> None:
+    def sometimes(rank: int, step: int) -> dict[str, Tensor]:
+        grads = random_gradients(rank, step)
+        if step % 3 == 1 or (step % 3 == 2 and rank == 1):
+            grads["a"].zero_()
+        return grads
+
+    engines = run(3, 12, SMALL, sometimes)
+    assert all(engine.residuals.sent["a"].any() for engine in engines)
+
+
+def test_one_rank_sends_nothing_and_changes_nothing() -> None:
+    exchange = Loopback(1).ranks[0]
+    engine = engine_of(exchange)
+    grads = random_gradients(0, 0)
+    engine.all_reduce(grads, 0, 0)
+    for name, grad in random_gradients(0, 0).items():
+        assert torch.equal(grads[name], grad)
+    assert exchange.sent_bytes == 0
+
+
+def test_the_meter_counts_what_is_sent() -> None:
+    engines = run(3, 4, SMALL)
+    for engine in engines:
+        meter = engine.meter
+        assert meter.sent_bytes == engine.exchange.sent_bytes
+        assert meter.dense_bytes == pytest.approx(
+            4 * 4 / 3 * 4 * (2000 + 7 + 2700 + 33)
+        )
+        assert meter.buckets == 4
+        assert set(meter.push.coded_bytes) == {"a", "c"}
+        assert meter.push.raw_bytes == {"b": 4 * 4 * 7, "d": 4 * 4 * 33}
+        assert meter.push.header_bytes == 4 * 3 * HEADER_BYTES
+        assert meter.push.coded_elements == 4 * (2000 + 2700)
+        assert 0 < meter.push.density < 0.2
+        assert (
+            meter.push.bits_per_element
+            == 8 * sum(meter.push.coded_bytes.values()) / 18800
+        )
+        assert set(meter.seconds) == {"encode", "exchange", "decode"}
+        assert meter.summary()["ratio"] == meter.dense_bytes / meter.sent_bytes
+    everything = sum(
+        sum(d.coded_bytes.values()) + sum(d.raw_bytes.values()) + d.header_bytes
+        for e in engines
+        for d in (e.meter.push, e.meter.pull, e.meter.pull)
+    )
+    own = sum(e.meter.sent_bytes for e in engines)
+    assert own < everything  # pushes to oneself are never sent
+
+
+def test_density_counts_nonzero_digits() -> None:
+    def few(rank: int, step: int) -> dict[str, Tensor]:
+        grads = {name: torch.zeros(int(np.prod(shape))) for name, shape in SHAPES}
+        grads["a"][[3, 500, 1999]] = torch.tensor([1.0, -1.0, 1.0])
+        return grads
+
+    for engine in run(2, 1, Config(min_numel=100), few):
+        assert engine.meter.push.nonzero_digits == 3
+        assert engine.meter.pull.nonzero_digits == (
+            3 if engine.residuals.owned.get("a") is not None else 0
+        )
+
+
+class FailingCodec:
+    """A codec that raises at its n-th call of one function."""
+
+    def __init__(self, function: str, at: int) -> None:
+        self.left = {"encode": -1, "decode_add": -1, function: at}
+
+    def count(self, function: str) -> None:
+        self.left[function] -= 1
+        if self.left[function] == 0:
+            raise MemoryError(f"injected into {function}")
+
+    def encode(self, x: Tensor, sparsity: float, out: Tensor) -> int:
+        self.count("encode")
+        return cpu.encode(x, sparsity, out)
+
+    def decode_add(self, frame: Tensor, acc: Tensor) -> int:
+        self.count("decode_add")
+        return cpu.decode_add(frame, acc)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("function", ["encode", "decode_add"])
+@pytest.mark.parametrize("at", [1, 6, 9, 14, 25])
+def test_a_rank_that_fails_stops_the_others_with_its_reason(
+    rank: int, function: str, at: int
+) -> None:
+    def job(r: int, exchange: Exchange) -> None:
+        engine = engine_of(
+            exchange, codec=FailingCodec(function, at) if r == rank else cpu
+        )
+        for step in range(10):
+            before = engine.residuals.state_dict()
+            try:
+                engine.all_reduce(random_gradients(r, step), step, 0)
+            except lc3.PeerError:
+                after = engine.residuals.state_dict()
+                assert all(
+                    torch.equal(before[side][name], after[side][name])
+                    for side in ("sent", "owned")
+                    for name in before[side]
+                )
+                with pytest.raises(
+                    lc3.ExchangeError, match="stopped at an earlier error"
+                ):
+                    engine.all_reduce(random_gradients(r, step), step, 0)
+                raise
+
+    for r, error in enumerate(in_threads(3, job)):
+        if r == rank:
+            assert isinstance(error, MemoryError)
+        else:
+            assert isinstance(error, lc3.PeerError)
+            assert error.rank == rank
+            assert error.reason == f"MemoryError: injected into {function}"
+
+
+def test_a_damaged_message_stops_every_rank() -> None:
+    class Damaging:
+        def __init__(self, exchange: Exchange) -> None:
+            self.inner = exchange
+            self.rank, self.world = exchange.rank, exchange.world
+            self.calls = self.sent_bytes = 0
+
+        def all_to_all(
+            self, messages: Sequence[Tensor], timeout_s: float | None = None
+        ) -> Any:
+            arrived = self.inner.all_to_all(messages, timeout_s)
+            self.calls += 1
+            if self.calls == 1 and self.rank == 1:
+                arrived[2] = arrived[2].clone()
+                arrived[2][50] ^= 4
+            return arrived
+
+        def all_gather(self, message: Tensor) -> Any:
+            return self.all_to_all([message] * self.world)
+
+        def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+            return self.inner.all_reduce_mean(tensor)
+
+    def job(rank: int, exchange: Exchange) -> None:
+        engine = engine_of(Damaging(exchange))
+        for step in range(3):
+            engine.all_reduce(random_gradients(rank, step), step, 4)
+
+    results = in_threads(3, job)
+    assert isinstance(results[1], lc3.FormatError)
+    assert "rank 2, bucket 4, step 0: CRC-32" in str(results[1])
+    for rank in (0, 2):
+        assert isinstance(results[rank], lc3.PeerError)
+        assert "CRC-32" in str(results[rank])
+
+
+def test_ranks_out_of_step_stop_with_one_sentence() -> None:
+    def job(rank: int, exchange: Exchange) -> None:
+        engine_of(exchange).all_reduce(
+            random_gradients(rank, 0), step=3 + rank, bucket=0
+        )
+
+    results = in_threads(2, job)
+    assert all(isinstance(error, lc3.FormatError) for error in results)
+    assert "ranks run different numbers of steps" in str(results[0])
+
+
+def test_dense_tensors_pass_through() -> None:
+    def job(rank: int, exchange: Exchange) -> Any:
+        engine = engine_of(exchange)
+        mean = engine.pass_through(torch.tensor([1.0, 2.0 * rank], dtype=torch.float64))
+        return mean.tolist(), engine.meter.passed_through_bytes
+
+    assert in_threads(2, job) == [([1.0, 1.0], 16)] * 2
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        (
+            {"config": Config(sparsity=1.5)},
+            r"Config.sparsity is 1.0 on rank 0 and 1.5 on rank 1",
+        ),
+        ({"version": "9"}, "lc3 version is '1' on rank 0 and '9' on rank 1"),
+        (
+            {"shapes": [("w", (3, 4))]},
+            r"parameter w is \[4, 4\] on rank 0 and \[3, 4\] on rank 1",
+        ),
+        (
+            {"shapes": [("v", (4, 4))]},
+            r"parameter w is \[4, 4\] on rank 0 and 'missing'",
+        ),
+    ],
+)
+def test_ranks_that_differ_all_say_the_same(theirs: dict[str, Any], words: str) -> None:
+    def job(rank: int, exchange: Exchange) -> Any:
+        mine = {"version": "1", "config": Config(), "shapes": [("w", (4, 4))]}
+        given = SimpleNamespace(**{**mine, **(theirs if rank == 1 else {})})
+        return agree(
+            exchange, given.version, given.config, given.shapes, lambda: "built"
+        )
+
+    results = in_threads(3, job)
+    assert all(isinstance(error, lc3.PlanMismatch) for error in results)
+    assert len({str(error) for error in results}) == 1
+    with pytest.raises(lc3.PlanMismatch, match=words):
+        raise results[0]
+
+
+def test_an_error_before_the_first_step_reaches_every_rank() -> None:
+    def job(rank: int, exchange: Exchange) -> Any:
+        def build() -> str:
+            if rank == 2:
+                raise lc3.AttachError("out of luck")
+            return "built"
+
+        return agree(exchange, "1", Config(), [], build)
+
+    results = in_threads(3, job)
+    assert isinstance(results[2], lc3.AttachError)
+    assert [str(results[0]), str(results[1])] == ["rank 2 stopped: out of luck"] * 2
+
+
+def test_residuals_come_back_from_a_state_dict() -> None:
+    engine = run(2, 3, SMALL)[1]
+    state = engine.residuals.state_dict()
+    fresh = engine_of(Loopback(2).ranks[1])
+    fresh.residuals.load_state_dict(state)
+    for side in ("sent", "owned"):
+        for name, buffer in getattr(engine.residuals, side).items():
+            assert torch.equal(getattr(fresh.residuals, side)[name], buffer)
+            assert buffer.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 2}, "saved with format 2, this run has 1"),
+        ({"rank": 0}, "saved with rank 0, this run has 1"),
+        ({"world": 3}, "saved with world 3, this run has 2"),
+        ({"plan": 1}, "saved with plan 1,"),
+        ({"extra": 1}, "is this an lc3 state_dict"),
+        ({"sent": {}}, "'a' is only on one side"),
+        ({"sent": {"a": torch.zeros(1999), "c": torch.zeros(2700)}}, "1999"),
+        (
+            {"sent": {"a": torch.zeros(2000).double(), "c": torch.zeros(2700)}},
+            "float64",
+        ),
+        (
+            {"sent": {"a": torch.full((2000,), torch.nan), "c": torch.zeros(2700)}},
+            "nan",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    change: dict[str, Any], words: str
+) -> None:
+    engine = run(2, 3, SMALL)[1]
+    before = engine.residuals.state_dict()
+    with pytest.raises(lc3.StateError, match=words):
+        engine.residuals.load_state_dict({**engine.residuals.state_dict(), **change})
+    for side in ("sent", "owned"):
+        for name, buffer in before[side].items():
+            assert torch.equal(getattr(engine.residuals, side)[name], buffer)

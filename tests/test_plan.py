@@ -1,0 +1,130 @@
+"""The division of labour: complete, balanced, the same everywhere; Config's limits."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lc3 import Config, ConfigError
+from lc3.plan import make_plan
+from tests.oracle import Oracle
+
+SHAPES = [
+    ("conv.weight", (64, 32, 3, 3)),
+    ("conv.bias", (64,)),
+    ("empty", (0, 4)),
+    ("fc.weight", (10, 50)),
+    ("embedding", (5000, 64)),
+    ("scalar", ()),
+]
+
+shapes = st.lists(
+    st.tuples(st.integers(0, 300), st.integers(1, 300)), min_size=1, max_size=12
+).map(lambda sizes: [(f"p{i}", size) for i, size in enumerate(sizes)])
+configs = st.builds(
+    Config,
+    min_numel=st.integers(0, 5000),
+    min_share=st.integers(1, 20_000),
+    block=st.none() | st.integers(5, 3000),
+)
+
+
+@given(shapes=shapes, world=st.integers(1, 9), config=configs)
+def test_every_element_has_one_owner_and_the_oracles_pieces(
+    shapes: list[tuple[str, tuple[int, int]]], world: int, config: Config
+) -> None:
+    plan = make_plan(shapes, world, config)
+    oracle = Oracle(shapes, world, config)
+    names = list(plan.numel)
+    for name, shape in shapes:
+        slices = plan.slices[name]
+        assert len({slice_.owner for slice_ in slices}) == len(slices)
+        pieces = [
+            slice(slice_.start + start, slice_.start + stop)
+            for slice_ in slices
+            for start, stop in plan.pieces(slice_)
+        ]
+        assert pieces == list(oracle.pieces(name, shape[0] * shape[1]))
+        assert [piece.stop for piece in pieces[:-1]] == [
+            piece.start for piece in pieces[1:]
+        ]
+        assert (name in plan.coded) == oracle.coded(name, shape)
+    by_owner = [list(plan.slices_of(names[::-1], owner)) for owner in range(world)]
+    assert sum(map(len, by_owner)) == sum(map(len, plan.slices.values()))
+    assert max(map(len, by_owner)) - min(map(len, by_owner)) <= 1
+
+
+def test_small_and_one_dimensional_tensors_travel_raw() -> None:
+    plan = make_plan(SHAPES, 4, Config())
+    assert plan.coded == {"conv.weight", "embedding"}
+    assert [s.numel for s in plan.slices["conv.weight"]] == [9216, 9216]
+    assert [s.owner for s in plan.slices["embedding"]] == [0, 1, 2, 3]
+    assert plan.slices["empty"] == ()
+
+
+def test_names_and_rules_decide_what_is_coded() -> None:
+    def coded(**knobs: object) -> frozenset[str]:
+        return make_plan(SHAPES, 2, Config(**knobs)).coded  # type: ignore[arg-type]
+
+    assert coded(raw=("conv.*",)) == {"embedding"}
+    assert coded(coded=("fc.weight", "*bias")) == {
+        "conv.weight",
+        "embedding",
+        "fc.weight",
+        "conv.bias",
+    }
+    assert coded(min_ndim=1, min_numel=64) == {
+        "conv.weight",
+        "conv.bias",
+        "embedding",
+        "fc.weight",
+    }
+    with pytest.raises(ConfigError, match=r"'fd\.\*' matches no trainable parameter"):
+        coded(raw=("fd.*",))
+    with pytest.raises(ConfigError, match="matched by raw and by coded"):
+        coded(raw=("conv*",), coded=("*.weight",))
+
+
+def test_whatever_changes_the_bytes_changes_the_fingerprint() -> None:
+    base = make_plan(SHAPES, 4, Config())
+    assert f"{base.fingerprint:08x}" == "37a7b088"  # as specified in lc3.format
+    assert make_plan(SHAPES, 4, Config(sparsity=1.9)).fingerprint == base.fingerprint
+    others = [
+        make_plan(SHAPES, 3, Config()),
+        make_plan(SHAPES, 4, Config(block=1024)),
+        make_plan(SHAPES, 4, Config(min_numel=1000)),
+        make_plan(SHAPES, 4, Config(min_share=1000)),
+        make_plan(SHAPES, 4, Config(raw=("conv.weight",))),
+        make_plan(SHAPES[::-1], 4, Config()),
+        make_plan([*SHAPES, ("more", (3,))], 4, Config()),
+    ]
+    assert len({base.fingerprint, *(plan.fingerprint for plan in others)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"sparsity": 2.0}, r"sparsity=2\.0 is outside \[1, 2\)"),
+        ({"sparsity": 0.999}, "outside"),
+        ({"sparsity": float("inf")}, "outside"),
+        ({"sparsity": True}, "must be a number"),
+        ({"pull_sparsity": -1.0}, r"pull_sparsity=-1\.0 is outside"),
+        ({"min_numel": -1}, "min_numel=-1 must be an integer of at least 0"),
+        ({"min_ndim": 1.5}, "min_ndim=1.5"),
+        ({"min_share": 0}, "min_share=0 must be an integer of at least 1"),
+        ({"block": 4}, "block=4 must be an integer of at least 5"),
+        ({"raw": "fc.*"}, "tuple of name patterns"),
+        ({"coded": (1,)}, "tuple of name patterns"),
+    ],
+)
+def test_config_refuses(knobs: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Config(**knobs)  # type: ignore[arg-type]
+
+
+def test_config_is_a_value() -> None:
+    assert Config(sparsity=1.5) == Config(sparsity=1.5)
+    assert dataclasses.replace(Config(block=99), sparsity=1.25).block == 99
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().sparsity = 1.5  # type: ignore[misc]
