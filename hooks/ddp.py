@@ -5,13 +5,15 @@ the classes themselves.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,8 +49,8 @@ def attach(
         model: wrapped in DistributedDataParallel, on the CPU, without a hook of
             its own.
         config: what to compress, and how much.
-        group: the ranks to average over; default: the model's process group. lc3 makes
-            a process group of its own over the same ranks.
+        group: a process group that nobody else uses, over the ranks of the model's.
+            Default: lc3 makes one, which it can only if the model is on all ranks.
 
     Returns:
         The state: its ``meter``, ``state_dict()``, ``close()``.
@@ -74,11 +76,15 @@ def lc3_hook(
             'torch.compile with torch._dynamo.config.optimize_ddp = "python_reducer" '
             'gives hooks no buckets; use "ddp_optimizer" with lc3'
         )
-    buffer, index, step = bucket.buffer(), bucket.index(), state.step
+    buffer = bucket.buffer()
     names = [state.name_of(parameter) for parameter in bucket.parameters()]
-    if bucket.is_last():
-        state.step += 1
-    return state.lane.submit(lambda: state.reduce(buffer, names, step, index))
+    step, index = state.next_exchange(names)
+    future = state.lane.submit(lambda: state.reduce(buffer, names, step, index))
+    # DDP would cast an exception to a tensor. Waiting at the end of backward, before
+    # DDP does, raises it as what it is. Outside of backward (Join) nobody but DDP can.
+    with suppress(RuntimeError):
+        Variable._execution_engine.queue_callback(future.wait)  # type: ignore[arg-type]
+    return future
 
 
 class State:
@@ -100,22 +106,22 @@ class State:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         _check_model(model)
+        codec = codec_for(next(model.parameters()).device)
         self.config = config
         self.meter = Meter()
-        self.step = 0
         self._names = {
             parameter: name
             for name, parameter in model.module.named_parameters()
             if parameter.requires_grad and name not in model.parameters_to_ignore
         }
+        self._begin_step(0)
         self._said: set[str] = set()
-        self._group = _own_group(model.process_group if group is None else group)
+        self._group, self._group_is_mine = _group_for(model, group)
         exchange = GroupExchange(self._group, _CPU)
         shapes = [(name, list(p.shape)) for p, name in self._names.items()]
 
         def build() -> Engine:
             _check_parameters(self._names)
-            codec = codec_for(next(iter(self._names)).device)
             warm_up(codec)
             plan = make_plan(shapes, exchange.world, config)
             return Engine(plan, config, exchange, codec, self.meter)
@@ -123,7 +129,7 @@ class State:
         try:
             self.engine = agree(exchange, lc3.__version__, config, shapes, build)
         except BaseException:
-            dist.destroy_process_group(self._group)
+            self._leave_group()
             raise
         self.lane = Lane(f"lc3-rank{exchange.rank}")
 
@@ -137,6 +143,27 @@ class State:
                 "model"
             )
         return str(name)
+
+    def next_exchange(self, names: Sequence[str]) -> tuple[int, int]:
+        """Return (step, bucket) for the bucket with the parameters ``names``.
+
+        Counted here: under ``static_graph`` DDP gives every bucket of the first step
+        the index 0. A step ends when every parameter was in a bucket, or when one comes
+        again because a backward pass was cut short.
+        """
+        if not self._due.issuperset(names):
+            self._begin_step(self.step + 1)
+        tag = self.step, self._bucket
+        self._bucket += 1
+        self._due.difference_update(names)
+        if not self._due:
+            self._begin_step(self.step + 1)
+        return tag
+
+    def _begin_step(self, step: int) -> None:
+        self.step = step
+        self._bucket = 0
+        self._due = set(self._names.values())
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -197,11 +224,15 @@ class State:
                 "is this what state.state_dict() returned?"
             )
         self.engine.residuals.load_state_dict(state["residuals"])
-        self.step = int(state["step"])
+        self._begin_step(int(state["step"]))
 
     def close(self) -> None:
-        """End the lane and its process group. The model can no longer run backward."""
+        """End the lane and the group it made. The model can no longer run backward."""
         if self.lane.close(_CLOSE_TIMEOUT_S):
+            self._leave_group()
+
+    def _leave_group(self) -> None:
+        if self._group_is_mine:
             dist.destroy_process_group(self._group)
 
     def __reduce__(self) -> NoReturn:
@@ -241,19 +272,34 @@ def _check_parameters(names: Mapping[Parameter, str]) -> None:
             )
 
 
-def _own_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return a new process group over the ranks of ``group``, with the same timeout.
+def _group_for(
+    model: DistributedDataParallel, given: dist.ProcessGroup | None
+) -> tuple[dist.ProcessGroup, bool]:
+    """Return a process group that only lc3 uses, and whether it was made here.
 
-    Only its members call this, so that a model on some of the ranks can be compressed.
+    DDP's own group carries buffers and the bitmap of unused parameters at times that
+    differ between ranks; a second user would mix up the order of collectives.
     """
-    options = getattr(group._get_backend(_CPU), "options", None)
+    ranks = dist.get_process_group_ranks(model.process_group)
+    if given is not None:
+        others = dist.get_process_group_ranks(given)
+        if others != ranks or given is model.process_group:
+            raise AttachError(
+                f"group has the ranks {others}, the model's process group {ranks}; "
+                "lc3 needs a second group of the same ranks: "
+                f"dist.new_group({ranks}), called on every rank of the job"
+            )
+        return given, False
+    if len(ranks) == 1:
+        return model.process_group, False  # nothing will be sent
+    if len(ranks) < dist.get_world_size():
+        raise AttachError(
+            f"the model is replicated on the ranks {ranks} only; call dist.new_group("
+            f"{ranks}) on every rank of the job and attach(model, group=that)"
+        )
+    options = getattr(model.process_group._get_backend(_CPU), "options", None)
     timeout: timedelta | None = getattr(options, "_timeout", None)
-    own = dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=timeout,
-        backend=str(dist.get_backend_config(group)),
-        use_local_synchronization=True,
-        group_desc="lc3",
-    )
+    backend = dist.get_backend(model.process_group)
+    own = dist.new_group(timeout=timeout, backend=backend, group_desc="lc3")
     assert isinstance(own, dist.ProcessGroup)
-    return own
+    return own, True

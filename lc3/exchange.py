@@ -81,16 +81,17 @@ class GroupExchange:
         self, messages: Sequence[Tensor], timeout_s: float | None = None
     ) -> list[Tensor]:
         """See ``Exchange.all_to_all``. Two rounds: the sizes, then the bytes."""
+        if self.world == 1:
+            return list(messages)
+        payload = torch.cat([m for r, m in enumerate(messages) if r != self.rank])
         outgoing = [0 if r == self.rank else m.numel() for r, m in enumerate(messages)]
+        announced = torch.tensor(outgoing, dtype=torch.int64, device=self._device)
+        sizes = torch.empty(self.world, dtype=torch.int64, device=self._device)
         with _transport_errors():
-            sizes = torch.empty(self.world, dtype=torch.int64, device=self._device)
-            announced = torch.tensor(outgoing, dtype=torch.int64, device=self._device)
             self._wait(self._start(sizes, announced), timeout_s)
-            incoming = sizes.tolist()
-            received = torch.empty(
-                sum(incoming), dtype=torch.uint8, device=self._device
-            )
-            payload = torch.cat([m for r, m in enumerate(messages) if r != self.rank])
+        incoming = sizes.tolist()
+        received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
+        with _transport_errors():
             self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
         self.sent_bytes += sum(outgoing) + _SIZE_BYTES * (self.world - 1)
         arrived = list(torch.split(received, incoming))

@@ -1,0 +1,443 @@
+"""What the ranks of ``test_ddp`` do: each function runs on every rank of a group."""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lc3 import AttachError, Config, Lc3Error
+from lc3.codec import cpu
+from lc3.hooks import ddp
+from tests.oracle import Oracle
+
+CONFIG = Config(sparsity=1.5, min_numel=64, min_share=5000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of using DDP.
+
+    Attributes:
+        used: which rank uses the ``spare`` layer at which step: an expression of them.
+        accumulate: backward passes per step, all but the last under ``no_sync``.
+        options: of DistributedDataParallel.
+    """
+
+    options: tuple[tuple[str, Any], ...] = ()
+    used: str = "True"
+    accumulate: int = 1
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+    config: Config = CONFIG
+    steps: int = 20
+
+
+class Net(nn.Module):
+    """Registered in another order than used, so that DDP's rebuilt buckets differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(256, 10)
+        self.spare = nn.Linear(40, 256)
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1, stride=2)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.wide = nn.Linear(256, 512)
+        self.hidden = nn.Linear(512, 256)
+        self.alone: nn.Parameter  # in its dtype; set by make_net
+
+    def forward(self, x: Tensor, use_spare: bool) -> Tensor:
+        h = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        h = h.flatten(1)[:, :512]
+        h = torch.relu(self.hidden(h))
+        h = torch.relu(self.hidden(torch.relu(self.wide(h))))
+        if use_spare:
+            h = h + self.spare(x.flatten(1)[:, :40])
+        nothing = self.empty.sum() + self.alone.sum().to(h.dtype)
+        return torch.as_tensor(self.head(h) + nothing)
+
+
+def equals_the_oracle(rank: int, world: int, case: Case) -> dict[str, Any]:
+    """Train; compare every gradient of every step with the oracle's; report."""
+    model = make_net(case)
+    shadow = make_net(case)  # the same module without DDP gives the local gradients
+    wrapped = DistributedDataParallel(model, **dict(case.options))
+    state = ddp.attach(wrapped, case.config)
+    layouts = record_layouts(state)
+    oracle = Oracle(
+        [(name, tuple(p.shape)) for name, p in model.named_parameters()],
+        world,
+        case.config,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(case.steps):
+        batches = [batch(rank, step, part, case) for part in range(case.accumulate)]
+        local = local_gradients(shadow, model, batches)
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, local)
+        expected = oracle.step(everyone)
+
+        optimizer.zero_grad()
+        for part, (x, y, use_spare) in enumerate(batches):
+            last = part == len(batches) - 1
+            if last:
+                loss_of(wrapped(x, use_spare), y).backward()
+            else:
+                with wrapped.no_sync():
+                    loss_of(wrapped(x, use_spare), y).backward()
+        check_gradients(model, expected, everyone, step)
+        optimizer.step()
+    report = {
+        "hash": hash_of(model),
+        "layouts": layouts,
+        "buckets": state.meter.buckets,
+        "steps": state.meter.steps,
+        "residual": sum(float(r.norm()) for r in state.engine.residuals.sent.values()),
+    }
+    state.close()
+    return report
+
+
+def make_net(case: Case) -> Net:
+    torch.manual_seed(7)
+    net = Net().to(case.dtype)
+    net.alone = nn.Parameter(torch.zeros(0, 4, dtype=alone_in_its_dtype(case)))
+    if case.channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def alone_in_its_dtype(case: Case) -> torch.dtype:
+    """Return a dtype that no other parameter has: DDP makes a bucket of 0 elements."""
+    return torch.float16 if case.dtype == torch.bfloat16 else torch.bfloat16
+
+
+def batch(rank: int, step: int, part: int, case: Case) -> tuple[Tensor, Tensor, bool]:
+    generator = torch.Generator().manual_seed(rank + 100 * step + 10_000 * part)
+    x = torch.randn(4, 3, 8, 8, generator=generator).to(case.dtype)
+    if case.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    use_spare = bool(eval(case.used, {"rank": rank, "step": step}))
+    return x, torch.randint(10, (4,), generator=generator), use_spare
+
+
+def loss_of(output: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.float(), y)
+
+
+def local_gradients(
+    shadow: Net, model: Net, batches: list[tuple[Tensor, Tensor, bool]]
+) -> dict[str, Any]:
+    """Return this rank's gradients, flat in memory order, zeros if there is none."""
+    with torch.no_grad():
+        for mine, its in zip(shadow.parameters(), model.parameters(), strict=True):
+            mine.copy_(its)
+    shadow.zero_grad()
+    for x, y, use_spare in batches:
+        loss_of(shadow(x, use_spare), y).backward()
+    return {name: flat(p, p.grad) for name, p in shadow.named_parameters()}
+
+
+def flat(parameter: Tensor, grad: Tensor | None) -> Any:
+    """Return a gradient as float32[numel] in the memory order of its parameter."""
+    like = torch.zeros_like(parameter)
+    if grad is not None:
+        like.copy_(grad)
+    return like.as_strided((like.numel(),), (1,)).float().numpy()
+
+
+def check_gradients(
+    model: Net, expected: dict[str, Any], local: list[dict[str, Any]], step: int
+) -> None:
+    for name, parameter in model.named_parameters():
+        if not any(gradients[name].any() for gradients in local):
+            # Unused everywhere: DDP keeps what was there, which is nothing.
+            grad = parameter.grad
+            assert grad is None or not grad.any(), f"step {step}: {name}"
+            continue
+        rounded = torch.from_numpy(expected[name]).to(parameter.dtype).float().numpy()
+        found = flat(parameter, parameter.grad)
+        np.testing.assert_array_equal(found, rounded, f"step {step}: {name}")
+
+
+def record_layouts(state: ddp.State) -> list[tuple[int, list[str]]]:
+    layouts: list[tuple[int, list[str]]] = []
+    reduce = state.reduce
+
+    def recording(buffer: Tensor, names: list[str], step: int, bucket: int) -> Tensor:
+        layouts.append((step, names))
+        return reduce(buffer, names, step, bucket)
+
+    state.reduce = recording  # type: ignore[method-assign]
+    return layouts
+
+
+def hash_of(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(flat(parameter, parameter.detach()).tobytes())
+    return digest.hexdigest()
+
+
+class Deep(nn.Module):
+    """Many small layers: with a small cap, a bucket for each."""
+
+    def __init__(self, layers: int = 24) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def many_buckets(rank: int, world: int, runs: int) -> dict[str, Any]:
+    """Attach, train, close, ``runs`` times; report hashes and what was left behind."""
+    hashes, buckets = [], 0
+    for run in range(runs):
+        torch.manual_seed(run)
+        wrapped = DistributedDataParallel(Deep(), bucket_cap_mb=0.01)
+        state = ddp.attach(wrapped, CONFIG)
+        for step in range(4):
+            torch.manual_seed(1000 * run + 10 * step + rank)
+            wrapped(torch.randn(8, 64)).square().mean().backward()
+            with torch.no_grad():
+                for parameter in wrapped.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(parameter.grad, alpha=0.1)
+                    parameter.grad = None
+        hashes.append(hash_of(wrapped.module))
+        buckets = state.meter.buckets // state.meter.steps
+        state.close()
+        if run == 0:
+            files, threads = count_files(), threading.active_count()
+    return {
+        "hashes": hashes,
+        "buckets": buckets,
+        "files": count_files() - files,
+        "threads": threading.active_count() - threads,
+    }
+
+
+def count_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def attach_outcome(rank: int, world: int, what: str) -> str:
+    """Attach in some wrong way; return the error, as ``type: text``."""
+    model: nn.Module = nn.Linear(40, 40)
+    config = CONFIG
+    if what == "config differs":
+        config = Config(sparsity=1.0 + 0.25 * (rank == 1))
+    if what == "model differs":
+        model.register_parameter("late", None)
+        config = Config(raw=("weight",)) if rank else Config()
+    if what == "complex":
+        model = nn.Linear(4, 4, dtype=torch.cfloat)
+    if what == "pattern matches nothing":
+        config = Config(raw=("wait.*",))
+    if what == "pattern matches nothing on one rank":
+        config = Config(raw=("wait.*",)) if rank == 1 else Config()
+    if what != "not ddp":
+        model = DistributedDataParallel(model)
+    if what == "nothing trainable":
+        model.requires_grad_(False)
+    if what == "other hook":
+        hooks = __import__(
+            "torch.distributed.algorithms.ddp_comm_hooks.default_hooks", fromlist=["x"]
+        )
+        model.register_comm_hook(None, hooks.fp16_compress_hook)  # type: ignore[operator]
+    try:
+        state = ddp.attach(model, config)  # type: ignore[arg-type]
+        if what == "twice":
+            try:
+                ddp.attach(model, config)  # type: ignore[arg-type]
+            finally:
+                state.close()
+    except Lc3Error as error:
+        return f"{type(error).__name__}: {error}"
+    return "attached"
+
+
+def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
+    """Break something after attach; return what backward says, twice."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    if what == "frozen when attached":
+        net[0].requires_grad_(False)
+    model = DistributedDataParallel(net)
+    if what == "frozen when attached":
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64)))
+        model.module[0].weight.requires_grad_(False)
+    state = ddp.attach(model, CONFIG)
+    said = []
+    if what == "frozen when attached":
+        model.module[0].weight.requires_grad_(True)
+    if what == "closed":
+        state.close()
+        state.close()
+    for step in range(3):
+        if what == "encode fails" and step == 1 and rank == world - 1:
+            state.engine.codec = Broken()
+        if what == "another lc3 step" and step == 1 and rank == 0:
+            state.step += 1
+        try:
+            model(torch.randn(4, 64)).square().mean().backward()
+        except Exception as error:  # noqa: BLE001  # it is the result
+            said.append(f"{type(error).__name__}: {error}")
+            if what != "encode fails":
+                break
+    state.close()
+    return said
+
+
+class Broken:
+    """A codec on a machine without memory."""
+
+    def encode(self, x: Tensor, sparsity: float, out: Tensor) -> int:
+        raise MemoryError("no memory left for frames")
+
+    decode_add = staticmethod(cpu.decode_add)
+
+
+def passes_through(rank: int, world: int, kind: str) -> dict[str, Any]:
+    """Train with gradients that lc3 does not code; compare with plain DDP."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lc3.hooks.ddp").addHandler(handler)
+
+    def train(attached: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        if kind == "sparse":
+            net: nn.Module = nn.EmbeddingBag(50, 8, sparse=True)
+        else:
+            net = nn.Linear(40, 8, dtype=torch.float64)
+        model = DistributedDataParallel(net)
+        state = ddp.attach(model) if attached else None
+        for step in range(3):
+            torch.manual_seed(10 * step + rank)
+            x = (
+                torch.randint(50, (4, 6))
+                if kind == "sparse"
+                else torch.randn(4, 40, dtype=torch.float64)
+            )
+            model(x).square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(parameter.grad, alpha=0.1)
+                    parameter.grad = None
+        if state is not None:
+            assert state.meter.passed_through_bytes == state.meter.sent_bytes > 0
+            state.close()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    plain, through = train(False), train(True)
+    logging.getLogger("lc3.hooks.ddp").removeHandler(handler)
+    return {
+        "said": said,
+        "equal": all(map(torch.equal, plain, through)),
+        "difference": max(
+            float((a - b).abs().max()) for a, b in zip(plain, through, strict=True)
+        ),
+    }
+
+
+def resumes_bit_for_bit(rank: int, world: int, weights_file: str) -> bool:
+    """Ten steps; or five, everything saved, loaded into a new model, and five more."""
+
+    def train(model: Any, state: ddp.State, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(10 * step + rank)
+            optimizer.zero_grad()
+            model(torch.randn(4, 64)).square().mean().backward()
+            optimizer.step()
+
+    def start() -> tuple[Any, ddp.State, Any]:
+        torch.manual_seed(3)
+        model = DistributedDataParallel(Deep(4), bucket_cap_mb=0.02)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, ddp.attach(model, CONFIG), optimizer
+
+    model, state, optimizer = start()
+    train(model, state, optimizer, range(10))
+    straight = hash_of(model.module)
+    state.close()
+
+    model, state, optimizer = start()
+    train(model, state, optimizer, range(5))
+    path = f"{weights_file}.{rank}"
+    torch.save(
+        {
+            "lc3": state.state_dict(),
+            "m": model.state_dict(),
+            "o": optimizer.state_dict(),
+        },
+        path,
+    )
+    state.close()
+    model, state, optimizer = start()
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["m"])
+    optimizer.load_state_dict(saved["o"])
+    state.load_state_dict(saved["lc3"])
+    train(model, state, optimizer, range(5, 10))
+    state.close()
+    return hash_of(model.module) == straight
+
+
+def two_models_and_a_subgroup(rank: int, world: int) -> str:
+    """Two models side by side, and one on some of the ranks only; return a hash."""
+    some, for_lc3 = (dist.new_group([0, world - 1]) for _ in range(2))
+    torch.manual_seed(3)
+    models = [DistributedDataParallel(Deep(2)) for _ in range(2)]
+    states = [ddp.attach(model, CONFIG) for model in models]
+    if rank in (0, world - 1):
+        models.append(DistributedDataParallel(Deep(2), process_group=some))
+        for wrong in (None, some, dist.group.WORLD):
+            with pytest.raises(AttachError, match=r"dist\.new_group\(\[0, 2\]\)"):
+                ddp.attach(models[-1], CONFIG, group=wrong)
+        states.append(ddp.attach(models[-1], CONFIG, group=for_lc3))
+        assert states[-1].engine.exchange.world == 2
+    for step in range(3):
+        for model in models:
+            torch.manual_seed(10 * step + rank)
+            model(torch.randn(4, 64)).square().mean().backward()
+    for state in states:
+        state.close()
+    return " ".join(
+        hashlib.sha256(flat(p, p.grad).tobytes()).hexdigest()[:8]
+        for model in models[:2]
+        for p in model.parameters()
+    )
+
+
+def in_a_group_of_one(rank: int, world: int) -> bool:
+    """One rank: plain training, to the bit."""
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    grads = []
+    for attached in (False, True):
+        torch.manual_seed(3)
+        model = DistributedDataParallel(Deep(2), process_group=alone)
+        state = ddp.attach(model, CONFIG) if attached else None
+        model(torch.randn(4, 64)).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+        if state is not None:
+            assert state.meter.sent_bytes == 0
+            state.close()
+    return all(map(torch.equal, *grads))
+
+
+CaseFunction = Callable[..., Any]
