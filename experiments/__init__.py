@@ -1,0 +1,1 @@
+"""The evaluation harness: tasks, methods, runs, reports. Not part of the package."""

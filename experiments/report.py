@@ -1,0 +1,212 @@
+"""Tables and plots from the rows of ``experiments.train``.
+
+python -m experiments.report experiments/results/digits.csv --readme README.md
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.record import read_csv
+
+BASELINE = "float32"
+LINKS_MBIT_S = {10: "10 Mbit/s", 100: "100 Mbit/s", 1_000: "1 Gbit/s"}
+HEADERS = [
+    "method",
+    "bytes sent per rank and step",
+    "fewer than float32",
+    "in coded tensors",
+    "bits per element, push + pull",
+    "final loss",
+    "test accuracy",
+    *(f"step at {link}*" for link in LINKS_MBIT_S.values()),
+]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method's results: means over seeds, at the last evaluation.
+
+    Attributes:
+        method: its name.
+        bytes_per_step: sent from one rank to others.
+        push_bits: per gradient element that the method codes, worker to owner.
+        pull_bits: the same on the way back.
+        loss: on the training data, since the evaluation before.
+        accuracy: on the test data, 0 to 1.
+        spread: largest minus smallest accuracy of a seed.
+        compute_ms: one step without communication.
+        codec_ms: encoding and decoding of one step.
+    """
+
+    method: str
+    bytes_per_step: float
+    push_bits: float
+    pull_bits: float
+    loss: float
+    accuracy: float
+    spread: float
+    compute_ms: float
+    codec_ms: float
+
+    def step_ms(self, mbit_s: float) -> float:
+        """Return the milliseconds a step would take if each rank sent at ``mbit_s``.
+
+        Nothing overlaps: computing, coding, then sending. The link is full duplex and
+        has no latency.
+        """
+        send_ms = self.bytes_per_step * 8 / (mbit_s * 1e3)
+        return self.compute_ms + self.codec_ms + send_ms
+
+
+def summarise(rows: Sequence[dict[str, str]]) -> list[Summary]:
+    """Return one summary per method, in the order they were run."""
+
+    def of(method: str) -> Summary:
+        last = [r for r in rows if r["method"] == method and r["step"] == r["steps"]]
+
+        def over_seeds(column: str) -> float:
+            return mean(float(row[column]) for row in last)
+
+        accuracies = [float(row["accuracy"]) for row in last]
+        return Summary(
+            method=method,
+            bytes_per_step=over_seeds("sent_bytes") / int(last[0]["steps"]),
+            push_bits=over_seeds("push_bits"),
+            pull_bits=over_seeds("pull_bits"),
+            loss=over_seeds("loss"),
+            accuracy=mean(accuracies),
+            spread=max(accuracies) - min(accuracies),
+            compute_ms=over_seeds("compute_ms"),
+            codec_ms=over_seeds("codec_ms"),
+        )
+
+    return [of(method) for method in dict.fromkeys(row["method"] for row in rows)]
+
+
+def cells(summaries: Sequence[Summary]) -> list[list[str]]:
+    """Return the table's rows as text, one cell per header."""
+    baseline = next((s for s in summaries if s.method == BASELINE), None)
+
+    def of(s: Summary) -> list[str]:
+        fewer = baseline.bytes_per_step / s.bytes_per_step if baseline else float("nan")
+        return [
+            s.method,
+            f"{s.bytes_per_step:,.0f}",
+            f"{fewer:.1f} ×",
+            f"{64 / (s.push_bits + s.pull_bits):.1f} ×",
+            f"{s.push_bits:.3g} + {s.pull_bits:.3g}",
+            f"{s.loss:.4f}",
+            f"{100 * s.accuracy:.2f} %",
+            *(f"{s.step_ms(mbit_s):,.1f} ms" for mbit_s in LINKS_MBIT_S),
+        ]
+
+    return [of(summary) for summary in summaries]
+
+
+def caption(rows: Sequence[dict[str, str]]) -> str:
+    """Return what the figures are of, and what was computed instead of measured."""
+    row = rows[0]
+    seeds = len({row["seed"] for row in rows})
+    return (
+        f"Task {row['task']}: {row['ranks']} ranks on one machine, "
+        f"{row['steps']} steps, mean of {seeds} {'seed' if seeds == 1 else 'seeds'}; "
+        f"the baseline is plain DDP in float32. {row['machine']}, {row['cores']} "
+        f"cores; lc3 {row['lc3']} at commit {row['commit']}, torch {row['torch']}, "
+        f"numpy {row['numpy']}, numba {row['numba']}, Python {row['python']}. "
+        "Bytes are counted where they are sent (for the two all-reduces: a ring's "
+        "bytes, 2 (W − 1) / W of the buffer). *Computed, not measured: measured "
+        "computing and coding time, plus bytes sent over the rate; no overlap, no "
+        "latency."
+    )
+
+
+def print_table(rows: Sequence[dict[str, str]], console: Console) -> None:
+    """Print the comparison for a terminal."""
+    table = Table(caption=caption(rows), caption_justify="left")
+    for header in HEADERS:
+        table.add_column(header, justify="left" if header == "method" else "right")
+    for line in cells(summarise(rows)):
+        table.add_row(*line)
+    console.print(table)
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Return the comparison as Markdown."""
+    lines = [
+        HEADERS,
+        ["---", *["---:"] * (len(HEADERS) - 1)],
+        *cells(summarise(rows)),
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{caption(rows).replace('*', chr(92) + '*')}\n"
+
+
+def plot(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Write a PNG of test accuracy against bytes sent, the mean of the seeds."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for summary in summarise(rows):
+        mine = [row for row in rows if row["method"] == summary.method]
+        steps = sorted({int(row["step"]) for row in mine})
+        points = [[row for row in mine if int(row["step"]) == step] for step in steps]
+        axes.plot(
+            [mean(int(row["sent_bytes"]) for row in at) / 1e6 for at in points],
+            [100 * mean(float(row["accuracy"]) for row in at) for at in points],
+            marker="o",
+            markersize=3,
+            label=summary.method,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("megabytes sent per rank")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(f"{rows[0]['task']}, {rows[0]['ranks']} ranks")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def insert(text: str, name: str, content: str) -> str:
+    """Return ``text`` with ``content`` between the markers of ``name``.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"need one {begin.strip()} and one {end} to insert {name!r}")
+    head, rest = text.split(begin)
+    if end not in rest:
+        raise ValueError(f"{end} stands before {begin.strip()}")
+    return head + begin + content + end + rest.split(end)[1]
+
+
+def main() -> None:
+    """Print the table of a result file, draw it, and bring a README up to date."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.report", description="Report on one result file."
+    )
+    parser.add_argument("csv", type=Path, help="result file of experiments.train")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--readme", type=Path, help="Markdown file with markers")
+    options = parser.parse_args()
+    if not options.csv.is_file():
+        parser.error(f"{options.csv} is not a file; make demo writes one")
+    rows = read_csv(options.csv)
+    print_table(rows, Console())
+    if options.plot:
+        plot(rows, options.plot)
+    if options.readme:
+        old = options.readme.read_text()
+        new = insert(old, options.csv.stem, markdown(rows))
+        options.readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""One rank of a comparison: train the same network once per method and seed.
+
+Any launcher that sets torchrun's environment starts it; rank 0 writes the CSV:
+
+    torchrun --nproc-per-node 2 -m experiments.train --task digits --out digits.csv
+"""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from experiments.methods import METHODS, Traffic
+from experiments.record import write_csv
+from experiments.tasks import TASKS, Task
+
+WARM_UP = 0.05
+EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured: one task, the same for every method and seed."""
+
+    task: Task
+    steps: int
+    compute_ms: float
+    progress: Progress
+
+    def train(self, method: str, seed: int) -> list[dict[str, object]]:
+        """Train once; collective.
+
+        Returns:
+            One row per evaluation, the same on all ranks: bytes sent so far and the
+            codec's time are means over ranks, the loss a mean over ranks and the steps
+            since the row before.
+
+        Raises:
+            RuntimeError: the ranks' parameters differ at the end.
+        """
+        torch.manual_seed(seed)
+        model = DistributedDataParallel(self.task.make_model())
+        traffic = METHODS[method](model)
+        optimizer, schedule = make_optimizer(self.task, model, self.steps)
+        every = math.ceil(self.steps / EVALUATIONS)
+        rows: list[dict[str, object]] = []
+        losses: list[Tensor] = []
+        bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
+        for step, batch in enumerate(batches(self.task, seed, self.steps), start=1):
+            losses.append(train_step(model, optimizer, batch))
+            schedule.step()
+            if step % every == 0 or step == self.steps:
+                measured = self._measure(model, traffic, torch.stack(losses), step)
+                start = {"task": self.task.name, "method": method, "seed": seed}
+                rows.append({**start, **measured})
+                losses.clear()
+            self.progress.update(bar, completed=step)
+        self.progress.remove_task(bar)
+        check_replicas(model)
+        traffic.close()
+        return rows
+
+    def _measure(
+        self, model: nn.Module, traffic: Traffic, losses: Tensor, step: int
+    ) -> dict[str, object]:
+        sent_bytes, codec_ms, loss, push_bits, pull_bits = mean_over_ranks(
+            traffic.sent_bytes,
+            1e3 * traffic.codec_seconds / step,
+            losses.mean().item(),
+            traffic.push_bits,
+            traffic.pull_bits,
+        )
+        return {
+            "ranks": dist.get_world_size(),
+            "steps": self.steps,
+            "step": step,
+            "sent_bytes": round(sent_bytes),
+            "push_bits": round(push_bits, 4),
+            "pull_bits": round(pull_bits, 4),
+            "loss": round(loss, 5),
+            "accuracy": round(accuracy(model, self.task.test), 5),
+            "compute_ms": round(self.compute_ms, 3),
+            "codec_ms": round(codec_ms, 3),
+        }
+
+
+def make_optimizer(task: Task, model: nn.Module, steps: int) -> tuple[SGD, LambdaLR]:
+    """Return SGD, and its learning rate: linear warm-up, then a cosine to zero."""
+    optimizer = SGD(
+        model.parameters(),
+        lr=task.learning_rate,
+        momentum=task.momentum,
+        weight_decay=task.weight_decay,
+    )
+    warm_up = max(1, round(WARM_UP * steps))
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up + 1))) / 2
+
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's batches, epoch after epoch, the same for every method."""
+    sampler: DistributedSampler[TensorDataset] = DistributedSampler(
+        task.train, shuffle=True, seed=seed, drop_last=True
+    )
+    loader = DataLoader(
+        task.train, batch_size=task.batch_size, sampler=sampler, drop_last=True
+    )
+    done = 0
+    for epoch in range(steps):
+        sampler.set_epoch(epoch)
+        for inputs, labels in loader:
+            yield inputs, labels
+            done += 1
+            if done == steps:
+                return
+
+
+def train_step(model: nn.Module, optimizer: SGD, batch: Sequence[Tensor]) -> Tensor:
+    """Update the model with one batch and return its loss, a scalar."""
+    inputs, labels = batch
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(inputs), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def measure_compute_ms(task: Task, steps: int = 40) -> float:
+    """Return the milliseconds of one step without any communication.
+
+    Every rank runs at once, as in training: the median step, averaged over ranks.
+    """
+    model = task.make_model()
+    optimizer, _ = make_optimizer(task, model, steps)
+    times = []
+    for batch in batches(task, seed=0, steps=steps):
+        start = time.perf_counter()
+        train_step(model, optimizer, batch)
+        times.append(time.perf_counter() - start)
+    (median_s,) = mean_over_ranks(sorted(times)[len(times) // 2])
+    return 1e3 * median_s
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Return the share of ``data`` that the model labels correctly, 0 to 1."""
+    inputs, labels = data.tensors
+    right: Tensor = model(inputs).argmax(dim=1) == labels
+    return right.float().mean().item()
+
+
+def mean_over_ranks(*values: float) -> list[float]:
+    """Return each value's mean over all ranks; collective."""
+    means = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(means)
+    return [value / dist.get_world_size() for value in means.tolist()]
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Compare the parameters of all ranks bit for bit; collective.
+
+    Raises:
+        RuntimeError: they differ, so the figures of this run mean nothing.
+    """
+    mine = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    first = mine.clone()
+    dist.broadcast(first, src=0)
+    (differing,) = mean_over_ranks(float(not torch.equal(first, mine)))
+    if differing:
+        raise RuntimeError("ranks hold different parameters after training")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the checked command line; a bad one ends the program with its reason."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.train", description="Compare methods on one task."
+    )
+    add_run_options(parser)
+    parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    options = parser.parse_args(arguments)
+    if "RANK" not in os.environ:
+        parser.error(
+            "there is no RANK in the environment; start this with torchrun, for "
+            "example: torchrun --nproc-per-node 2 -m experiments.train --task digits"
+        )
+    return options
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a run is made of; the launchers of runs pass it on."""
+    parser.add_argument("--task", choices=TASKS, default="digits")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"of {', '.join(map(repr, METHODS))} (default: all)",
+    )
+    parser.add_argument("--steps", type=at_least(1), default=500)
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Return a converter of one command-line argument to an integer from ``low`` up."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not an integer of at least {low}"
+            )
+        return int(text)
+
+    return convert
+
+
+def main() -> None:
+    """Train every method with every seed and write the rows."""
+    options = parse()
+    dist.init_process_group("gloo")
+    first = dist.get_rank() == 0
+    task = TASKS[options.task]()
+    console = Console(quiet=not first)
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    rows: list[dict[str, object]] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        run = Run(task, options.steps, measure_compute_ms(task), progress)
+        everything = progress.add_task(
+            "all runs", total=options.seeds * len(options.methods)
+        )
+        for seed in range(options.seeds):
+            for method in options.methods:
+                rows += run.train(method, seed)
+                last = rows[-1]
+                progress.advance(everything)
+                console.print(
+                    f"{method:12} seed {seed}: test accuracy "
+                    f"{100 * float(str(last['accuracy'])):.2f} %, "
+                    f"{int(str(last['sent_bytes'])):,} bytes sent per rank",
+                    highlight=False,
+                )
+    if first:
+        write_csv(options.out, rows)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
