@@ -21,12 +21,13 @@ HEADERS = [
     "method",
     "bytes sent per rank and step",
     "fewer than float32",
-    "in coded tensors",
+    "fewer in coded tensors",
     "bits per element, push + pull",
     "final loss",
     "test accuracy",
     *(f"step at {link}*" for link in LINKS_MBIT_S.values()),
 ]
+TRAFFIC = slice(1, 5)  # columns of HEADERS; the others are what comes of it
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,17 @@ def caption(rows: Sequence[dict[str, str]]) -> str:
 
 
 def print_table(rows: Sequence[dict[str, str]], console: Console) -> None:
-    """Print the comparison for a terminal."""
-    table = Table(caption=caption(rows), caption_justify="left")
-    for header in HEADERS:
-        table.add_column(header, justify="left" if header == "method" else "right")
-    for line in cells(summarise(rows)):
-        table.add_row(*line)
-    console.print(table)
+    """Print the comparison as two tables, which fit a terminal of 80 columns."""
+    lines = cells(summarise(rows))
+    for columns in (TRAFFIC, slice(TRAFFIC.stop, None)):
+        table = Table()
+        table.add_column(HEADERS[0], no_wrap=True)
+        for header in HEADERS[columns]:
+            table.add_column(header, justify="right")
+        for line in lines:
+            table.add_row(line[0], *line[columns])
+        console.print(table)
+    console.print(caption(rows), highlight=False)
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:

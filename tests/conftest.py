@@ -16,6 +16,13 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+def pytest_report_header() -> str:
+    """Say which backends the codec's tests run with: none is skipped silently."""
+    from tests.test_codec import BACKENDS
+
+    return f"codec backends: {', '.join(codec.__name__ for codec in BACKENDS)}"
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """Give ``ranks(world)``: processes, started at first use, shared by tests."""

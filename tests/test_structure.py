@@ -1,0 +1,98 @@
+"""Imports point downward only, and a framework is imported in one file."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BELOW = {
+    "errors": set(),
+    "version": set(),
+    "format": {"errors"},
+    "config": {"errors"},
+    "codec": {"config", "errors", "format"},
+    "exchange": {"errors"},
+    "plan": {"config", "errors"},
+    "residual": {"errors", "plan"},
+    "meter": {"format"},
+    "lane": {"errors"},
+    "handshake": {"config", "errors", "exchange"},
+    "engine": {
+        *("codec", "config", "errors", "exchange", "format", "meter", "plan"),
+        "residual",
+    },
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield every module that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources() -> dict[str, list[Path]]:
+    rooms = {path.stem: [path] for path in (ROOT / "lc3").glob("*.py")}
+    rooms["codec"] = list((ROOT / "lc3/codec").glob("*.py"))
+    del rooms["__init__"]
+    return rooms
+
+
+def lc3_imports(path: Path) -> set[str]:
+    """Return which rooms of lc3 a file imports."""
+    found = set()
+    for module in imported(path):
+        top, _, rest = module.partition(".")
+        if top == "lc3" and rest:
+            found.add(rest.split(".")[0])
+    return found
+
+
+def test_every_room_is_listed() -> None:
+    assert set(sources()) == set(BELOW)
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_only_what_is_below_it(room: str) -> None:
+    for path in sources()[room]:
+        known = {name for name in lc3_imports(path) if name in BELOW}
+        assert known <= {*BELOW[room], room}, path
+
+
+def test_the_codec_knows_no_network_and_the_exchange_no_codec() -> None:
+    for path in sources()["codec"]:
+        assert not any(name.startswith("torch.dist") for name in imported(path)), path
+
+
+def test_nothing_below_imports_hooks_experiments_or_tests() -> None:
+    for paths in sources().values():
+        for path in paths:
+            tops = {name.partition(".")[0] for name in imported(path)}
+            assert not tops & {"hooks", "experiments", "tests", "launch"}, path
+            assert "hooks" not in lc3_imports(path), path
+    for path in (ROOT / "hooks").glob("*.py"):
+        tops = {name.partition(".")[0] for name in imported(path)}
+        assert not tops & {"experiments", "tests", "launch"}, path
+
+
+def test_a_framework_is_imported_in_one_file() -> None:
+    files = [*(ROOT / "lc3").glob("*.py"), *(ROOT / "lc3/codec").glob("*.py")]
+    for framework in ("horovod", "lightning", "accelerate", "transformers"):
+        for path in files:
+            assert framework not in {m.partition(".")[0] for m in imported(path)}, path
+
+
+def test_nothing_runs_a_pickle() -> None:
+    forbidden = (" eval(", " exec(", "weights_only=False")
+    for folder in ("lc3", "lc3/codec", "hooks"):
+        for path in (ROOT / folder).glob("*.py"):
+            tops = {module.partition(".")[0] for module in imported(path)}
+            assert "pickle" not in tops, path
+            assert not any(word in path.read_text() for word in forbidden), path
