@@ -1,0 +1,119 @@
+"""What the README shows and says is what the code does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import record, report
+from experiments.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULT = record.read_csv(ROOT / "experiments/results/digits.csv")
+
+
+def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program on two ranks of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2", *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_the_readmes_script_trains(tmp_path: Path) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    done = torchrun("train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"loss ([\d.]+), (\d+) times fewer bytes", done.stdout)
+    assert found is not None
+    assert float(found[1]) < 2
+    assert int(found[2]) > 10
+    assert {p.name for p in tmp_path.glob("*.pt")} == {
+        "checkpoint.pt",
+        "lc3-rank0.pt",
+        "lc3-rank1.pt",
+    }
+
+
+def test_the_readmes_table_is_the_committed_result() -> None:
+    assert report.insert(README, "digits", report.markdown(RESULT)) == README
+
+
+def test_the_committed_result_keeps_what_the_demo_promises() -> None:
+    """s = 1 within 0.5 points of plain DDP, 15 times fewer bytes in coded tensors."""
+    of = {summary.method: summary for summary in report.summarise(RESULT)}
+    assert set(of) == set(METHODS)
+    plain, coded = of["float32"], of["3LC s=1.00"]
+    assert len({row["seed"] for row in RESULT}) == 3
+    assert coded.accuracy >= plain.accuracy - 0.005
+    assert 64 / (coded.push_bits + coded.pull_bits) >= 15
+
+
+def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "digits.csv"
+    arguments = ["--steps", "12", "--seeds", "1", "--out", str(path)]
+    done = torchrun("-m", "experiments.train", *arguments, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = record.read_csv(path)
+    last = {row["method"]: row for row in rows if row["step"] == "12"}
+    assert list(last) == list(METHODS)
+    sent = {method: int(row["sent_bytes"]) for method, row in last.items()}
+    assert sent["float32"] == 2 * sent["fp16"] == 12 * 4 * 151_306
+    assert sent["3LC s=1.90"] < sent["3LC s=1.00"] < sent["fp16"] / 15
+    for row in last.values():
+        assert {"commit", "torch", "numba", "machine", "seed"} <= set(row)
+        assert 0 <= float(row["accuracy"]) <= 1
+    report.plot(rows, tmp_path / "digits.png")
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], "'0' is not an integer of at least 1"),
+        (["--seeds", "x"], "'x' is not an integer of at least 1"),
+        (["--methods", "4LC"], "invalid choice: '4LC'"),
+        (["--task", "mnist"], "invalid choice: 'mnist'"),
+        (["--ranks", "1"], "'1' is not an integer of at least 2"),
+    ],
+)
+def test_the_demo_refuses_bad_arguments(arguments: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.demo", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_a_result_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    record.write_csv(path, [{"a": 1}])
+    before = path.read_text()
+    for bad in ([], [{"a": 1}, {"b": 2}]):
+        with pytest.raises(ValueError, match=r"no rows|columns"):
+            record.write_csv(path, bad)
+        assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- x:begin -->\n", "<!-- x:end --><!-- x:begin -->\n"]
+)
+def test_insert_needs_its_markers(text: str) -> None:
+    with pytest.raises(ValueError, match="x:end"):
+        report.insert(text, "x", "")
