@@ -29,6 +29,7 @@ class Traffic(Protocol):
         sent_bytes: counted where they are given to the transport.
         push_bits: per gradient element that the method codes, worker to owner.
         pull_bits: the same on the way back.
+        frame_bits: both ways together, before the lossless entropy stage.
         codec_seconds: wall-clock seconds of coding and decoding.
     """
 
@@ -38,6 +39,8 @@ class Traffic(Protocol):
     def push_bits(self) -> float: ...  # noqa: D102
     @property
     def pull_bits(self) -> float: ...  # noqa: D102
+    @property
+    def frame_bits(self) -> float: ...  # noqa: D102
     @property
     def codec_seconds(self) -> float: ...  # noqa: D102
     def close(self) -> None:
@@ -56,9 +59,11 @@ class AllReduce:
     codec_seconds: float = 0.0
     push_bits: float = field(init=False)
     pull_bits: float = field(init=False)
+    frame_bits: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.push_bits = self.pull_bits = float(self.bits)
+        self.frame_bits = 2.0 * self.bits
 
     def close(self) -> None:
         """Nothing to free."""
@@ -95,6 +100,12 @@ class Compressed:
     def pull_bits(self) -> float:
         """See ``Traffic``."""
         return self._meter.pull.bits_per_element
+
+    @property
+    def frame_bits(self) -> float:
+        """See ``Traffic``."""
+        meter = self._meter
+        return meter.push.frame_bits_per_element + meter.pull.frame_bits_per_element
 
     @property
     def codec_seconds(self) -> float:

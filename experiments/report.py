@@ -23,11 +23,12 @@ HEADERS = [
     "fewer than float32",
     "fewer in coded tensors",
     "bits per element, push + pull",
+    "bits before zstd",
     "final loss",
     "test accuracy",
     *(f"step at {link}*" for link in LINKS_MBIT_S.values()),
 ]
-TRAFFIC = slice(1, 5)  # columns of HEADERS; the others are what comes of it
+TRAFFIC = slice(1, 6)  # columns of HEADERS; the others are what comes of it
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Summary:
         bytes_per_step: sent from one rank to others.
         push_bits: per gradient element that the method codes, worker to owner.
         pull_bits: the same on the way back.
+        frame_bits: both ways together, before the lossless entropy stage.
         loss: on the training data, since the evaluation before.
         accuracy: on the test data, 0 to 1.
         spread: largest minus smallest accuracy of a seed.
@@ -50,6 +52,7 @@ class Summary:
     bytes_per_step: float
     push_bits: float
     pull_bits: float
+    frame_bits: float
     loss: float
     accuracy: float
     spread: float
@@ -81,6 +84,7 @@ def summarise(rows: Sequence[dict[str, str]]) -> list[Summary]:
             bytes_per_step=over_seeds("sent_bytes") / int(last[0]["steps"]),
             push_bits=over_seeds("push_bits"),
             pull_bits=over_seeds("pull_bits"),
+            frame_bits=over_seeds("frame_bits"),
             loss=over_seeds("loss"),
             accuracy=mean(accuracies),
             spread=max(accuracies) - min(accuracies),
@@ -102,7 +106,8 @@ def cells(summaries: Sequence[Summary]) -> list[list[str]]:
             f"{s.bytes_per_step:,.0f}",
             f"{fewer:.1f} ×",
             f"{64 / (s.push_bits + s.pull_bits):.1f} ×",
-            f"{s.push_bits:.3g} + {s.pull_bits:.3g}",
+            f"{s.push_bits:.3f} + {s.pull_bits:.3f}",
+            f"{s.frame_bits:.3f}",
             f"{s.loss:.4f}",
             f"{100 * s.accuracy:.2f} %",
             *(f"{s.step_ms(mbit_s):,.1f} ms" for mbit_s in LINKS_MBIT_S),

@@ -76,13 +76,15 @@ class Run:
     def _measure(
         self, model: nn.Module, traffic: Traffic, losses: Tensor, step: int
     ) -> dict[str, object]:
-        sent_bytes, codec_ms, loss, push_bits, pull_bits = mean_over_ranks(
+        sent_bytes, codec_ms, loss, *bits = mean_over_ranks(
             traffic.sent_bytes,
             1e3 * traffic.codec_seconds / step,
             losses.mean().item(),
             traffic.push_bits,
             traffic.pull_bits,
+            traffic.frame_bits,
         )
+        push_bits, pull_bits, frame_bits = bits
         return {
             "ranks": dist.get_world_size(),
             "steps": self.steps,
@@ -90,6 +92,7 @@ class Run:
             "sent_bytes": round(sent_bytes),
             "push_bits": round(push_bits, 4),
             "pull_bits": round(pull_bits, 4),
+            "frame_bits": round(frame_bits, 4),
             "loss": round(loss, 5),
             "accuracy": round(accuracy(model, self.task.test), 5),
             "compute_ms": round(self.compute_ms, 3),

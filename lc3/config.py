@@ -3,8 +3,12 @@
 import math
 import struct
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from lc3.errors import ConfigError
+
+EntropyStage = Literal["auto", "zstd", "none"]
+ENTROPY_STAGES: tuple[EntropyStage, ...] = get_args(EntropyStage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,9 @@ class Config:
         min_share: a parameter is spread over several owners only in slices of about
             this many elements or more.
         block: elements under one scale. ``None``: one scale per slice, as in the paper.
+        entropy: a lossless stage over each message, both ways. "zstd" tries it on every
+            message, "auto" on those that are long enough to gain; one that does not
+            shrink is sent as it is. "none": the paper's bytes.
     """
 
     sparsity: float = 1.0
@@ -34,6 +41,7 @@ class Config:
     coded: tuple[str, ...] = ()
     min_share: int = 16_384
     block: int | None = None
+    entropy: EntropyStage = "auto"
 
     def __post_init__(self) -> None:
         check_sparsity("sparsity", self.sparsity)
@@ -44,6 +52,11 @@ class Config:
         _check_count("min_share", self.min_share, 1)
         if self.block is not None:
             _check_count("block", self.block, 5)
+        if self.entropy not in ENTROPY_STAGES:
+            raise ConfigError(
+                f"entropy={self.entropy!r} must be one of "
+                f"{', '.join(map(repr, ENTROPY_STAGES))}"
+            )
         _check_patterns("raw", self.raw)
         _check_patterns("coded", self.coded)
 

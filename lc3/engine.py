@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from lc3.codec import Codec
-from lc3.config import Config
+from lc3.config import Config, EntropyStage
+from lc3.entropy import AUTO_MIN_BYTES, compress, decompress
 from lc3.errors import ExchangeError, FormatError, PeerError
 from lc3.exchange import Exchange
 from lc3.format import (
+    FLAG_ENTROPY_CODED,
     HEADER_BYTES,
     SCALE_BYTES,
     Tag,
@@ -34,6 +36,11 @@ from lc3.plan import Plan, Slice
 from lc3.residual import Residuals
 
 _ABORT_TIMEOUT_S = 5.0
+_ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
+    "auto": AUTO_MIN_BYTES,
+    "zstd": 0,
+    "none": None,
+}
 
 
 @dataclass
@@ -135,14 +142,14 @@ class Engine:
         with self.meter.stage("exchange"):
             arrived = self.exchange.all_to_all(messages)
         with self.meter.stage("decode"):
-            bodies = self._open(arrived, step, bucket)
-            means = [
-                self._nothing_yet(slice_)
-                for slice_ in self.plan.slices_of(names, self.exchange.rank)
+            owned = list(self.plan.slices_of(names, self.exchange.rank))
+            means = [self._nothing_yet(slice_) for slice_ in owned]
+            readers = [
+                self._reader(message, owned, self._tag(sender, step, bucket))
+                for sender, message in enumerate(arrived)
             ]
             # In rank order: float addition is not associative.
-            for sender, body in enumerate(bodies):
-                reader = _Reader(body, self._tag(sender, step, bucket), self.codec)
+            for reader in readers:
                 for mean in means:
                     for index, (start, stop) in enumerate(self.plan.pieces(mean.slice)):
                         piece = mean.values[start:stop]
@@ -176,10 +183,16 @@ class Engine:
         with self.meter.stage("exchange"):
             arrived = self.exchange.all_gather(message)
         with self.meter.stage("decode"):
-            bodies = self._open(arrived, step, bucket)
-            for owner, body in enumerate(bodies):
-                reader = _Reader(body, self._tag(owner, step, bucket), self.codec)
-                for slice_ in self.plan.slices_of(names, owner):
+            slices = [
+                list(self.plan.slices_of(names, owner))
+                for owner in range(self.exchange.world)
+            ]
+            readers = [
+                self._reader(message, slices[owner], self._tag(owner, step, bucket))
+                for owner, message in enumerate(arrived)
+            ]
+            for owner, reader in enumerate(readers):
+                for slice_ in slices[owner]:
                     values = grads[slice_.name][slice_.start : slice_.stop]
                     for start, stop in self.plan.pieces(slice_):
                         piece = values[start:stop]
@@ -226,7 +239,7 @@ class Engine:
                     writer.nothing(slice_.name, piece.numel())
                 else:
                     writer.frame(slice_.name, piece, self.config.sparsity)
-        return seal(writer.message(), self._tag(self.exchange.rank, step, bucket))
+        return self._sealed(writer, step, bucket)
 
     def _message_of(self, means: Sequence[OwnedMean], step: int, bucket: int) -> Tensor:
         """Return the pull; coded means become the owner-side residuals to be."""
@@ -250,20 +263,20 @@ class Engine:
                 else:
                     piece += self.residuals.owned[name][start:stop]
                     mean.kept[index] = not writer.frame(name, piece, sparsity)
-        return seal(writer.message(), self._tag(self.exchange.rank, step, bucket))
+        return self._sealed(writer, step, bucket)
+
+    def _sealed(self, writer: "_Writer", step: int, bucket: int) -> Tensor:
+        shortest = _ENTROPY_MIN_BYTES[self.config.entropy]
+        return writer.sealed(self._tag(self.exchange.rank, step, bucket), shortest)
+
+    def _reader(self, message: Tensor, slices: Sequence[Slice], tag: Tag) -> "_Reader":
+        return _Reader(message, tag, _room_for(self.plan, slices), self.codec)
 
     def _nothing_yet(self, slice_: Slice) -> OwnedMean:
         count = sum(1 for _ in self.plan.pieces(slice_))
         return OwnedMean(
             slice_, torch.zeros(slice_.numel), [True] * count, [False] * count
         )
-
-    def _open(self, arrived: Sequence[Tensor], step: int, bucket: int) -> list[Tensor]:
-        """Return the bodies of every rank's message, all checked before any is used."""
-        return [
-            unseal(message, self._tag(sender, step, bucket))
-            for sender, message in enumerate(arrived)
-        ]
 
     def _tag(self, sender: int, step: int, bucket: int) -> Tag:
         return Tag(sender, step, bucket, self.plan.fingerprint)
@@ -295,19 +308,38 @@ class Engine:
             raise
 
 
+@dataclass(frozen=True)
+class _Room:
+    """How many bytes some slices take in a message: raw exactly, coded at most."""
+
+    raw: int
+    coded: int
+
+
+def _room_for(plan: Plan, slices: Sequence[Slice]) -> _Room:
+    raw = sum(4 * slice_.numel for slice_ in slices if not slice_.coded)
+    coded = sum(
+        max_frame_bytes(stop - start)
+        for slice_ in slices
+        if slice_.coded
+        for start, stop in plan.pieces(slice_)
+    )
+    return _Room(raw, coded)
+
+
 class _Writer:
     """Builds one message: room for a header, then the pieces in plan order."""
 
     def __init__(
         self, plan: Plan, slices: Sequence[Slice], codec: Codec, direction: Direction
     ) -> None:
-        room = HEADER_BYTES
-        for slice_ in slices:
-            for start, stop in plan.pieces(slice_):
-                numel = stop - start
-                room += max_frame_bytes(numel) if slice_.coded else 4 * numel
-        self._buffer = torch.empty(room, dtype=torch.uint8)
+        room = _room_for(plan, slices)
+        self._buffer = torch.empty(
+            HEADER_BYTES + room.raw + room.coded, dtype=torch.uint8
+        )
         self._used = HEADER_BYTES
+        self._raw: list[Tensor] = []
+        self._coded: list[Tensor] = []
         self._codec = codec
         self._direction = direction
         direction.header_bytes += HEADER_BYTES
@@ -320,6 +352,7 @@ class _Writer:
         room = self._buffer[self._used :]
         used = self._codec.encode(x, sparsity, room)
         self._used += used
+        self._coded.append(room[:used])
         self._direction.add_frame(name, x.numel(), room[:used])
         return not is_nan_frame(room[:used])
 
@@ -328,59 +361,110 @@ class _Writer:
         frame = self._buffer[self._used : self._used + SCALE_BYTES]
         frame.zero_()
         self._used += SCALE_BYTES
+        self._coded.append(frame)
         self._direction.add_frame(name, numel, frame)
 
     def raw(self, name: str, x: Tensor) -> None:
         """Append ``x``, float32[n], as it is."""
         data = x.contiguous().view(torch.uint8)
-        self._buffer[self._used : self._used + data.numel()] = data
+        piece = self._buffer[self._used : self._used + data.numel()]
+        piece.copy_(data)
         self._used += data.numel()
+        self._raw.append(piece)
         self._direction.raw_bytes[name] += data.numel()
 
-    def message(self) -> Tensor:
-        """Return the message, uint8[*]; its header is still to be written."""
-        return self._buffer[: self._used]
+    def sealed(self, tag: Tag, entropy_min_bytes: int | None) -> Tensor:
+        """Return the message, uint8[*], entropy-coded where that makes it smaller.
+
+        Args:
+            tag: what its header says.
+            entropy_min_bytes: the shortest body to try it on; ``None``: none.
+        """
+        plain = self._buffer[: self._used]
+        if entropy_min_bytes is None or self._used - HEADER_BYTES < entropy_min_bytes:
+            return seal(plain, tag)
+        parts = (self._raw, self._coded)
+        smaller, after = compress(parts, room_before=HEADER_BYTES)
+        if smaller.numel() >= self._used:
+            return seal(plain, tag)
+        before = [sum(piece.numel() for piece in pieces) for pieces in parts]
+        self._direction.raw_saved_bytes += before[0] - after[0]
+        self._direction.coded_saved_bytes += before[1] - after[1]
+        return seal(smaller, tag, FLAG_ENTROPY_CODED)
+
+
+@dataclass
+class _Cursor:
+    """Bytes, uint8[*], that are read from the front."""
+
+    left: Tensor
+
+    def skip(self, count: int) -> Tensor:
+        """Return the next bytes, ``count`` of them or what is left."""
+        skipped, self.left = self.left[:count], self.left[count:]
+        return skipped
 
 
 class _Reader:
-    """Reads the pieces of one message body, in plan order."""
+    """Checks one message, then reads its pieces in plan order.
 
-    def __init__(self, body: Tensor, tag: Tag, codec: Codec) -> None:
-        self._body = body
+    Args:
+        message: uint8[*], as it arrived.
+        tag: what its header must say.
+        room: what its pieces may take.
+        codec: for the frames.
+
+    Raises:
+        FormatError, PlanMismatch, PeerError: see ``unseal``.
+    """
+
+    def __init__(self, message: Tensor, tag: Tag, room: _Room, codec: Codec) -> None:
         self._tag = tag
-        self._at = 0
         self._codec = codec
+        body, entropy_coded = unseal(message, tag)
+        if entropy_coded:
+            with self._blamed():
+                content = _Cursor(decompress(body, room.raw + room.coded))
+            self._raw = _Cursor(content.skip(room.raw))
+            self._frames = content
+        else:  # both kinds in one row
+            self._raw = self._frames = _Cursor(body)
 
     def says_nothing(self) -> bool:
         """Whether the frame here is the one of a rank with nothing to say."""
-        return is_zero_frame(self._body[self._at :])
+        return is_zero_frame(self._frames.left)
 
     def is_nan(self) -> bool:
         """Whether the frame here decodes to NaN."""
-        return is_nan_frame(self._body[self._at :])
+        return is_nan_frame(self._frames.left)
 
     def add_frame(self, acc: Tensor) -> None:
         """Add the frame here to ``acc``, float32[n]."""
+        with self._blamed():
+            self._frames.skip(self._codec.decode_add(self._frames.left, acc))
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Say whose bytes they are."""
         try:
-            self._at += self._codec.decode_add(self._body[self._at :], acc)
+            yield
         except FormatError as error:
             raise FormatError(f"message from {self._tag}: {error}") from error
 
     def raw(self, numel: int) -> Tensor:
         """Return the raw piece here, float32[numel]."""
-        data = self._body[self._at : self._at + 4 * numel]
+        data = self._raw.skip(4 * numel)
         if data.numel() != 4 * numel:
             raise FormatError(
                 f"message from {self._tag} ends {4 * numel - data.numel()} bytes "
                 f"inside a raw piece of {numel} values; do both ranks use the same "
                 "plan?"
             )
-        self._at += 4 * numel
         return data.clone().view(torch.float32)
 
     def finish(self) -> None:
         """Raise ``FormatError`` if bytes are left over."""
-        if left := self._body.numel() - self._at:
+        if left := max(self._raw.left.numel(), self._frames.left.numel()):
             raise FormatError(
                 f"message from {self._tag}: {left} bytes are left behind the last "
                 "piece; do both ranks use the same plan?"

@@ -81,8 +81,7 @@ Message: all pieces that one rank sends to one rank for one bucket, in one direc
 
     offset  bytes  field
     0       4      magic: "3LC1" (33 4c 43 31); the last character is the format version
-    4       4      flags: bit 0 entropy-coded body (reserved; a reader that does not
-                   have it refuses the message), bit 1 abort; all others 0
+    4       4      flags: bit 0 entropy-coded body, bit 1 abort; all others 0
     8       8      step: synchronised backward passes so far, from 0
     16      4      bucket
     20      4      sender: rank in the group
@@ -95,6 +94,24 @@ The body holds the pieces in plan order (parameter order, then position): of the
 bucket's parameters, those pieces that the *receiver* owns when gradients are pushed,
 those that the *sender* owns when means are pulled. It must be used up exactly. With the
 abort flag the body is a UTF-8 reason, and the receiver stops.
+
+Entropy-coded body (flag bit 0): one zstd frame (RFC 8878) whose content is all raw
+pieces in plan order, then all frames in plan order; they stand apart so that each kind
+gets code tables of its own. The zstd frame says its content size, uses no dictionary,
+and its window is at most 2^19 bytes or the content size, whichever is larger. The CRC
+is over the bytes as sent. A sender uses it where it makes the body smaller. A receiver
+knows from the plan the exact size of the raw pieces and the largest of the frames, and
+refuses a content size beyond their sum before it reserves memory.
+
+A single frame with a transport of its own may travel as a zstd frame too. That begins
+with ``28 b5 2f fd``, which is negative as a scale: no frame of this format does.
+
+Worked example: a message with one raw piece of 100 values 0.0 and, before it in plan
+order, the frame ``00 00 00 41 ca ff ff 79`` from above. The plain body has 408 bytes:
+the frame, then 400 zero bytes. Entropy-coded, 30 by zstd 1.5.7 (others may differ)::
+
+    28 b5 2f fd 60 98 00 4c 00 00 10 00 00 01 00 8b 2a c0 02   the 400 zero bytes
+    41 00 00 00 00 00 41 ca ff ff 79                           the frame, as it was
 
 A receiver checks length, magic, CRC, flags, abort, plan, sender, step and bucket, in
 this order, before it decodes anything.
@@ -113,6 +130,7 @@ from lc3.errors import FormatError, PeerError, PlanMismatch
 MAGIC = b"3LC1"
 FLAG_ENTROPY_CODED = 1
 FLAG_ABORT = 2
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 SCALE_BYTES = 4
 ZERO_BYTE = 121
@@ -191,12 +209,15 @@ def seal_abort(reason: str, tag: Tag) -> Tensor:
     return seal(message, tag, FLAG_ABORT)
 
 
-def unseal(message: Tensor, expected: Tag) -> Tensor:
-    """Check ``message`` against what must arrive now and return its body, a view.
+def unseal(message: Tensor, expected: Tag) -> tuple[Tensor, bool]:
+    """Check ``message`` against what must arrive now and return what it carries.
 
     Args:
         message: uint8[*], contiguous, on the CPU.
         expected: the sender, step, bucket and plan that are due.
+
+    Returns:
+        The body, a view, and whether it is entropy-coded.
 
     Raises:
         FormatError: it is damaged, of another format, or belongs to another exchange.
@@ -228,7 +249,7 @@ def unseal(message: Tensor, expected: Tag) -> Tensor:
             f"message from {expected}: CRC-32 is {found:08x}, the header says "
             f"{crc:08x}; it was damaged in memory or on the way"
         )
-    if flags & ~FLAG_ABORT:
+    if flags & ~(FLAG_ABORT | FLAG_ENTROPY_CODED):
         raise FormatError(
             f"message from {expected}: flags {flags:#x} ask for a feature that this "
             "version does not have; use the same lc3 version on every rank"
@@ -246,7 +267,7 @@ def unseal(message: Tensor, expected: Tag) -> Tensor:
             f"expected the message from {expected}, got the one from rank {sender}, "
             f"bucket {bucket}, step {step}; ranks run different numbers of steps"
         )
-    return message[HEADER_BYTES:]
+    return message[HEADER_BYTES:], bool(flags & FLAG_ENTROPY_CODED)
 
 
 def _bytes_of(message: Tensor) -> memoryview:

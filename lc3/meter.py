@@ -26,10 +26,12 @@ class Direction:
 
     Attributes:
         coded_elements: gradient elements that were coded.
-        coded_bytes: bytes of their frames, by parameter name.
+        coded_bytes: bytes of their frames, by parameter name, before the entropy stage.
         nonzero_digits: how many of them were sent as ±1.
-        raw_bytes: bytes of raw pieces, by parameter name.
+        raw_bytes: bytes of raw pieces, by parameter name, before the entropy stage.
         header_bytes: bytes of message headers.
+        coded_saved_bytes: what the entropy stage took off the frames.
+        raw_saved_bytes: what it took off the raw pieces.
     """
 
     coded_elements: int = 0
@@ -37,6 +39,8 @@ class Direction:
     nonzero_digits: int = 0
     raw_bytes: Counter[str] = field(default_factory=Counter)
     header_bytes: int = 0
+    coded_saved_bytes: int = 0
+    raw_saved_bytes: int = 0
 
     def add_frame(self, name: str, numel: int, frame: Tensor) -> None:
         """Count one frame, uint8[*], of ``numel`` elements of parameter ``name``."""
@@ -46,7 +50,13 @@ class Direction:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits of frame per coded element, scales included; nan before the first."""
+        """Bits sent per coded element, scales included; nan before the first."""
+        sent = self.coded_bytes.total() - self.coded_saved_bytes
+        return _ratio(8 * sent, self.coded_elements)
+
+    @property
+    def frame_bits_per_element(self) -> float:
+        """The same before the entropy stage."""
         return _ratio(8 * self.coded_bytes.total(), self.coded_elements)
 
     @property
@@ -104,6 +114,8 @@ class Meter:
             "ratio": self.ratio,
             "push_bits_per_element": self.push.bits_per_element,
             "pull_bits_per_element": self.pull.bits_per_element,
+            "push_frame_bits_per_element": self.push.frame_bits_per_element,
+            "pull_frame_bits_per_element": self.pull.frame_bits_per_element,
             "push_density": self.push.density,
             "pull_density": self.pull.density,
             **{f"{stage}_seconds": value for stage, value in self.seconds.items()},

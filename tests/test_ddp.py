@@ -1,5 +1,6 @@
 """The DDP hook on real gloo ranks equals the oracle bit for bit, in every DDP mode."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -52,12 +53,19 @@ CASES = {
     ),
     "bfloat16": Case(options(bucket_cap_mb=0.1), dtype=torch.bfloat16),
     "float16": Case(options(bucket_cap_mb=0.1), dtype=torch.float16),
+    "no entropy stage": Case(
+        options(bucket_cap_mb=1),
+        config=dataclasses.replace(ddp_cases.CONFIG, entropy="none"),
+    ),
     "blocks": Case(
         options(bucket_cap_mb=0.1),
         config=lc3.Config(pull_sparsity=1.25, block=1000, min_numel=0, min_ndim=0),
     ),
 }
-SAME_RESULT = ("one bucket", "buckets of 1 MB", "buckets of 0.1 MB", "bucket view")
+SAME_RESULT = (
+    *("one bucket", "buckets of 1 MB", "buckets of 0.1 MB", "bucket view"),
+    "no entropy stage",
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,9 @@ def test_the_hook_equals_the_oracle(reports: Reports, world: int, name: str) -> 
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_buckets_change_nothing(reports: Reports, world: int) -> None:
+def test_buckets_and_the_entropy_stage_change_nothing(
+    reports: Reports, world: int
+) -> None:
     hashes = {name: reports(world, name)[0]["hash"] for name in SAME_RESULT}
     assert len(set(hashes.values())) == 1, hashes
 

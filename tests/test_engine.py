@@ -1,5 +1,6 @@
 """The whole exchange between threads equals the oracle, and failures lose nothing."""
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import Tensor
 import lc3
 from lc3 import Config
 from lc3.codec import Codec, cpu, reference
+from lc3.config import ENTROPY_STAGES, EntropyStage
 from lc3.engine import Engine
 from lc3.exchange import Exchange, Loopback
 from lc3.format import HEADER_BYTES
@@ -125,6 +127,19 @@ def test_the_exchange_equals_the_oracle(world: int, block: int | None) -> None:
     run(world, 20, config)
 
 
+@pytest.mark.parametrize("entropy", ["auto", "zstd", "none"])
+def test_the_entropy_stage_changes_bytes_only(entropy: EntropyStage) -> None:
+    config = dataclasses.replace(SMALL, entropy=entropy, min_share=4000)
+    shapes = [("a", (60, 90)), ("b", (70, 80))]
+
+    def gradients(rank: int, step: int) -> dict[str, Tensor]:
+        return random_gradients(rank, step, shapes)
+
+    for engine in run(2, 6, config, gradients, shapes=shapes):
+        for direction in (engine.meter.push, engine.meter.pull):
+            assert (direction.coded_saved_bytes > 0) == (entropy != "none")
+
+
 @settings(max_examples=settings().max_examples // 4)
 @given(
     world=st.integers(2, 5),
@@ -134,6 +149,7 @@ def test_the_exchange_equals_the_oracle(world: int, block: int | None) -> None:
     min_ndim=st.integers(0, 3),
     min_share=st.integers(1, 3000),
     block=st.none() | st.integers(5, 3000),
+    entropy=st.sampled_from(ENTROPY_STAGES),
 )
 def test_any_configuration_equals_the_oracle(
     world: int, sparsity: float, pull: float | None, min_share: int, **knobs: Any
@@ -255,14 +271,21 @@ def test_the_meter_counts_what_is_sent() -> None:
         assert meter.push.header_bytes == 4 * 3 * HEADER_BYTES
         assert meter.push.coded_elements == 4 * (2000 + 2700)
         assert 0 < meter.push.density < 0.2
+        frame_bytes = sum(meter.push.coded_bytes.values())
+        assert meter.push.frame_bits_per_element == 8 * frame_bytes / 18800
+        assert meter.push.coded_saved_bytes < frame_bytes
         assert (
             meter.push.bits_per_element
-            == 8 * sum(meter.push.coded_bytes.values()) / 18800
+            == 8 * (frame_bytes - meter.push.coded_saved_bytes) / 18800
         )
         assert set(meter.seconds) == {"encode", "exchange", "decode"}
         assert meter.summary()["ratio"] == meter.dense_bytes / meter.sent_bytes
     everything = sum(
-        sum(d.coded_bytes.values()) + sum(d.raw_bytes.values()) + d.header_bytes
+        sum(d.coded_bytes.values())
+        + sum(d.raw_bytes.values())
+        + d.header_bytes
+        - d.coded_saved_bytes
+        - d.raw_saved_bytes
         for e in engines
         for d in (e.meter.push, e.meter.pull, e.meter.pull)
     )

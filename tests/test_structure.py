@@ -12,7 +12,8 @@ BELOW = {
     "version": set(),
     "format": {"errors"},
     "config": {"errors"},
-    "codec": {"config", "errors", "format"},
+    "entropy": {"errors", "format"},
+    "codec": {"config", "entropy", "errors", "format"},
     "exchange": {"errors"},
     "plan": {"config", "errors"},
     "residual": {"errors", "plan"},
@@ -20,8 +21,8 @@ BELOW = {
     "lane": {"errors"},
     "handshake": {"config", "errors", "exchange"},
     "engine": {
-        *("codec", "config", "errors", "exchange", "format", "meter", "plan"),
-        "residual",
+        *("codec", "config", "entropy", "errors", "exchange", "format", "meter"),
+        *("plan", "residual"),
     },
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lc3.config import check_sparsity
+from lc3.entropy import compress, decompress, is_compressed
 from lc3.errors import FormatError, InputError
 from lc3.format import max_frame_bytes
 
@@ -72,7 +73,9 @@ def warm_up(codec: Codec) -> None:
         codec.decode_add(out[: codec.encode(x, 1.0, out)], torch.zeros(200))
 
 
-def encode(x: Tensor, sparsity: float = 1.0) -> tuple[Tensor, Tensor]:
+def encode(
+    x: Tensor, sparsity: float = 1.0, *, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return one tensor as a 3LC frame, and what the frame does not carry.
 
     For people with a transport of their own; add the residual to the next tensor before
@@ -82,6 +85,7 @@ def encode(x: Tensor, sparsity: float = 1.0) -> tuple[Tensor, Tensor]:
         x: any floating dtype, shape, strides and device; rounded to float32 first.
             Not modified.
         sparsity: 3LC's s, 1 ≤ s < 2. Larger sends fewer values.
+        entropy: whether the frame may travel as a zstd frame where that is smaller.
 
     Returns:
         frame: uint8[*] on x's device, the bytes of ``lc3.format``.
@@ -102,11 +106,17 @@ def encode(x: Tensor, sparsity: float = 1.0) -> tuple[Tensor, Tensor]:
     residual = x.detach().to("cpu", torch.float32, copy=True).contiguous()
     out = torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8)
     used = codec_for(residual.device).encode(residual.view(-1), sparsity, out)
-    return out[:used].clone().to(x.device), residual.to(x.device)
+    frame = out[:used].clone()
+    if entropy:
+        smaller, _ = compress([[frame]], room_before=0)
+        frame = smaller if smaller.numel() < used else frame
+    return frame.to(x.device), residual.to(x.device)
 
 
 def decode(frame: Tensor, numel: int) -> Tensor:
     """Return the ``numel`` values of a frame as float32[numel], on the frame's device.
+
+    Whether the frame went through the entropy stage is seen from its first bytes.
 
     Raises:
         InputError: frame is not a uint8 vector, or numel is negative.
@@ -119,6 +129,8 @@ def decode(frame: Tensor, numel: int) -> Tensor:
     if isinstance(numel, bool) or not isinstance(numel, int) or numel < 0:
         raise InputError(f"numel={numel!r} must be an integer of at least 0")
     data = frame.detach().cpu().contiguous()
+    if is_compressed(data):
+        data = decompress(data, max_frame_bytes(numel))
     values = torch.zeros(numel, dtype=torch.float32)
     used = codec_for(data.device).decode_add(data, values)
     if used != data.numel():

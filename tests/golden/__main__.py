@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 
 from lc3.codec import reference
-from lc3.format import HEADER_BYTES, Tag, max_frame_bytes, seal, seal_abort
+from lc3.entropy import compress
+from lc3.format import (
+    FLAG_ENTROPY_CODED,
+    HEADER_BYTES,
+    Tag,
+    max_frame_bytes,
+    seal,
+    seal_abort,
+)
 
 HERE = Path(__file__).parent
 LENGTHS = (1, 2, 4, 5, 6, 11, 70, 71, 145, 350)
@@ -20,9 +28,9 @@ def inputs(n: int) -> dict[str, torch.Tensor]:
     at = torch.arange(n, dtype=torch.float64)
     wave = ((at * 0.7548776662466927) % 1 - 0.5).float()  # exact in float64 for small n
     spike = torch.zeros(n)
-    spike[-1] = -2.5
+    spike[-1:] = -2.5
     poisoned = wave.clone()
-    poisoned[n // 2] = torch.inf
+    poisoned[n // 2 : n // 2 + 1] = torch.inf
     return {
         "wave": wave,
         "peaks": wave**7,
@@ -71,6 +79,27 @@ def messages() -> list[dict[str, object]]:
     return cases
 
 
+def entropy_coded_messages() -> list[dict[str, object]]:
+    """Any version of zstd must read these bytes; none need write them."""
+    tag = Tag(2, 9, 1, 0xCAFED00D)
+    cases = []
+    for raw_numel, n in ((0, 350), (100, 0), (25, 1400), (4000, 4000)):
+        raw = (torch.arange(raw_numel) % 7).float().view(torch.uint8)
+        out = torch.empty(max_frame_bytes(n), dtype=torch.uint8)
+        used = reference.encode(inputs(n)["peaks"], 1.5, out) if n else 0
+        message, _ = compress(([raw], [out[:used]]), HEADER_BYTES)
+        seal(message, tag, FLAG_ENTROPY_CODED)
+        content = torch.cat([raw, out[:used]])
+        cases.append(
+            {
+                **as_dict(tag),
+                "message": message.numpy().tobytes().hex(),
+                "content": content.numpy().tobytes().hex(),
+            }
+        )
+    return cases
+
+
 def as_dict(tag: Tag) -> dict[str, object]:
     return {
         "sender": tag.sender,
@@ -84,7 +113,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", required=True)
     parser.parse_args()
-    for name, cases in (("frames", frames()), ("messages", messages())):
+    for name, cases in (
+        ("frames", frames()),
+        ("messages", messages()),
+        ("entropy", entropy_coded_messages()),
+    ):
         text = "".join(f" {json.dumps(case)},\n" for case in cases)[:-2]
         data = f"[\n{text}\n]\n"
         (HERE / f"{name}.json").write_text(data)
