@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -303,3 +304,35 @@ def test_bad_input_is_named(call: object, error: type[Exception], words: str) ->
 def test_importing_lc3_does_not_import_numba() -> None:
     code = "import sys, lc3; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def frames_of_all_densities() -> Iterator[tuple[Tensor, float]]:
+    """Values of several blocks: dense and sparse blocks, runs of any length."""
+    generator = torch.Generator().manual_seed(9)
+    for n in (5 * 1024 - 3, 5 * 1024, 5 * 4096 + 7, 61_441, 300_000):
+        for density in (0.9, 0.5, 0.2, 0.1, 0.05, 0.02, 0.005, 0.0002):
+            x = (torch.rand(n, generator=generator) - 0.5) * 0.9
+            large = torch.rand(n, generator=generator) < density
+            x[large] = 1 - 2 * (torch.rand(n, generator=generator)[large] < 0.5).float()
+            yield x, 1.0
+        x[: n // 2] *= 0.1  # half of the blocks without a digit
+        yield x, 1.5
+
+
+def test_all_backends_agree_at_every_density() -> None:
+    """Dense and sparse paths of both directions: the same bits, −0.0 kept."""
+    for x, sparsity in frames_of_all_densities():
+        check_all_agree(x, sparsity)
+        frame = data_of(encoded(reference, x, sparsity)[0])
+        expected = torch.full((x.numel(),), -0.0)
+        expected[::7] = 0.3
+        found = expected.clone()
+        reference.decode_add(frame, expected)
+        for codec in BACKENDS[1:]:
+            acc = found.clone()
+            codec.decode_add(frame, acc)
+            assert same_bits(acc, expected)
+
+
+def data_of(frame: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)

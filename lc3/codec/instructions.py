@@ -1,0 +1,97 @@
+"""A few machine instructions that Numba has no words for, as LLVM has them.
+
+Functions for use inside ``@njit`` kernels. None checks bounds: the caller has room for
+what it says.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from lc3.format import ZERO_BYTE
+
+LANES = 64  # bytes compared at once
+ZERO_RUN_BYTES = 16  # bytes that write_zero_run writes: the longest run, and more
+
+_BYTE = ir.IntType(8)
+_WORD = ir.IntType(64)
+
+
+def _address(context: Any, builder: Any, signature: Any, given: Any, kind: Any) -> Any:
+    """Return the address of ``array[at]``, the first two arguments, of a ``kind``."""
+    array, at = given[:2]
+    data = context.make_array(signature.args[0])(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), kind.as_pointer())
+
+
+def _nonzero_bytes(_context: Any, data: Any, _at: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        lanes = ir.VectorType(_BYTE, LANES)
+        address = _address(context, builder, signature, given, lanes)
+        zeros = ir.Constant(lanes, [ZERO_BYTE] * LANES)
+        differs = builder.icmp_unsigned("!=", builder.load(address, align=1), zeros)
+        return builder.bitcast(differs, ir.IntType(LANES))
+
+    return types.uint64(data, types.int64), emit
+
+
+def _lowest_bit(_context: Any, _word: Any) -> Any:
+    def emit(_codegen: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return builder.cttz(given[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), emit
+
+
+def _write_word(_context: Any, data: Any, _at: Any, _word: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        address = _address(context, builder, signature, given, _WORD)
+        builder.store(given[2], address, align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, types.uint64), emit
+
+
+def _write_zero_run(_context: Any, data: Any, _at: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        lanes = ir.VectorType(_BYTE, ZERO_RUN_BYTES)
+        address = _address(context, builder, signature, given, lanes)
+        zeros = ir.Constant(lanes, [ZERO_BYTE] * ZERO_RUN_BYTES)
+        builder.store(zeros, address, align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64), emit
+
+
+def _prefetch(_context: Any, data: Any, _at: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        address = _address(context, builder, signature, given, _BYTE)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, flag, flag, flag])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name)
+        function = function or ir.Function(builder.module, kind, name)
+        for_writing, keep, of_data = flag(1), flag(3), flag(1)
+        builder.call(function, [address, for_writing, keep, of_data])
+        return context.get_dummy_value()
+
+    return types.void(data, types.uint64), emit
+
+
+def _instruction(definition: Any) -> Any:
+    return cast(Any, intrinsic)(definition)
+
+
+# Array, place: 64 bits; bit i says that array[place + i] is not the byte of five zeros.
+nonzero_bytes: Callable[..., np.uint64] = _instruction(_nonzero_bytes)
+# Word: the place of its lowest bit that is set; the word must not be 0.
+lowest_bit: Callable[..., int] = _instruction(_lowest_bit)
+# Array, place, word: eight bytes are written, the lowest first.
+write_word: Callable[..., None] = _instruction(_write_word)
+# Array, place: sixteen bytes are written, five zeros each.
+write_zero_run: Callable[..., None] = _instruction(_write_zero_run)
+# Array, place: the line with that element is on its way, to be written soon.
+prefetch: Callable[..., None] = _instruction(_prefetch)
