@@ -23,7 +23,7 @@ from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import AttachError, StateError
 from lc3.exchange import GroupExchange
-from lc3.handshake import agree
+from lc3.handshake import agree, threads_for
 from lc3.lane import Lane
 from lc3.meter import Meter
 from lc3.plan import make_plan
@@ -116,6 +116,7 @@ class State:
         }
         self._begin_step(0)
         self._said: set[str] = set()
+        self._wide = torch.empty(0)
         self._group, self._group_is_mine = _group_for(model, group)
         exchange = GroupExchange(self._group, _CPU)
         shapes = [(name, list(p.shape)) for p, name in self._names.items()]
@@ -124,9 +125,10 @@ class State:
             _check_parameters(self._names)
             warm_up(codec)
             plan = make_plan(shapes, exchange.world, config)
-            return Engine(plan, config, exchange, codec, self.meter)
+            return Engine(plan, config, exchange, codec, self.meter, threads)
 
         try:
+            threads = threads_for(exchange, config)
             self.engine = agree(exchange, lc3.__version__, config, shapes, build)
         except BaseException:
             self._leave_group()
@@ -188,7 +190,7 @@ class State:
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
             )
             return self.engine.pass_through(buffer)
-        flat = buffer if buffer.dtype == torch.float32 else buffer.float()
+        flat = buffer if buffer.dtype == torch.float32 else self._widened(buffer)
         sizes = [self.engine.plan.numel[name] for name in names]
         if sum(sizes) != flat.numel():
             raise AttachError(
@@ -198,6 +200,12 @@ class State:
         grads = dict(zip(names, torch.split(flat, sizes), strict=True))
         self.engine.all_reduce(grads, step, bucket)
         return buffer if flat is buffer else buffer.copy_(flat)
+
+    def _widened(self, buffer: Tensor) -> Tensor:
+        """Return float32[numel] of a half-precision bucket, in memory used again."""
+        if self._wide.numel() < buffer.numel():
+            self._wide = torch.empty(buffer.numel())
+        return self._wide[: buffer.numel()].copy_(buffer)
 
     def _say_once(self, what: str) -> None:
         kind = what.split()[0]
@@ -229,6 +237,7 @@ class State:
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
         if self.lane.close(_CLOSE_TIMEOUT_S):
+            self.engine.close()
             self._leave_group()
 
     def _leave_group(self) -> None:

@@ -31,6 +31,8 @@ class Config:
         entropy: a lossless stage over each message, both ways. "zstd" tries it on every
             message, "auto" on those that are long enough to gain; one that does not
             shrink is sent as it is. "none": the paper's bytes.
+        threads: that encode and decode on this rank; may differ between ranks.
+            ``None``: the cores it may use, divided among the ranks on its machine.
     """
 
     sparsity: float = 1.0
@@ -42,6 +44,7 @@ class Config:
     min_share: int = 16_384
     block: int | None = None
     entropy: EntropyStage = "auto"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_sparsity("sparsity", self.sparsity)
@@ -52,6 +55,8 @@ class Config:
         _check_count("min_share", self.min_share, 1)
         if self.block is not None:
             _check_count("block", self.block, 5)
+        if self.threads is not None:
+            _check_count("threads", self.threads, 1)
         if self.entropy not in ENTROPY_STAGES:
             raise ConfigError(
                 f"entropy={self.entropy!r} must be one of "

@@ -1,6 +1,6 @@
 """The one path a gradient takes, readable top to bottom.
 
-``all_reduce`` is ``reduce_scatter`` (push: every rank sends each owner its slices) and
+``all_reduce`` is ``reduce_scatter`` (push: every rank sends each owner its pieces) and
 ``all_gather`` (pull: every owner sends its means to everybody). Both directions are
 coded with error feedback. A residual changes only when the pull has arrived and is
 finite, so a step that fails, or overflows on any rank, leaves all residuals as they
@@ -9,31 +9,22 @@ were.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lc3.codec import Codec
 from lc3.config import Config, EntropyStage
-from lc3.entropy import AUTO_MIN_BYTES, compress, decompress
-from lc3.errors import ExchangeError, FormatError, PeerError
+from lc3.entropy import AUTO_MIN_BYTES
+from lc3.errors import ExchangeError, PeerError
 from lc3.exchange import Exchange
-from lc3.format import (
-    FLAG_ENTROPY_CODED,
-    HEADER_BYTES,
-    SCALE_BYTES,
-    Tag,
-    is_nan_frame,
-    is_zero_frame,
-    max_frame_bytes,
-    seal,
-    seal_abort,
-    unseal,
-)
+from lc3.format import Tag, is_nan_frame, max_frame_bytes, seal_abort
+from lc3.message import pack, unpack
 from lc3.meter import Direction, Meter
-from lc3.plan import Plan, Slice
+from lc3.plan import Piece, Plan
 from lc3.residual import Residuals
+from lc3.workers import Job, Workers
 
 _ABORT_TIMEOUT_S = 5.0
 _ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
@@ -41,25 +32,6 @@ _ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
     "zstd": 0,
     "none": None,
 }
-
-
-@dataclass
-class OwnedMean:
-    """The mean over ranks of one slice that this rank owns.
-
-    Attributes:
-        slice: which slice.
-        values: float32[slice].
-        silent: for each piece, whether no rank said anything about it. Its owner then
-            says nothing either.
-        kept: for each piece, whether the owner-side residual stays as it is: silent
-            pieces and, once encoded, those that are not finite.
-    """
-
-    slice: Slice
-    values: Tensor
-    silent: list[bool]
-    kept: list[bool]
 
 
 class Engine:
@@ -74,10 +46,17 @@ class Engine:
         exchange: moves the messages.
         codec: for the device of the gradients.
         meter: is written to.
+        threads: that encode and decode.
     """
 
     def __init__(
-        self, plan: Plan, config: Config, exchange: Exchange, codec: Codec, meter: Meter
+        self,
+        plan: Plan,
+        config: Config,
+        exchange: Exchange,
+        codec: Codec,
+        meter: Meter,
+        threads: int = 1,
     ) -> None:
         self.plan = plan
         self.config = config
@@ -85,6 +64,12 @@ class Engine:
         self.codec = codec
         self.meter = meter
         self.residuals = Residuals(plan, exchange.rank, torch.device("cpu"))
+        self.workers = Workers(threads)
+        self._means = {
+            slice_.name: torch.zeros(slice_.numel)
+            for slice_ in plan.slices_of(plan.numel, exchange.rank)
+        }
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._failure: BaseException | None = None
 
     def all_reduce(self, grads: Mapping[str, Tensor], step: int, bucket: int) -> None:
@@ -108,8 +93,12 @@ class Engine:
             return
         sent_before = self.exchange.sent_bytes
         with self._telling_others(step, bucket):
-            means = self.reduce_scatter(names, grads, step, bucket)
-            self.all_gather(names, means, grads, step, bucket)
+            pieces = [
+                list(self.plan.pieces_of(names, owner))
+                for owner in range(self.exchange.world)
+            ]
+            means = self.reduce_scatter(pieces, grads, step, bucket)
+            self.all_gather(pieces, means, grads, step, bucket)
         elements = sum(self.plan.numel[name] for name in names)
         share = (self.exchange.world - 1) / self.exchange.world
         self.meter.dense_bytes += 2 * share * 4 * elements
@@ -127,47 +116,79 @@ class Engine:
         return mean
 
     def reduce_scatter(
-        self, names: Sequence[str], grads: Mapping[str, Tensor], step: int, bucket: int
-    ) -> list[OwnedMean]:
-        """Push: send every owner its slices, return the means of this rank's own.
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+    ) -> list[Tensor]:
+        """Push: send every owner its pieces, return the means of this rank's own.
 
-        ``grads`` is left holding, for coded slices, gradient plus residual less what
-        the frames carry: the residual to be, which ``all_gather`` makes the residual.
+        Args:
+            pieces: by owner, in plan order.
+            grads: left holding, for coded pieces, gradient plus residual less what the
+                frames carry: the residual to be, which ``all_gather`` makes the
+                residual.
+            step: see ``all_reduce``.
+            bucket: see ``all_reduce``.
+
+        Returns:
+            For each piece of this rank a view, float32[piece], of memory that the next
+            step uses again.
         """
         with self.meter.stage("encode"):
+            everything = [piece for owned in pieces for piece in owned]
+            chunks = iter(
+                self._encode(
+                    everything,
+                    [
+                        grads[piece.name][piece.start : piece.stop]
+                        for piece in everything
+                    ],
+                    [
+                        self.residuals.of_sent(p) if p.coded else None
+                        for p in everything
+                    ],
+                    self.config.sparsity,
+                    self.meter.push,
+                )
+            )
             messages = [
-                self._message_to(owner, names, grads, step, bucket)
-                for owner in range(self.exchange.world)
+                self._pack(
+                    owned, [next(chunks) for _ in owned], self.meter.push, step, bucket
+                )
+                for owned in pieces
             ]
         with self.meter.stage("exchange"):
             arrived = self.exchange.all_to_all(messages)
         with self.meter.stage("decode"):
-            owned = list(self.plan.slices_of(names, self.exchange.rank))
-            means = [self._nothing_yet(slice_) for slice_ in owned]
-            readers = [
-                self._reader(message, owned, self._tag(sender, step, bucket))
+            owned = pieces[self.exchange.rank]
+            by_sender = [
+                unpack(message, self._tag(sender, step, bucket), owned, self.codec)
                 for sender, message in enumerate(arrived)
             ]
-            # In rank order: float addition is not associative.
-            for reader in readers:
-                for mean in means:
-                    for index, (start, stop) in enumerate(self.plan.pieces(mean.slice)):
-                        piece = mean.values[start:stop]
-                        if mean.slice.coded:
-                            mean.silent[index] &= reader.says_nothing()
-                            reader.add_frame(piece)
-                        else:
-                            piece += reader.raw(piece.numel())
-                reader.finish()
+            means = [
+                self._means[p.name][p.offset : p.offset + p.numel].zero_()
+                for p in owned
+            ]
+            self.workers.run(
+                [
+                    (len(arrived) * piece.numel, partial(self._sum, mean, piece, said))
+                    for piece, mean, said in zip(
+                        owned, means, zip(*by_sender, strict=True), strict=True
+                    )
+                ]
+            )
+            # A tensor: dividing by a Python number may multiply by 1/W on CUDA.
+            world = torch.tensor(float(self.exchange.world))
             for mean in means:
-                # A tensor: dividing by a Python number may multiply by 1/W on CUDA.
-                mean.values /= torch.tensor(float(self.exchange.world))
+                mean /= world
         return means
 
     def all_gather(
         self,
-        names: Sequence[str],
-        means: Sequence[OwnedMean],
+        pieces: Sequence[Sequence[Piece]],
+        means: Sequence[Tensor],
         grads: Mapping[str, Tensor],
         step: int,
         bucket: int,
@@ -178,105 +199,99 @@ class Engine:
         bit-identical. Where they are finite both sides' residuals take their new
         values.
         """
-        with self.meter.stage("encode"):
-            message = self._message_of(means, step, bucket)
-        with self.meter.stage("exchange"):
-            arrived = self.exchange.all_gather(message)
-        with self.meter.stage("decode"):
-            slices = [
-                list(self.plan.slices_of(names, owner))
-                for owner in range(self.exchange.world)
-            ]
-            readers = [
-                self._reader(message, slices[owner], self._tag(owner, step, bucket))
-                for owner, message in enumerate(arrived)
-            ]
-            for owner, reader in enumerate(readers):
-                for slice_ in slices[owner]:
-                    values = grads[slice_.name][slice_.start : slice_.stop]
-                    for start, stop in self.plan.pieces(slice_):
-                        piece = values[start:stop]
-                        if not slice_.coded:
-                            piece.copy_(reader.raw(piece.numel()))
-                            continue
-                        if not reader.is_nan():
-                            self.residuals.of_slice(slice_)[start:stop] = piece
-                        piece.zero_()
-                        reader.add_frame(piece)
-                reader.finish()
-            for mean in means:
-                if not mean.slice.coded:
-                    continue
-                residual = self.residuals.owned[mean.slice.name]
-                pieces = self.plan.pieces(mean.slice)
-                for kept, (start, stop) in zip(mean.kept, pieces, strict=True):
-                    if not kept:
-                        residual[start:stop] = mean.values[start:stop]
-
-    def _message_to(
-        self,
-        owner: int,
-        names: Sequence[str],
-        grads: Mapping[str, Tensor],
-        step: int,
-        bucket: int,
-    ) -> Tensor:
-        """Return the push to ``owner``; coded ``grads`` become the residuals to be."""
-        slices = list(self.plan.slices_of(names, owner))
-        writer = _Writer(self.plan, slices, self.codec, self.meter.push)
-        for slice_ in slices:
-            values = grads[slice_.name][slice_.start : slice_.stop]
-            for start, stop in self.plan.pieces(slice_):
-                piece = values[start:stop]
-                if not slice_.coded:
-                    writer.raw(slice_.name, piece)
-                    continue
-                # A rank without a gradient here (an unused parameter) says nothing and
-                # keeps its residual: DDP may throw the result away.
-                nothing = not piece.any()
-                piece += self.residuals.of_slice(slice_)[start:stop]
-                if nothing:
-                    writer.nothing(slice_.name, piece.numel())
-                else:
-                    writer.frame(slice_.name, piece, self.config.sparsity)
-        return self._sealed(writer, step, bucket)
-
-    def _message_of(self, means: Sequence[OwnedMean], step: int, bucket: int) -> Tensor:
-        """Return the pull; coded means become the owner-side residuals to be."""
         config = self.config
         sparsity = (
             config.sparsity if config.pull_sparsity is None else config.pull_sparsity
         )
-        writer = _Writer(
-            self.plan, [mean.slice for mean in means], self.codec, self.meter.pull
-        )
-        for mean in means:
-            name = mean.slice.name
-            pieces = self.plan.pieces(mean.slice)
-            for index, (start, stop) in enumerate(pieces):
-                piece = mean.values[start:stop]
-                if not mean.slice.coded:
-                    writer.raw(name, piece)
-                elif mean.silent[index]:
-                    writer.nothing(name, piece.numel())
-                    mean.kept[index] = True
-                else:
-                    piece += self.residuals.owned[name][start:stop]
-                    mean.kept[index] = not writer.frame(name, piece, sparsity)
-        return self._sealed(writer, step, bucket)
+        owned = pieces[self.exchange.rank]
+        with self.meter.stage("encode"):
+            residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
+            chunks = self._encode(owned, means, residuals, sparsity, self.meter.pull)
+            message = self._pack(owned, chunks, self.meter.pull, step, bucket)
+        with self.meter.stage("exchange"):
+            arrived = self.exchange.all_gather(message)
+        with self.meter.stage("decode"):
+            by_owner = [
+                unpack(
+                    message, self._tag(owner, step, bucket), pieces[owner], self.codec
+                )
+                for owner, message in enumerate(arrived)
+            ]
+            jobs: list[tuple[int, Job]] = []
+            for its_pieces, its_chunks in zip(pieces, by_owner, strict=True):
+                for piece, chunk in zip(its_pieces, its_chunks, strict=True):
+                    values = grads[piece.name][piece.start : piece.stop]
+                    if not piece.coded:
+                        values.copy_(_floats(chunk))
+                        continue
+                    if not is_nan_frame(chunk):
+                        self.residuals.of_sent(piece).copy_(values)
+                    values.zero_()
+                    jobs.append((piece.numel, partial(self.codec.add, chunk, values)))
+            self.workers.run(jobs)
+            for residual, mean, chunk in zip(residuals, means, chunks, strict=True):
+                if residual is not None and not is_nan_frame(chunk):
+                    residual.copy_(mean)
 
-    def _sealed(self, writer: "_Writer", step: int, bucket: int) -> Tensor:
+    def close(self) -> None:
+        """End the threads. Calling it again does nothing."""
+        self.workers.close()
+
+    def _encode(
+        self,
+        pieces: Sequence[Piece],
+        values: Sequence[Tensor],
+        residuals: Sequence[Tensor | None],
+        sparsity: float,
+        direction: Direction,
+    ) -> list[Tensor]:
+        """Return the bytes of each piece, uint8[*], until the next call.
+
+        Coded ``values`` become the residuals to be. A piece whose values are all zero
+        (a parameter unused on this rank, or on every rank) says nothing and keeps its
+        residual: DDP may throw the result away.
+        """
+        sizes = [max_frame_bytes(p.numel) if p.coded else 0 for p in pieces]
+        if self._scratch.numel() < sum(sizes):
+            self._scratch = torch.empty(sum(sizes), dtype=torch.uint8)
+        rooms = torch.split(self._scratch[: sum(sizes)], sizes)
+        chunks: list[Tensor] = [x.view(torch.uint8) for x in values]
+        digits = [0] * len(pieces)
+
+        def encode(index: int) -> None:
+            x, room, residual = values[index], rooms[index], residuals[index]
+            used, digits[index] = self.codec.encode(x, sparsity, room, residual)
+            chunks[index] = room[:used]
+
+        self.workers.run(
+            [(p.numel, partial(encode, i)) for i, p in enumerate(pieces) if p.coded]
+        )
+        for piece, chunk, nonzero in zip(pieces, chunks, digits, strict=True):
+            if piece.coded:
+                direction.add_frame(piece.name, piece.numel, chunk.numel(), nonzero)
+            else:
+                direction.raw_bytes[piece.name] += chunk.numel()
+        return chunks
+
+    def _sum(self, mean: Tensor, piece: Piece, said: Sequence[Tensor]) -> None:
+        """Add what was said, in rank order: float addition is not associative."""
+        for chunk in said:
+            if piece.coded:
+                self.codec.add(chunk, mean)
+            else:
+                mean += _floats(chunk)
+
+    def _pack(
+        self,
+        pieces: Sequence[Piece],
+        chunks: Sequence[Tensor],
+        direction: Direction,
+        step: int,
+        bucket: int,
+    ) -> Tensor:
+        tag = self._tag(self.exchange.rank, step, bucket)
         shortest = _ENTROPY_MIN_BYTES[self.config.entropy]
-        return writer.sealed(self._tag(self.exchange.rank, step, bucket), shortest)
-
-    def _reader(self, message: Tensor, slices: Sequence[Slice], tag: Tag) -> "_Reader":
-        return _Reader(message, tag, _room_for(self.plan, slices), self.codec)
-
-    def _nothing_yet(self, slice_: Slice) -> OwnedMean:
-        count = sum(1 for _ in self.plan.pieces(slice_))
-        return OwnedMean(
-            slice_, torch.zeros(slice_.numel), [True] * count, [False] * count
-        )
+        return pack(pieces, chunks, tag, shortest, direction)
 
     def _tag(self, sender: int, step: int, bucket: int) -> Tag:
         return Tag(sender, step, bucket, self.plan.fingerprint)
@@ -308,164 +323,6 @@ class Engine:
             raise
 
 
-@dataclass(frozen=True)
-class _Room:
-    """How many bytes some slices take in a message: raw exactly, coded at most."""
-
-    raw: int
-    coded: int
-
-
-def _room_for(plan: Plan, slices: Sequence[Slice]) -> _Room:
-    raw = sum(4 * slice_.numel for slice_ in slices if not slice_.coded)
-    coded = sum(
-        max_frame_bytes(stop - start)
-        for slice_ in slices
-        if slice_.coded
-        for start, stop in plan.pieces(slice_)
-    )
-    return _Room(raw, coded)
-
-
-class _Writer:
-    """Builds one message: room for a header, then the pieces in plan order."""
-
-    def __init__(
-        self, plan: Plan, slices: Sequence[Slice], codec: Codec, direction: Direction
-    ) -> None:
-        room = _room_for(plan, slices)
-        self._buffer = torch.empty(
-            HEADER_BYTES + room.raw + room.coded, dtype=torch.uint8
-        )
-        self._used = HEADER_BYTES
-        self._raw: list[Tensor] = []
-        self._coded: list[Tensor] = []
-        self._codec = codec
-        self._direction = direction
-        direction.header_bytes += HEADER_BYTES
-
-    def frame(self, name: str, x: Tensor, sparsity: float) -> bool:
-        """Append ``x``, float32[n], as a frame; return whether it was finite.
-
-        ``x`` becomes the residual to be.
-        """
-        room = self._buffer[self._used :]
-        used = self._codec.encode(x, sparsity, room)
-        self._used += used
-        self._coded.append(room[:used])
-        self._direction.add_frame(name, x.numel(), room[:used])
-        return not is_nan_frame(room[:used])
-
-    def nothing(self, name: str, numel: int) -> None:
-        """Append the frame of a rank that has nothing to say about a piece."""
-        frame = self._buffer[self._used : self._used + SCALE_BYTES]
-        frame.zero_()
-        self._used += SCALE_BYTES
-        self._coded.append(frame)
-        self._direction.add_frame(name, numel, frame)
-
-    def raw(self, name: str, x: Tensor) -> None:
-        """Append ``x``, float32[n], as it is."""
-        data = x.contiguous().view(torch.uint8)
-        piece = self._buffer[self._used : self._used + data.numel()]
-        piece.copy_(data)
-        self._used += data.numel()
-        self._raw.append(piece)
-        self._direction.raw_bytes[name] += data.numel()
-
-    def sealed(self, tag: Tag, entropy_min_bytes: int | None) -> Tensor:
-        """Return the message, uint8[*], entropy-coded where that makes it smaller.
-
-        Args:
-            tag: what its header says.
-            entropy_min_bytes: the shortest body to try it on; ``None``: none.
-        """
-        plain = self._buffer[: self._used]
-        if entropy_min_bytes is None or self._used - HEADER_BYTES < entropy_min_bytes:
-            return seal(plain, tag)
-        parts = (self._raw, self._coded)
-        smaller, after = compress(parts, room_before=HEADER_BYTES)
-        if smaller.numel() >= self._used:
-            return seal(plain, tag)
-        before = [sum(piece.numel() for piece in pieces) for pieces in parts]
-        self._direction.raw_saved_bytes += before[0] - after[0]
-        self._direction.coded_saved_bytes += before[1] - after[1]
-        return seal(smaller, tag, FLAG_ENTROPY_CODED)
-
-
-@dataclass
-class _Cursor:
-    """Bytes, uint8[*], that are read from the front."""
-
-    left: Tensor
-
-    def skip(self, count: int) -> Tensor:
-        """Return the next bytes, ``count`` of them or what is left."""
-        skipped, self.left = self.left[:count], self.left[count:]
-        return skipped
-
-
-class _Reader:
-    """Checks one message, then reads its pieces in plan order.
-
-    Args:
-        message: uint8[*], as it arrived.
-        tag: what its header must say.
-        room: what its pieces may take.
-        codec: for the frames.
-
-    Raises:
-        FormatError, PlanMismatch, PeerError: see ``unseal``.
-    """
-
-    def __init__(self, message: Tensor, tag: Tag, room: _Room, codec: Codec) -> None:
-        self._tag = tag
-        self._codec = codec
-        body, entropy_coded = unseal(message, tag)
-        if entropy_coded:
-            with self._blamed():
-                content = _Cursor(decompress(body, room.raw + room.coded))
-            self._raw = _Cursor(content.skip(room.raw))
-            self._frames = content
-        else:  # both kinds in one row
-            self._raw = self._frames = _Cursor(body)
-
-    def says_nothing(self) -> bool:
-        """Whether the frame here is the one of a rank with nothing to say."""
-        return is_zero_frame(self._frames.left)
-
-    def is_nan(self) -> bool:
-        """Whether the frame here decodes to NaN."""
-        return is_nan_frame(self._frames.left)
-
-    def add_frame(self, acc: Tensor) -> None:
-        """Add the frame here to ``acc``, float32[n]."""
-        with self._blamed():
-            self._frames.skip(self._codec.decode_add(self._frames.left, acc))
-
-    @contextmanager
-    def _blamed(self) -> Iterator[None]:
-        """Say whose bytes they are."""
-        try:
-            yield
-        except FormatError as error:
-            raise FormatError(f"message from {self._tag}: {error}") from error
-
-    def raw(self, numel: int) -> Tensor:
-        """Return the raw piece here, float32[numel]."""
-        data = self._raw.skip(4 * numel)
-        if data.numel() != 4 * numel:
-            raise FormatError(
-                f"message from {self._tag} ends {4 * numel - data.numel()} bytes "
-                f"inside a raw piece of {numel} values; do both ranks use the same "
-                "plan?"
-            )
-        return data.clone().view(torch.float32)
-
-    def finish(self) -> None:
-        """Raise ``FormatError`` if bytes are left over."""
-        if left := max(self._raw.left.numel(), self._frames.left.numel()):
-            raise FormatError(
-                f"message from {self._tag}: {left} bytes are left behind the last "
-                "piece; do both ranks use the same plan?"
-            )
+def _floats(chunk: Tensor) -> Tensor:
+    """Return a raw piece as float32[*]; it may start at any byte."""
+    return chunk.clone().view(torch.float32)

@@ -156,9 +156,24 @@ def max_frame_bytes(numel: int) -> int:
     return SCALE_BYTES + quartic_bytes(numel)
 
 
-def is_zero_frame(data: Tensor) -> bool:
-    """Whether the frame at the start of uint8[*] says that every value is 0."""
-    return bytes(data[:SCALE_BYTES].numpy()) == ZERO_SCALE
+def has_body(data: bytes) -> bool:
+    """Whether quartic bytes follow the scale of the frame at the start of ``data``.
+
+    Raises:
+        FormatError: there is no scale, or one that no frame has.
+    """
+    if len(data) < SCALE_BYTES:
+        raise FormatError(
+            f"{len(data)} bytes are too few for a frame's scale of 4 bytes"
+        )
+    (scale,) = struct.unpack_from("<f", data)
+    if data[:SCALE_BYTES] == ZERO_SCALE or math.isnan(scale):
+        return False
+    if not (math.isfinite(scale) and scale > 0):
+        raise FormatError(
+            f"scale {scale} of a frame must be 0, NaN, or finite and positive"
+        )
+    return True
 
 
 def is_nan_frame(data: Tensor) -> bool:

@@ -6,7 +6,9 @@ Whatever is wrong on one rank is an error on every rank, at once, instead of a h
 import dataclasses
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,8 +16,13 @@ import torch
 from lc3.config import Config
 from lc3.errors import Lc3Error, PeerError, PlanMismatch
 from lc3.exchange import Exchange
+from lc3.workers import cores
 
 T = TypeVar("T")
+
+_BOOT_ID = Path(
+    "/proc/sys/kernel/random/boot_id"
+)  # one for all containers of a machine
 
 
 def agree(
@@ -47,10 +54,12 @@ def agree(
         built = build()
     except Lc3Error as error:
         failure = error
+    knobs = dataclasses.asdict(config)
+    del knobs["threads"]  # the one that is each rank's own affair
     mine = {
         "error": None if failure is None else str(failure),
         "lc3 version": version,
-        **{f"Config.{k}": v for k, v in dataclasses.asdict(config).items()},
+        **{f"Config.{k}": v for k, v in knobs.items()},
         **{f"parameter {name}": list(shape) for name, shape in shapes},
     }
     text = json.dumps(mine).encode()
@@ -62,6 +71,19 @@ def agree(
     if failure is not None:
         raise failure
     return built  # type: ignore[return-value]  # build() succeeded
+
+
+def threads_for(exchange: Exchange, config: Config) -> int:
+    """Return how many threads this rank encodes with; collective.
+
+    Raises:
+        ExchangeError: the transport failed.
+    """
+    machine = _BOOT_ID.read_text() if _BOOT_ID.exists() else platform.node()
+    machines = _gather(exchange, machine.encode())
+    if config.threads is not None:
+        return config.threads
+    return max(1, cores() // machines.count(machine.encode()))
 
 
 def _gather(exchange: Exchange, data: bytes) -> list[bytes]:

@@ -6,16 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-from torch import Tensor
-
-from lc3.format import RUN_BASE, SCALE_BYTES
-
-_NONZERO_DIGITS = np.zeros(256, np.int64)
-_NONZERO_DIGITS[:RUN_BASE] = (
-    np.arange(RUN_BASE)[:, None] // np.array([81, 27, 9, 3, 1]) % 3 != 1
-).sum(axis=1)
-
 
 @dataclass
 class Direction:
@@ -42,11 +32,11 @@ class Direction:
     coded_saved_bytes: int = 0
     raw_saved_bytes: int = 0
 
-    def add_frame(self, name: str, numel: int, frame: Tensor) -> None:
-        """Count one frame, uint8[*], of ``numel`` elements of parameter ``name``."""
+    def add_frame(self, name: str, numel: int, size: int, nonzero_digits: int) -> None:
+        """Count one frame of ``size`` bytes for ``numel`` elements of a parameter."""
         self.coded_elements += numel
-        self.coded_bytes[name] += frame.numel()
-        self.nonzero_digits += int(_NONZERO_DIGITS[frame.numpy()[SCALE_BYTES:]].sum())
+        self.coded_bytes[name] += size
+        self.nonzero_digits += nonzero_digits
 
     @property
     def bits_per_element(self) -> float:

@@ -26,6 +26,26 @@ class Slice:
         return self.stop - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``start`` to ``stop`` of one flattened parameter: one scale if coded.
+
+    Attributes:
+        offset: where it starts in its slice.
+    """
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+    coded: bool
+
+    @property
+    def numel(self) -> int:
+        """How many elements the piece has."""
+        return self.stop - self.start
+
+
 @dataclass(frozen=True)
 class Plan:
     """The division of labour, made once from names, shapes, world size and ``Config``.
@@ -58,11 +78,14 @@ class Plan:
                 if slice_.owner == owner:
                     yield slice_
 
-    def pieces(self, slice_: Slice) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of each piece of a slice, relative to the slice."""
-        step = self.block if slice_.coded and self.block else slice_.numel
-        for start in range(0, slice_.numel, step):
-            yield start, min(start + step, slice_.numel)
+    def pieces_of(self, names: Collection[str], owner: int) -> Iterator[Piece]:
+        """Yield the pieces of ``names`` that ``owner`` owns, in plan order."""
+        for slice_ in self.slices_of(names, owner):
+            step = self.block if slice_.coded and self.block else slice_.numel
+            for start in range(slice_.start, slice_.stop, step):
+                stop = min(start + step, slice_.stop)
+                offset = start - slice_.start
+                yield Piece(slice_.name, start, stop, offset, slice_.coded)
 
 
 def make_plan(

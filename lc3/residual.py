@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lc3.errors import StateError
-from lc3.plan import Plan, Slice
+from lc3.plan import Piece, Plan
 
 STATE_FORMAT = 1
 
@@ -35,9 +35,13 @@ class Residuals:
             for slice_ in plan.slices_of(plan.coded, rank)
         }
 
-    def of_slice(self, slice_: Slice) -> Tensor:
-        """Return the worker-side residual of a coded slice: a view, float32[slice]."""
-        return self.sent[slice_.name][slice_.start : slice_.stop]
+    def of_sent(self, piece: Piece) -> Tensor:
+        """Return the worker-side residual of a coded piece: a view, float32[piece]."""
+        return self.sent[piece.name][piece.start : piece.stop]
+
+    def of_owned(self, piece: Piece) -> Tensor:
+        """Return the owner-side residual of a coded piece that this rank owns."""
+        return self.owned[piece.name][piece.offset : piece.offset + piece.numel]
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all buffers: tensors, strings and integers only.

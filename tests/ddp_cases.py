@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import AttachError, Config, Lc3Error
-from lc3.codec import cpu
+from lc3.codec import Encoded, cpu
 from lc3.hooks import ddp
 from tests.oracle import Oracle
 
@@ -305,10 +305,13 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
 class Broken:
     """A codec on a machine without memory."""
 
-    def encode(self, x: Tensor, sparsity: float, out: Tensor) -> int:
+    def encode(
+        self, x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+    ) -> Encoded:
         raise MemoryError("no memory left for frames")
 
-    decode_add = staticmethod(cpu.decode_add)
+    check = staticmethod(cpu.check)
+    add = staticmethod(cpu.add)
 
 
 def passes_through(rank: int, world: int, kind: str) -> dict[str, Any]:

@@ -75,9 +75,10 @@ class Oracle:
             left.append(rest)
         pulled = np.zeros_like(parts[0])
         rest = self.owned[name][piece].copy()
-        if any(value.any() for value in pushed):
+        mean = self.mean(pushed)
+        if mean.any():
             pull_sparsity = self.config.pull_sparsity or self.config.sparsity
-            pulled, rest = quantize(self.mean(pushed) + rest, pull_sparsity)
+            pulled, rest = quantize(mean + rest, pull_sparsity)
         if not np.isnan(pulled).any():
             self.owned[name][piece] = rest
             for rank in range(self.world):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lc3
 from lc3 import Config
-from lc3.codec import Codec, cpu, reference
+from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.config import ENTROPY_STAGES, EntropyStage
 from lc3.engine import Engine
 from lc3.exchange import Exchange, Loopback
@@ -60,9 +60,8 @@ def in_threads(
 def engine_of(
     exchange: Exchange, config: Config = SMALL, codec: Codec = cpu, shapes: Any = SHAPES
 ) -> Engine:
-    return Engine(
-        make_plan(shapes, exchange.world, config), config, exchange, codec, Meter()
-    )
+    plan = make_plan(shapes, exchange.world, config)
+    return Engine(plan, config, exchange, codec, Meter(), config.threads or 1)
 
 
 Gradients = Callable[[int, int], dict[str, Tensor]]
@@ -156,6 +155,19 @@ def test_any_configuration_equals_the_oracle(
 ) -> None:
     config = Config(sparsity=sparsity, pull_sparsity=pull, min_share=min_share, **knobs)
     run(world, 3, config)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    shapes = [(f"w{i}", (90, 40 + i)) for i in range(25)]
+
+    def gradients(rank: int, step: int) -> dict[str, Tensor]:
+        return random_gradients(rank, step, shapes)
+
+    config = dataclasses.replace(SMALL, threads=threads, block=1000)
+    for engine in run(2, 4, config, gradients, shapes=shapes):
+        assert engine.workers.threads == threads
+        engine.close()
 
 
 def test_ranks_with_different_backends_agree() -> None:
@@ -310,24 +322,30 @@ class FailingCodec:
     """A codec that raises at its n-th call of one function."""
 
     def __init__(self, function: str, at: int) -> None:
-        self.left = {"encode": -1, "decode_add": -1, function: at}
+        self.left = {"encode": -1, "check": -1, "add": -1, function: at}
 
     def count(self, function: str) -> None:
         self.left[function] -= 1
         if self.left[function] == 0:
             raise MemoryError(f"injected into {function}")
 
-    def encode(self, x: Tensor, sparsity: float, out: Tensor) -> int:
+    def encode(
+        self, x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+    ) -> Encoded:
         self.count("encode")
-        return cpu.encode(x, sparsity, out)
+        return cpu.encode(x, sparsity, out, residual)
 
-    def decode_add(self, frame: Tensor, acc: Tensor) -> int:
-        self.count("decode_add")
-        return cpu.decode_add(frame, acc)
+    def check(self, frame: Tensor, numel: int) -> int:
+        self.count("check")
+        return cpu.check(frame, numel)
+
+    def add(self, frame: Tensor, acc: Tensor) -> None:
+        self.count("add")
+        cpu.add(frame, acc)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("function", ["encode", "decode_add"])
+@pytest.mark.parametrize("function", ["encode", "check", "add"])
 @pytest.mark.parametrize("at", [1, 6, 9, 14, 25])
 def test_a_rank_that_fails_stops_the_others_with_its_reason(
     rank: int, function: str, at: int

@@ -16,9 +16,11 @@ from torch import Tensor
 import lc3
 from lc3 import format as format_
 from lc3.codec import cpu
-from lc3.engine import _Reader, _Room
 from lc3.entropy import compress, decompress
-from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, Tag, max_frame_bytes, seal
+from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, Tag, seal
+from lc3.message import pack, unpack
+from lc3.meter import Direction
+from lc3.plan import Piece
 from tests.test_format import damage, data
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/entropy.json").read_text())
@@ -114,23 +116,38 @@ def test_bombs_are_refused_at_once_and_without_memory() -> None:
         assert resident_kib("VmHWM") - before_kib < 1024, name
 
 
-def reader(message: Tensor, room: _Room) -> _Reader:
-    return _Reader(message, TAG, room, cpu)
-
-
 def entropy_coded(content: list[list[bytes]]) -> Tensor:
     message, _ = compress([[data(b) for b in part] for part in content], HEADER_BYTES)
     return seal(message, TAG, FLAG_ENTROPY_CODED)
 
 
-def read(message: Tensor, room: _Room, numel: int) -> tuple[bytes, bytes]:
+def pieces(raw_numel: int, numel: int) -> list[Piece]:
+    coded = Piece("a", 0, numel, 0, coded=True)
+    return [coded, Piece("b", 0, raw_numel, 0, coded=False)]
+
+
+def read(message: Tensor, raw_numel: int, numel: int) -> tuple[bytes, bytes]:
     """Return the raw piece and the values of the frame of a message."""
-    source = reader(message, room)
+    frame, raw = unpack(message, TAG, pieces(raw_numel, numel), cpu)
     values = torch.zeros(numel)
-    source.add_frame(values)
-    raw = source.raw(room.raw // 4)
-    source.finish()
+    cpu.add(frame, values)
     return raw_bytes(raw), raw_bytes(values)
+
+
+def test_a_message_of_both_kinds_comes_back() -> None:
+    frame, _ = lc3.encode(torch.randn(3000, generator=torch.Generator().manual_seed(2)))
+    raw = torch.arange(200.0).view(torch.uint8)
+    for shortest in (None, 0):
+        direction = Direction()
+        both = pieces(200, 3000)
+        message = pack(both, [frame, raw], TAG, shortest, direction)
+        saved = direction.raw_saved_bytes + direction.coded_saved_bytes
+        assert message.numel() == HEADER_BYTES + len(frame) + len(raw) - saved
+        assert (saved > 0) == (shortest is not None)
+        for found, given_ in zip(
+            unpack(message, TAG, both, cpu), (frame, raw), strict=True
+        ):
+            assert torch.equal(found, given_)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +163,14 @@ def test_content_that_does_not_fit_is_blamed_on_its_sender(
     content: list[list[bytes]], words: str
 ) -> None:
     with pytest.raises(lc3.FormatError, match=words) as caught:
-        read(entropy_coded(content), _Room(raw=4, coded=1004), 5000)
+        read(entropy_coded(content), 1, 5000)
     assert "rank 1, bucket 2, step 7" in str(caught.value)
+
+
+def test_a_plain_body_that_is_too_short_is_blamed_on_its_sender() -> None:
+    message = seal(data(bytes(HEADER_BYTES + 4 + 3)), TAG)
+    with pytest.raises(lc3.FormatError, match=r"step 7: it ends 1 bytes inside a raw"):
+        read(message, 1, 10)
 
 
 def test_a_body_that_is_no_zstd_frame_is_blamed_on_its_sender() -> None:
@@ -155,7 +178,7 @@ def test_a_body_that_is_no_zstd_frame_is_blamed_on_its_sender() -> None:
     with pytest.raises(
         lc3.FormatError, match=r"rank 1, bucket 2, step 7.*do not start"
     ):
-        reader(message, _Room(0, 100))
+        read(message, 1, 10)
 
 
 @pytest.mark.parametrize("with_valid_crc", [True, False])
@@ -168,16 +191,15 @@ def test_damaged_messages_are_refused_or_change_nothing(with_valid_crc: bool) ->
         x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) ** 5
         frame = raw_bytes(lc3.encode(x, 1.0)[0])
         raw = np.arange(50, dtype=np.float32).tobytes()
-        room = _Room(len(raw), max_frame_bytes(n))
         original = entropy_coded([[raw], [frame]])
-        expected = read(original, room, n)
+        expected = read(original, 50, n)
         for _ in range(200):
             body = damage(bytearray(raw_bytes(original)[HEADER_BYTES:]), chance)
             message = data(raw_bytes(original)[:HEADER_BYTES] + body)
             if with_valid_crc:
                 seal(message, TAG, FLAG_ENTROPY_CODED)
             try:
-                found = read(message, room, n)
+                found = read(message, 50, n)
             except lc3.FormatError:
                 refused += 1
                 continue

@@ -11,6 +11,7 @@ import torch
 
 import lc3
 from lc3 import format as format_
+from lc3.codec import decode_add
 from lc3.format import HEADER_BYTES, Tag, max_frame_bytes, seal, seal_abort, unseal
 from tests.test_codec import BACKENDS, backends, same_bits
 
@@ -38,7 +39,7 @@ def test_golden_frames(codec: ModuleType) -> None:
     for case in FRAMES:
         x = floats(case["input"])
         out = torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8)
-        used = codec.encode(x, case["sparsity"], out)
+        used, _ = codec.encode(x, case["sparsity"], out)
         assert out[:used].numpy().tobytes().hex() == case["frame"]
         assert same_bits(x, floats(case["residual"]))
 
@@ -157,7 +158,7 @@ def test_random_damage_is_refused_or_changes_nothing(codec: ModuleType) -> None:
                 refused += 1
                 continue
             values = torch.zeros(x.numel())
-            assert codec.decode_add(body, values) == body.numel()
+            assert decode_add(codec, body, values) == body.numel()
             assert torch.equal(values, expected)
             unchanged += 1
     assert refused + unchanged == 20_000

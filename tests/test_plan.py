@@ -41,9 +41,9 @@ def test_every_element_has_one_owner_and_the_oracles_pieces(
         slices = plan.slices[name]
         assert len({slice_.owner for slice_ in slices}) == len(slices)
         pieces = [
-            slice(slice_.start + start, slice_.start + stop)
+            slice(piece.start, piece.stop)
             for slice_ in slices
-            for start, stop in plan.pieces(slice_)
+            for piece in plan.pieces_of([name], slice_.owner)
         ]
         assert pieces == list(oracle.pieces(name, shape[0] * shape[1]))
         assert [piece.stop for piece in pieces[:-1]] == [

@@ -17,12 +17,14 @@ BELOW = {
     "exchange": {"errors"},
     "plan": {"config", "errors"},
     "residual": {"errors", "plan"},
-    "meter": {"format"},
+    "meter": set(),
+    "message": {"codec", "entropy", "errors", "format", "meter", "plan"},
+    "workers": set(),
     "lane": {"errors"},
-    "handshake": {"config", "errors", "exchange"},
+    "handshake": {"config", "errors", "exchange", "workers"},
     "engine": {
-        *("codec", "config", "entropy", "errors", "exchange", "format", "meter"),
-        *("plan", "residual"),
+        *("codec", "config", "entropy", "errors", "exchange", "format", "message"),
+        *("meter", "plan", "residual", "workers"),
     },
 }
 

@@ -1,6 +1,6 @@
 """The ``Codec`` protocol, ``codec_for(device)``, and encode/decode of one tensor."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,43 +11,68 @@ from lc3.errors import FormatError, InputError
 from lc3.format import max_frame_bytes
 
 
-class Codec(Protocol):
-    """A backend: a module with these two functions.
+class Encoded(NamedTuple):
+    """What ``Codec.encode`` wrote: so many bytes, so many values sent as ±1."""
 
-    All backends agree on every byte and on every residual.
+    frame_bytes: int
+    nonzero_digits: int
+
+
+class Codec(Protocol):
+    """A backend: a module with these three functions.
+
+    All backends agree on every byte and on every residual. The functions may run on
+    several threads at once, on tensors that do not overlap.
     """
 
-    def encode(self, x: Tensor, sparsity: float, out: Tensor) -> int:
-        """Write ``x`` as one frame and leave behind what the frame does not carry.
+    def encode(
+        self, x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+    ) -> Encoded:
+        """Write ``x`` plus ``residual`` as one frame; leave in ``x`` what it lacks.
 
         Args:
-            x: float32[n], contiguous. Gradient plus residual on entry; the new
-                residual, ``x - decode(frame)``, on return. Untouched when not finite.
+            x: float32[n], contiguous. On return the new residual,
+                ``x + residual - decode(frame)``; where that sum is not finite, the sum.
             sparsity: 3LC's s, 1 ≤ s < 2.
             out: uint8[≥ max_frame_bytes(n)]. Only the returned prefix is meaningful.
-
-        Returns:
-            Frame length in bytes.
+            residual: float32[n], what earlier frames lacked. If ``x`` is all zero,
+                there is nothing to say: the frame has scale 0, the residual stays.
 
         Source: Lim, Andersen, Kaminsky, "3LC", MLSys 2019 (arXiv 1802.07389).
         """
         ...
 
-    def decode_add(self, frame: Tensor, acc: Tensor) -> int:
-        """Add the values of the frame at the start of ``frame`` to ``acc``.
+    def check(self, frame: Tensor, numel: int) -> int:
+        """Return how many bytes the frame of ``numel`` values at the start has.
 
         Args:
             frame: uint8[*], contiguous; more may follow the frame.
-            acc: float32[n], contiguous. Mutated where a digit is not 0; untouched when
-                an error is raised.
-
-        Returns:
-            How many bytes the frame had.
+            numel: how many values it must have.
 
         Raises:
-            FormatError: no valid frame of n values stands there.
+            FormatError: no valid frame of so many values stands there.
         """
         ...
+
+    def add(self, frame: Tensor, acc: Tensor) -> None:
+        """Add the values of a frame to ``acc``.
+
+        Args:
+            frame: uint8[*], contiguous: one frame of n values that ``check`` accepted.
+            acc: float32[n], contiguous. Mutated where a digit is not 0.
+        """
+        ...
+
+
+def decode_add(codec: Codec, frame: Tensor, acc: Tensor) -> int:
+    """Check the frame at the start of ``frame``, add it to ``acc``, return its length.
+
+    Raises:
+        FormatError: no valid frame stands there; ``acc`` is untouched.
+    """
+    used = codec.check(frame, acc.numel())
+    codec.add(frame[:used], acc)
+    return used
 
 
 def codec_for(device: torch.device) -> Codec:
@@ -70,7 +95,8 @@ def warm_up(codec: Codec) -> None:
     """Run every path of ``codec`` once, so that nothing compiles during a step."""
     out = torch.empty(max_frame_bytes(200), dtype=torch.uint8)
     for x in (torch.zeros(200), torch.arange(200.0), torch.full((200,), torch.nan)):
-        codec.decode_add(out[: codec.encode(x, 1.0, out)], torch.zeros(200))
+        used, _ = codec.encode(x, 1.0, out, torch.zeros(200))
+        decode_add(codec, out[:used], torch.zeros(200))
 
 
 def encode(
@@ -105,7 +131,7 @@ def encode(
         )
     residual = x.detach().to("cpu", torch.float32, copy=True).contiguous()
     out = torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8)
-    used = codec_for(residual.device).encode(residual.view(-1), sparsity, out)
+    used, _ = codec_for(residual.device).encode(residual.view(-1), sparsity, out)
     frame = out[:used].clone()
     if entropy:
         smaller, _ = compress([[frame]], room_before=0)
@@ -132,7 +158,7 @@ def decode(frame: Tensor, numel: int) -> Tensor:
     if is_compressed(data):
         data = decompress(data, max_frame_bytes(numel))
     values = torch.zeros(numel, dtype=torch.float32)
-    used = codec_for(data.device).decode_add(data, values)
+    used = decode_add(codec_for(data.device), data, values)
     if used != data.numel():
         raise FormatError(
             f"the frame of {numel} values ends after {used} bytes, but {data.numel()} "

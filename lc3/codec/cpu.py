@@ -16,6 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lc3.codec import Encoded
 from lc3.codec.instructions import (
     LANES,
     ZERO_RUN_BYTES,
@@ -35,6 +36,7 @@ from lc3.format import (
     SCALE_BYTES,
     ZERO_BYTE,
     ZERO_SCALE,
+    has_body,
     quartic_bytes,
 )
 
@@ -57,8 +59,9 @@ _LITERAL = np.where(np.arange(256) < RUN_BASE, np.arange(256), ZERO_BYTE)
 _LITERAL = _LITERAL.astype(np.uint8)
 _FIRST = np.argmax(_DIGITS[_LITERAL] != 0, axis=1)
 _FIRST_DIGIT = _DIGITS[_LITERAL, _FIRST]
-_HAS_DIGIT = (_DIGITS[_LITERAL] != 0).any(axis=1).astype(np.int64)
-_HAS_MORE = (_DIGITS[_LITERAL] != 0).sum(axis=1) > 1
+_DIGIT_COUNT = (_DIGITS[_LITERAL] != 0).sum(axis=1)
+_HAS_DIGIT = np.minimum(_DIGIT_COUNT, 1)
+_HAS_MORE = _DIGIT_COUNT > 1
 
 # By length of a zero run: its bytes, up to eight in a little-endian word; their number.
 _WORD_RUN = 8 * RUN_MAX
@@ -80,60 +83,64 @@ _RUN_CROSSES = 2
 _PADDING = 3
 
 
-def encode(x: Tensor, sparsity: float, out: Tensor) -> int:
+def encode(
+    x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
     values, frame = x.numpy(), out.numpy()
-    largest = _max_magnitude_bits(values.view(np.int32))
+    if residual is None:
+        largest = _max_magnitude_bits(values.view(np.int32))
+    else:
+        largest = _add_residual(values, residual.numpy())
     if largest >= _INFINITY_BITS:
         frame[:SCALE_BYTES] = np.frombuffer(NAN_SCALE, np.uint8)
-        return SCALE_BYTES
+        return Encoded(SCALE_BYTES, 0)
     if largest == 0:
         frame[:SCALE_BYTES] = np.frombuffer(ZERO_SCALE, np.uint8)
-        return SCALE_BYTES
+        return Encoded(SCALE_BYTES, 0)
     with np.errstate(over="ignore"):
         scale = np.int32(largest).view(np.float32) * np.float32(sparsity)
     scale = np.minimum(scale, np.float32(FLOAT32_MAX))
     frame[:SCALE_BYTES].view(np.float32)[0] = scale
-    return SCALE_BYTES + int(_pack(values, scale, frame[SCALE_BYTES:]))
+    used, digits = _pack(values, scale, frame[SCALE_BYTES:])
+    return Encoded(SCALE_BYTES + used, digits)
 
 
-def decode_add(frame: Tensor, acc: Tensor) -> int:
-    """See ``lc3.codec.Codec.decode_add``."""
-    data, values = frame.numpy(), acc.numpy()
-    if data.size < SCALE_BYTES:
-        raise FormatError(
-            f"{data.size} bytes are too few for a frame's scale of 4 bytes"
-        )
-    scale = data[:SCALE_BYTES].view(np.float32)[0]
-    if data[:SCALE_BYTES].tobytes() == ZERO_SCALE:
+def check(frame: Tensor, numel: int) -> int:
+    """See ``lc3.codec.Codec.check``."""
+    data = frame.numpy()
+    if not has_body(data[:SCALE_BYTES].tobytes()):
         return SCALE_BYTES
-    if np.isnan(scale):
-        values.fill(np.nan)
-        return SCALE_BYTES
-    if not (np.isfinite(scale) and scale > 0):
-        raise FormatError(
-            f"scale {scale} of a frame must be 0, NaN, or finite and positive"
-        )
-    body = data[SCALE_BYTES:]
-    problem, used, unfolded = _check(body, values.size)
+    problem, used, unfolded = _check(data[SCALE_BYTES:], numel)
     if problem == _ENDS_EARLY:
         raise FormatError(
-            f"frame ends after {unfolded} of {quartic_bytes(values.size)} quartic "
-            "bytes; was it cut?"
+            f"frame ends after {unfolded} of {quartic_bytes(numel)} quartic bytes; was "
+            "it cut?"
         )
     if problem == _RUN_CROSSES:
         raise FormatError(
-            f"a zero run crosses the end of a frame of {quartic_bytes(values.size)} "
-            "quartic bytes; do both ranks use the same plan?"
+            f"a zero run crosses the end of a frame of {quartic_bytes(numel)} quartic "
+            "bytes; do both ranks use the same plan?"
         )
     if problem == _PADDING:
         raise FormatError(
-            f"padding behind the {values.size} values of a frame is not zero; do both "
-            "ranks use the same plan?"
+            f"padding behind the {numel} values of a frame is not zero; do both ranks "
+            "use the same plan?"
         )
-    add = _add_dense if used > _DENSE_SHARE * quartic_bytes(values.size) else _add
-    add(body[:used], scale, values)
     return SCALE_BYTES + int(used)
+
+
+def add(frame: Tensor, acc: Tensor) -> None:
+    """See ``lc3.codec.Codec.add``."""
+    data, values = frame.numpy(), acc.numpy()
+    scale = data[:SCALE_BYTES].view(np.float32)[0]
+    body = data[SCALE_BYTES:]
+    if np.isnan(scale):
+        values.fill(np.nan)
+    elif body.size > _DENSE_SHARE * quartic_bytes(values.size):
+        _add_dense(body, scale, values)
+    elif body.size:
+        _add(body, scale, values)
 
 
 @njit(nogil=True, cache=True)
@@ -150,14 +157,39 @@ def _max_magnitude_bits(bits: NDArray[np.int32]) -> np.int32:
 
 
 @njit(nogil=True, cache=True)
-def _pack(x: Floats, scale: np.float32, body: Bytes) -> int:
-    """Write the folded quartic bytes of ``x``, take them off x, return their number."""
+def _add_residual(x: Floats, residual: Floats) -> np.int32:
+    """Add ``residual`` to ``x`` and return the largest bit pattern of the sum.
+
+    0 if ``x`` was all zero: then there is nothing to say, whatever the residual is.
+    """
+    bits, summed_bits = x.view(np.int32), x.view(np.int32)
+    any_bits = np.int32(0)
+    largest = np.int32(0)
+    for start in range(0, x.size, _BLOCK):
+        stop = min(start + _BLOCK, x.size)
+        for i in range(start, stop):
+            any_bits |= bits[i]
+        for i in range(start, stop):
+            x[i] += residual[i]
+        for i in range(start, stop):
+            largest = max(largest, summed_bits[i] & np.int32(0x7FFFFFFF))
+    return largest if any_bits & np.int32(0x7FFFFFFF) != 0 else np.int32(0)
+
+
+@njit(nogil=True, cache=True)
+def _pack(x: Floats, scale: np.float32, body: Bytes) -> tuple[int, int]:
+    """Write the folded quartic bytes of ``x`` and take what they send off x.
+
+    Returns:
+        The number of bytes, and of digits that are not 0.
+    """
     n = x.size
     length = (n + 4) // 5
     full = max(0, n - 4 * length)  # bytes below this index have no padding
     half = np.float32(scale * np.float32(0.5))
     quartic = np.empty(_BLOCK, np.uint8)
     used = 0
+    digits = 0
     last = -1  # where the last byte was that is not five zeros
     for start in range(0, length, _BLOCK):
         count = min(_BLOCK, length - start)
@@ -189,13 +221,14 @@ def _pack(x: Floats, scale: np.float32, body: Bytes) -> int:
                 body[used] = quartic[j]
                 used += 1
                 nonzero += 1
+                digits += _DIGIT_COUNT[quartic[j]]
         if nonzero > _DENSE_BYTES and whole == _BLOCK:
             for partition in range(5):
                 at = partition * length + start
                 _take_off(x[at : at + _BLOCK], half, scale)
         elif nonzero > 0:
             _take_off_digits(x, start, quartic, scale)
-    return _write_run(body, used, length - last - 1)
+    return _write_run(body, used, length - last - 1), digits
 
 
 @njit(nogil=True, cache=True)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lc3.codec import Encoded
 from lc3.errors import FormatError
 from lc3.format import (
     FLOAT32_MAX,
@@ -21,6 +22,7 @@ from lc3.format import (
     SCALE_BYTES,
     ZERO_BYTE,
     ZERO_SCALE,
+    has_body,
     quartic_bytes,
 )
 
@@ -28,9 +30,17 @@ Floats = NDArray[np.float32]
 Digits = NDArray[np.int8]
 
 
-def encode(x: Tensor, sparsity: float, out: Tensor) -> int:
+def encode(
+    x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
     values = x.numpy()
+    if residual is not None:
+        nothing = not values.any()
+        with np.errstate(over="ignore", invalid="ignore"):
+            values += residual.numpy()
+        if nothing:
+            return _write(ZERO_SCALE, out)
     if not np.isfinite(values).all():
         return _write(NAN_SCALE, out)
     scale = scale_of(values, sparsity)
@@ -38,30 +48,30 @@ def encode(x: Tensor, sparsity: float, out: Tensor) -> int:
         return _write(ZERO_SCALE, out)
     digits = digits_of(values, scale)
     values -= digits.astype(np.float32) * scale
-    return _write(scale.tobytes() + fold(quartic(digits)), out)
+    frame = scale.tobytes() + fold(quartic(digits))
+    return _write(frame, out, int(np.count_nonzero(digits)))
 
 
-def decode_add(frame: Tensor, acc: Tensor) -> int:
-    """See ``lc3.codec.Codec.decode_add``."""
-    data, values = frame.numpy().tobytes(), acc.numpy()
-    if len(data) < SCALE_BYTES:
-        raise FormatError(
-            f"{len(data)} bytes are too few for a frame's scale of 4 bytes"
-        )
-    scale = np.frombuffer(data[:SCALE_BYTES], "<f4")[0]
-    if data[:SCALE_BYTES] == ZERO_SCALE:
+def check(frame: Tensor, numel: int) -> int:
+    """See ``lc3.codec.Codec.check``."""
+    data = frame.numpy().tobytes()
+    if not has_body(data):
         return SCALE_BYTES
-    if np.isnan(scale):
-        values[:] = np.nan
-        return SCALE_BYTES
-    if not (np.isfinite(scale) and scale > 0):
-        raise FormatError(
-            f"scale {scale} of a frame must be 0, NaN, or finite and positive"
-        )
-    bytes_, used = unfold(data[SCALE_BYTES:], quartic_bytes(values.size))
-    digits = digits_from(bytes_, values.size)
-    values[digits != 0] += digits[digits != 0].astype(np.float32) * scale
+    bytes_, used = unfold(data[SCALE_BYTES:], quartic_bytes(numel))
+    digits_from(bytes_, numel)
     return SCALE_BYTES + used
+
+
+def add(frame: Tensor, acc: Tensor) -> None:
+    """See ``lc3.codec.Codec.add``."""
+    data, values = frame.numpy().tobytes(), acc.numpy()
+    scale = np.frombuffer(data[:SCALE_BYTES], "<f4")[0]
+    if has_body(data):
+        bytes_, _ = unfold(data[SCALE_BYTES:], quartic_bytes(values.size))
+        digits = digits_from(bytes_, values.size)
+        values[digits != 0] += digits[digits != 0].astype(np.float32) * scale
+    elif np.isnan(scale):
+        values[:] = np.nan
 
 
 def scale_of(values: Floats, sparsity: float) -> np.float32:
@@ -136,6 +146,6 @@ def digits_from(bytes_: NDArray[np.uint8], numel: int) -> Digits:
     return digits[:numel]
 
 
-def _write(frame: bytes, out: Tensor) -> int:
+def _write(frame: bytes, out: Tensor, nonzero_digits: int = 0) -> Encoded:
     out[: len(frame)] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-    return len(frame)
+    return Encoded(len(frame), nonzero_digits)

@@ -52,7 +52,7 @@ def frames() -> list[dict[str, object]]:
                     x.clone(),
                     torch.empty(max_frame_bytes(n), dtype=torch.uint8),
                 )
-                used = reference.encode(residual, sparsity, out)
+                used, _ = reference.encode(residual, sparsity, out)
                 cases.append(
                     {
                         "kind": kind,
@@ -86,7 +86,7 @@ def entropy_coded_messages() -> list[dict[str, object]]:
     for raw_numel, n in ((0, 350), (100, 0), (25, 1400), (4000, 4000)):
         raw = (torch.arange(raw_numel) % 7).float().view(torch.uint8)
         out = torch.empty(max_frame_bytes(n), dtype=torch.uint8)
-        used = reference.encode(inputs(n)["peaks"], 1.5, out) if n else 0
+        used = reference.encode(inputs(n)["peaks"], 1.5, out)[0] if n else 0
         message, _ = compress(([raw], [out[:used]]), HEADER_BYTES)
         seal(message, tag, FLAG_ENTROPY_CODED)
         content = torch.cat([raw, out[:used]])

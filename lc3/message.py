@@ -1,0 +1,123 @@
+"""All pieces that one rank sends to one rank for one bucket, as bytes and back."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lc3.codec import Codec
+from lc3.entropy import compress, decompress
+from lc3.errors import FormatError
+from lc3.format import (
+    FLAG_ENTROPY_CODED,
+    HEADER_BYTES,
+    Tag,
+    max_frame_bytes,
+    seal,
+    unseal,
+)
+from lc3.meter import Direction
+from lc3.plan import Piece
+
+
+def pack(
+    pieces: Sequence[Piece],
+    chunks: Sequence[Tensor],
+    tag: Tag,
+    entropy_min_bytes: int | None,
+    direction: Direction,
+) -> Tensor:
+    """Return the message, uint8[*], entropy-coded where that makes it smaller.
+
+    Args:
+        pieces: in plan order.
+        chunks: of each piece its bytes, uint8[*]: a frame or raw values.
+        tag: what the header says.
+        entropy_min_bytes: the shortest body to try it on; ``None``: none.
+        direction: counts headers and what the entropy stage saves.
+    """
+    direction.header_bytes += HEADER_BYTES
+    size = sum(chunk.numel() for chunk in chunks)
+    if entropy_min_bytes is not None and size >= entropy_min_bytes:
+        both = list(zip(pieces, chunks, strict=True))
+        raw = [chunk for piece, chunk in both if not piece.coded]
+        coded = [chunk for piece, chunk in both if piece.coded]
+        smaller, (raw_bytes, coded_bytes) = compress((raw, coded), HEADER_BYTES)
+        if smaller.numel() < HEADER_BYTES + size:
+            direction.raw_saved_bytes += sum(c.numel() for c in raw) - raw_bytes
+            direction.coded_saved_bytes += sum(c.numel() for c in coded) - coded_bytes
+            return seal(smaller, tag, FLAG_ENTROPY_CODED)
+    room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    return seal(torch.cat([room, *chunks]), tag)
+
+
+def unpack(
+    message: Tensor, tag: Tag, pieces: Sequence[Piece], codec: Codec
+) -> list[Tensor]:
+    """Check a message and return of each piece its bytes, uint8[*], in the same order.
+
+    Frames are checked, raw pieces have four bytes a value.
+
+    Args:
+        message: uint8[*], as it arrived.
+        tag: what its header must say.
+        pieces: that it must hold, in plan order.
+        codec: checks the frames.
+
+    Raises:
+        FormatError: it is damaged or belongs to another exchange.
+        PlanMismatch: its sender works by another plan.
+        PeerError: its sender stopped.
+    """
+    body, entropy_coded = unseal(message, tag)
+    with _blamed_on(tag):
+        if entropy_coded:
+            raw_bytes = sum(4 * piece.numel for piece in pieces if not piece.coded)
+            most = raw_bytes + sum(
+                max_frame_bytes(piece.numel) for piece in pieces if piece.coded
+            )
+            frames = _Cursor(decompress(body, most))
+            raw = _Cursor(frames.skip(raw_bytes))
+        else:  # both kinds in one row
+            raw = frames = _Cursor(body)
+        chunks = []
+        for piece in pieces:
+            if piece.coded:
+                chunks.append(frames.skip(codec.check(frames.left, piece.numel)))
+                continue
+            chunks.append(raw.skip(4 * piece.numel))
+            if chunks[-1].numel() != 4 * piece.numel:
+                raise FormatError(
+                    f"it ends {4 * piece.numel - chunks[-1].numel()} bytes inside a "
+                    f"raw piece of {piece.numel} values; do both ranks use the same "
+                    "plan?"
+                )
+        if left := max(raw.left.numel(), frames.left.numel()):
+            raise FormatError(
+                f"{left} bytes are left behind the last piece; do both ranks use the "
+                "same plan?"
+            )
+    return chunks
+
+
+@dataclass
+class _Cursor:
+    """Bytes, uint8[*], that are read from the front."""
+
+    left: Tensor
+
+    def skip(self, count: int) -> Tensor:
+        """Return the next bytes, ``count`` of them or what is left."""
+        skipped, self.left = self.left[:count], self.left[count:]
+        return skipped
+
+
+@contextmanager
+def _blamed_on(tag: Tag) -> Iterator[None]:
+    """Say whose bytes they are."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"message from {tag}: {error}") from error
