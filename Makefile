@@ -20,10 +20,11 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m experiments.bench_codec
+	$(BIN)/python -m experiments.bench_codec --out experiments/results --docs docs/codec.md
 
 fuzz: $(READY)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 tests/test_codec.py tests/test_plan.py tests/test_engine.py
+	$(BIN)/python -m tests.fuzz --mutations 10000000
 
 test-install: $(READY)
 	$(BIN)/python -m tests.install

@@ -34,6 +34,7 @@ def main() -> int:
         *("--task", options.task, "--methods", *options.methods),
         *("--steps", str(options.steps), "--seeds", str(options.seeds)),
         *("--out", str(path)),
+        *(("--data-dir", str(options.data_dir)) if options.data_dir else ()),
     ]
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
     console.print(

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DistributedSampler, TensorDataset
 
 from experiments.methods import METHODS, Traffic
 from experiments.record import write_csv
-from experiments.tasks import TASKS, Task
+from experiments.tasks import TASKS, DataError, Task
 
 WARM_UP = 0.05
 EVALUATIONS = 10
@@ -52,7 +52,9 @@ class Run:
             RuntimeError: the ranks' parameters differ at the end.
         """
         torch.manual_seed(seed)
-        model = DistributedDataParallel(self.task.make_model())
+        # Statistics of batch norms are averaged where they are used, in evaluation,
+        # not sent from rank 0 before every step.
+        model = DistributedDataParallel(self.task.make_model(), broadcast_buffers=False)
         traffic = METHODS[method](model)
         optimizer, schedule = make_optimizer(self.task, model, self.steps)
         every = math.ceil(self.steps / EVALUATIONS)
@@ -85,6 +87,8 @@ class Run:
             traffic.frame_bits,
         )
         push_bits, pull_bits, frame_bits = bits
+        average_buffers(model)
+        test_loss, accuracy = evaluate(model, self.task.test)
         return {
             "ranks": dist.get_world_size(),
             "steps": self.steps,
@@ -94,20 +98,18 @@ class Run:
             "pull_bits": round(pull_bits, 4),
             "frame_bits": round(frame_bits, 4),
             "loss": round(loss, 5),
-            "accuracy": round(accuracy(model, self.task.test), 5),
+            "test_loss": round(test_loss, 5),
+            "accuracy": round(accuracy, 5),
             "compute_ms": round(self.compute_ms, 3),
             "codec_ms": round(codec_ms, 3),
         }
 
 
-def make_optimizer(task: Task, model: nn.Module, steps: int) -> tuple[SGD, LambdaLR]:
-    """Return SGD, and its learning rate: linear warm-up, then a cosine to zero."""
-    optimizer = SGD(
-        model.parameters(),
-        lr=task.learning_rate,
-        momentum=task.momentum,
-        weight_decay=task.weight_decay,
-    )
+def make_optimizer(
+    task: Task, model: nn.Module, steps: int
+) -> tuple[Optimizer, LambdaLR]:
+    """Return the task's optimizer, and its learning rate: warm-up, then a cosine."""
+    optimizer = task.make_optimizer(model)
     warm_up = max(1, round(WARM_UP * steps))
 
     def factor(step: int) -> float:
@@ -123,24 +125,31 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]
     sampler: DistributedSampler[TensorDataset] = DistributedSampler(
         task.train, shuffle=True, seed=seed, drop_last=True
     )
-    loader = DataLoader(
-        task.train, batch_size=task.batch_size, sampler=sampler, drop_last=True
-    )
+    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    inputs, labels = task.train.tensors
     done = 0
     for epoch in range(steps):
         sampler.set_epoch(epoch)
-        for inputs, labels in loader:
-            yield inputs, labels
+        order = torch.tensor(list(sampler))
+        for batch in order[: len(order) // task.batch_size * task.batch_size].split(
+            task.batch_size
+        ):
+            chosen = inputs[batch]
+            if task.augment is not None:
+                chosen = task.augment(chosen, generator)
+            yield chosen, labels[batch]
             done += 1
             if done == steps:
                 return
 
 
-def train_step(model: nn.Module, optimizer: SGD, batch: Sequence[Tensor]) -> Tensor:
+def train_step(
+    model: nn.Module, optimizer: Optimizer, batch: Sequence[Tensor]
+) -> Tensor:
     """Update the model with one batch and return its loss, a scalar."""
     inputs, labels = batch
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(inputs), labels)
+    loss = loss_of(model(inputs), labels)
     loss.backward()
     optimizer.step()
     return loss.detach()
@@ -162,12 +171,32 @@ def measure_compute_ms(task: Task, steps: int = 40) -> float:
     return 1e3 * median_s
 
 
+def loss_of(outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of float32[..., classes] against int64[...]."""
+    flat = outputs.reshape(-1, outputs.shape[-1])
+    return nn.functional.cross_entropy(flat, labels.reshape(-1), reduction=reduction)
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Return the share of ``data`` that the model labels correctly, 0 to 1."""
-    inputs, labels = data.tensors
-    right: Tensor = model(inputs).argmax(dim=1) == labels
-    return right.float().mean().item()
+def evaluate(model: nn.Module, data: TensorDataset) -> tuple[float, float]:
+    """Return the mean loss on ``data`` and the share of right labels, 0 to 1."""
+    loss = right = 0.0
+    model.eval()
+    for inputs, labels in zip(*(t.split(500) for t in data.tensors), strict=True):
+        outputs = model(inputs)
+        loss += loss_of(outputs, labels, reduction="sum").item()
+        right += (outputs.argmax(dim=-1) == labels).sum().item()
+    model.train()
+    count = data.tensors[1].numel()
+    return loss / count, right / count
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Replace float buffers (statistics of batch norms) by their means over ranks."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()
 
 
 def mean_over_ranks(*values: float) -> list[float]:
@@ -210,6 +239,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add what a run is made of; the launchers of runs pass it on."""
     parser.add_argument("--task", choices=TASKS, default="digits")
+    parser.add_argument("--data-dir", type=Path, help="where the task's data is")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -240,7 +270,10 @@ def main() -> None:
     options = parse()
     dist.init_process_group("gloo")
     first = dist.get_rank() == 0
-    task = TASKS[options.task]()
+    try:
+        task = TASKS[options.task](options.data_dir)
+    except DataError as error:
+        raise SystemExit(f"experiments.train: {error}") from error
     console = Console(quiet=not first)
     columns = (
         "{task.description}",

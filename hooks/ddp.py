@@ -58,7 +58,6 @@ def attach(
     Raises:
         AttachError: the model cannot be compressed.
         ConfigError: a pattern of the configuration matches no parameter.
-        InputError: there is no codec for the model's device.
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
@@ -106,7 +105,7 @@ class State:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         _check_model(model)
-        codec = codec_for(next(model.parameters()).device)
+        codec = codec_for(_CPU)
         self.config = config
         self.meter = Meter()
         self._names = {
@@ -257,6 +256,7 @@ def _check_model(model: DistributedDataParallel) -> None:
             f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
             "the module first: model = DistributedDataParallel(model)"
         )
+    _check_device(model)
     if model._comm_hooks:
         hook, state = model._comm_hooks[0]
         raise AttachError(
@@ -265,6 +265,15 @@ def _check_model(model: DistributedDataParallel) -> None:
             else f"the model already has the communication hook {hook.__name__}; "
             "DDP takes one only, so wrap the module again without it"
         )
+
+
+def _check_device(model: DistributedDataParallel) -> None:
+    for name, parameter in model.module.named_parameters():
+        if parameter.device != _CPU:
+            raise AttachError(
+                f"parameter {name!r} is on {parameter.device}; in this version lc3 "
+                "exchanges gradients on the CPU only (lc3.encode works on any device)"
+            )
 
 
 def _check_parameters(names: Mapping[Parameter, str]) -> None:

@@ -14,10 +14,11 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 import lc3
-from lc3.codec import cpu, decode_add, reference
+from experiments.gradients import Recorded, recorded
+from lc3.codec import cpu, decode_add, reference, tensor
 from lc3.format import max_frame_bytes
 
-BACKENDS = [reference, cpu]
+BACKENDS = [reference, cpu, tensor]
 EXAMPLES = settings().max_examples  # of the profile: 100, or 5 000 in make fuzz
 SPARSITIES = [1.0, 1.25, 1.5, 1.75, 1.9, 1.984375]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -358,6 +359,19 @@ def test_all_backends_agree_at_every_density() -> None:
             acc = found.clone()
             decode_add(codec, frame, acc)
             assert same_bits(acc, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_backends_agree_on_recorded_gradients(dtype: torch.dtype) -> None:
+    """Of every task, sparsity and moment; the largest tensor of each in full."""
+    largest: dict[tuple[str, float, str], Recorded] = {}
+    for item in recorded():
+        key = (item.task, item.sparsity, item.moment)
+        if key not in largest or largest[key].x.numel() < item.x.numel():
+            largest[key] = item
+    assert len(largest) == 18
+    for item in largest.values():
+        check_all_agree(item.x.to(dtype).float(), item.sparsity)
 
 
 def data_of(frame: bytes) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import record, report
+from experiments import bench_codec, record, report
 from experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,18 @@ def test_the_readmes_script_trains(tmp_path: Path) -> None:
         "lc3-rank0.pt",
         "lc3-rank1.pt",
     }
+
+
+def test_the_docs_tables_are_the_committed_results() -> None:
+    docs = (ROOT / "docs/codec.md").read_text()
+    speed, entropy = (
+        record.read_csv(ROOT / f"experiments/results/{name}.csv")
+        for name in ("codec", "entropy")
+    )
+    said = bench_codec.speed_table(speed) + bench_codec.caption(speed)
+    assert report.insert(docs, "speed", said) == docs
+    said = bench_codec.entropy_table(entropy) + bench_codec.caption(entropy)
+    assert report.insert(docs, "entropy", said) == docs
 
 
 def test_the_readmes_table_is_the_committed_result() -> None:

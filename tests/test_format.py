@@ -186,4 +186,5 @@ def test_the_suite_runs_every_backend() -> None:
     assert [codec.__name__ for codec in BACKENDS] == [
         "lc3.codec.reference",
         "lc3.codec.cpu",
+        "lc3.codec.tensor",
     ]

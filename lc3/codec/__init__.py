@@ -8,7 +8,7 @@ from torch import Tensor
 from lc3.config import check_sparsity
 from lc3.entropy import compress, decompress, is_compressed
 from lc3.errors import FormatError, InputError
-from lc3.format import max_frame_bytes
+from lc3.format import ZSTD_MAGIC, max_frame_bytes
 
 
 class Encoded(NamedTuple):
@@ -79,16 +79,17 @@ def codec_for(device: torch.device) -> Codec:
     """Return the backend for tensors on ``device``. The only place that picks one.
 
     Raises:
-        InputError: there is none for this kind of device.
+        InputError: tensors there have no values.
     """
     if device.type == "cpu":
         from lc3.codec import cpu
 
         return cpu
-    raise InputError(
-        f"lc3 has no codec for {device.type!r} tensors in this version, only for "
-        "'cpu'; lc3.encode and lc3.decode move single tensors for you"
-    )
+    if device.type == "meta":
+        raise InputError("tensors on the meta device have no values to encode")
+    from lc3.codec import tensor
+
+    return tensor
 
 
 def warm_up(codec: Codec) -> None:
@@ -129,14 +130,14 @@ def encode(
             f"x is a {x.layout} tensor of {x.dtype}; lc3 encodes dense floating-point "
             "tensors (for complex ones, encode torch.view_as_real(x))"
         )
-    residual = x.detach().to("cpu", torch.float32, copy=True).contiguous()
-    out = torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8)
-    used, _ = codec_for(residual.device).encode(residual.view(-1), sparsity, out)
+    residual = x.detach().to(torch.float32, copy=True).contiguous()
+    out = torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+    used, _ = codec_for(x.device).encode(residual.view(-1), sparsity, out)
     frame = out[:used].clone()
     if entropy:
-        smaller, _ = compress([[frame]], room_before=0)
-        frame = smaller if smaller.numel() < used else frame
-    return frame.to(x.device), residual.to(x.device)
+        smaller, _ = compress([[frame.cpu()]], room_before=0)
+        frame = smaller.to(x.device) if smaller.numel() < used else frame
+    return frame, residual
 
 
 def decode(frame: Tensor, numel: int) -> Tensor:
@@ -154,14 +155,14 @@ def decode(frame: Tensor, numel: int) -> Tensor:
         )
     if isinstance(numel, bool) or not isinstance(numel, int) or numel < 0:
         raise InputError(f"numel={numel!r} must be an integer of at least 0")
-    data = frame.detach().cpu().contiguous()
-    if is_compressed(data):
-        data = decompress(data, max_frame_bytes(numel))
-    values = torch.zeros(numel, dtype=torch.float32)
+    data = frame.detach().contiguous()
+    if is_compressed(data[: len(ZSTD_MAGIC)].cpu()):
+        data = decompress(data.cpu(), max_frame_bytes(numel)).to(frame.device)
+    values = torch.zeros(numel, dtype=torch.float32, device=frame.device)
     used = decode_add(codec_for(data.device), data, values)
     if used != data.numel():
         raise FormatError(
             f"the frame of {numel} values ends after {used} bytes, but {data.numel()} "
             "were given; is numel the same as at encoding?"
         )
-    return values.to(frame.device)
+    return values

@@ -1,0 +1,363 @@
+"""How fast the codec is, beside a memcpy and what people use instead; what zstd takes.
+
+``make bench``. Every codec is checked against the reference before it is timed, and
+everything is timed in one run: ratios to the memcpy of the same tensor carry over to
+other machines, milliseconds do not.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import quantiles
+from types import ModuleType
+
+import lz4.frame
+import numpy as np
+import torch
+import zstandard
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from experiments.gradients import recorded
+from experiments.record import RESULTS, read_csv, write_csv
+from experiments.report import insert
+from lc3.codec import cpu, reference, tensor
+from lc3.entropy import compress, decompress
+from lc3.format import SCALE_BYTES, max_frame_bytes
+from lc3.workers import Workers
+
+Row = dict[str, object]
+DENSITIES = (0.5, 0.1, 0.05, 0.01, 0.001)
+SIZES = (10_000, 1_000_000, 6_500_000, 64_000_000)
+MIN_SECONDS = 0.15
+REPEATS = 20
+PIECES = 64  # of the bucket that is encoded on several threads
+
+
+def spiky(numel: int, density: float) -> Tensor:
+    """Return float32[numel] of which a share ``density`` is sent at s = 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(numel, generator=generator) - 0.5) * 0.9
+    large = torch.rand(numel, generator=generator) < density
+    x[large] = torch.rand(int(large.sum()), generator=generator).round() * 2 - 1
+    x[0] = 1
+    return x
+
+
+def timed(job: Callable[[], object], before: Callable[[], object] | None = None) -> Row:
+    """Return p20, p50 and p80 of a job's milliseconds; ``before`` is not timed."""
+    times: list[float] = []
+    while len(times) < REPEATS or (sum(times) < MIN_SECONDS and len(times) < 1000):
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        job()
+        times.append(time.perf_counter() - start)
+    p20, p50, p80 = (1e3 * quantiles(times, n=10)[i] for i in (1, 4, 7))
+    return {"ms_p20": round(p20, 4), "ms_p50": round(p50, 4), "ms_p80": round(p80, 4)}
+
+
+def row(
+    what: str, direction: str, numel: int, density: float, threads: int, ms: Row
+) -> Row:
+    """Return one line of the result file, its ratio still open."""
+    speed = numel * 4 / float(str(ms["ms_p50"])) / 1e6
+    return {
+        "what": what,
+        "direction": direction,
+        "numel": numel,
+        "density": density,
+        "threads": threads,
+        **ms,
+        "float32_gb_s": round(speed, 3),
+    }
+
+
+def codec_rows(codec: ModuleType, x0: Tensor, density: float) -> Iterator[Row]:
+    """Yield the rows of one backend on one tensor.
+
+    Raises:
+        RuntimeError: it is wrong, so its speed means nothing.
+    """
+    numel = x0.numel()
+    name = codec.__name__.rpartition(".")[2]
+    x, out = x0.clone(), torch.empty(max_frame_bytes(numel), dtype=torch.uint8)
+    used, _ = codec.encode(x, 1.0, out)
+    frame, acc = out[:used].clone(), torch.zeros(numel)
+    codec.add(frame, acc)
+    if codec.check(frame, numel) != used or not torch.equal(acc + x, x0):
+        raise RuntimeError(f"{name} is wrong at {numel} values of density {density}")
+    if numel <= SIZES[1]:
+        expected, left = torch.empty_like(out), x0.clone()
+        size, _ = reference.encode(left, 1.0, expected)
+        if not torch.equal(expected[:size], frame) or not torch.equal(left, x):
+            raise RuntimeError(f"{name} differs from the reference at {numel} values")
+    encode = timed(lambda: codec.encode(x, 1.0, out), lambda: x.copy_(x0))
+    yield row(name, "encode", numel, density, 1, encode)
+
+    def decode_add() -> None:
+        codec.add(frame[: codec.check(frame, numel)], acc)
+
+    yield row(name, "decode_add", numel, density, 1, timed(decode_add))
+
+
+def plain_torch(x0: Tensor, density: float) -> Iterator[Row]:
+    """Yield the row of torch operators that do the same without folding zero runs."""
+    x = x0.clone()
+
+    def encode() -> Tensor:
+        scale = x.abs().max() * 1.0
+        half = scale * 0.5
+        digits = (x > half).to(torch.int8) - (x < -half).to(torch.int8)
+        x.sub_(digits * scale)
+        return tensor._quartic(digits)
+
+    ms = timed(encode, lambda: x.copy_(x0))
+    yield row("torch operators, no zero runs", "encode", x0.numel(), density, 1, ms)
+
+
+def others(x: Tensor) -> Iterator[Row]:
+    """Yield what people use instead, on the same tensor."""
+    n = x.numel()
+    half = torch.empty(n, dtype=torch.float16)
+    yield row("fp16 cast", "encode", n, 0, 1, timed(lambda: half.copy_(x)))
+    rows = 1 << (n.bit_length() // 2)
+    matrix = x[: n // rows * rows].view(rows, -1)
+    for rank in (1, 4):
+        q = torch.randn(matrix.shape[1], rank)
+
+        def power(q: Tensor = q) -> Tensor:
+            p = torch.linalg.qr(matrix @ q).Q
+            return torch.matmul(matrix.t(), p)
+
+        yield row(f"PowerSGD rank {rank}", "encode", n, 0, 1, timed(power))
+    data = x.numpy().tobytes()
+    if n <= SIZES[1]:
+        squeezer = zstandard.ZstdCompressor(level=1)
+        ms = timed(lambda: squeezer.compress(data))
+        yield row("zstd 1 on the floats", "encode", n, 0, 1, ms)
+        ms = timed(lambda: lz4.frame.compress(data))
+        yield row("lz4 on the floats", "encode", n, 0, 1, ms)
+
+
+def threaded(threads: int, numel: int, density: float) -> Iterator[Row]:
+    """Yield the time to encode a bucket of ``PIECES`` tensors on some threads."""
+    x0 = spiky(numel, density)
+    x = x0.clone()
+    values = torch.split(x, numel // PIECES)
+    rooms = [torch.empty(max_frame_bytes(v.numel()), dtype=torch.uint8) for v in values]
+    workers = Workers(threads)
+
+    def encode(index: int) -> Callable[[], None]:
+        return lambda: (cpu.encode(values[index], 1.0, rooms[index]), None)[1]
+
+    jobs = [(v.numel(), encode(i)) for i, v in enumerate(values)]
+    ms = timed(lambda: workers.run(jobs), lambda: x.copy_(x0))
+    workers.close()
+    yield row(f"cpu, bucket of {PIECES}", "encode", numel, density, threads, ms)
+
+
+def speed_rows(sizes: tuple[int, ...], console: Console) -> list[Row]:
+    """Return all rows, each with its ratio to the memcpy of the same tensor."""
+    rows: list[Row] = []
+    for numel in sizes:
+        source, target = torch.rand(numel), torch.empty(numel)
+        for density in DENSITIES:
+            console.print(f"{numel:>11,} values, density {density}")
+            x0 = spiky(numel, density)
+            copy = timed(lambda: target.copy_(source))  # noqa: B023
+            mine = [row("memcpy", "encode", numel, density, 1, copy)]
+            backends = [cpu, tensor] if numel <= SIZES[2] else [cpu]
+            if numel <= SIZES[0]:
+                backends.append(reference)
+            for codec in backends:
+                mine += codec_rows(codec, x0, density)
+            mine += plain_torch(x0, density)
+            if density == DENSITIES[0]:
+                mine += others(x0)
+            if numel == SIZES[2]:
+                for threads in (1, 2):
+                    mine += threaded(threads, numel, density)
+            base = float(str(copy["ms_p50"]))
+            for line in mine:
+                line["memcpies"] = round(float(str(line["ms_p50"])) / base, 3)
+            rows += mine
+    return rows
+
+
+def order0_bytes(data: np.ndarray) -> float:
+    """Return the bytes that an ideal coder of independent symbols would take."""
+    counts = np.unique(data, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)
+
+
+def entropy_rows() -> Iterator[Row]:
+    """Yield, by task, s and moment, what each entropy stage makes of real frames."""
+    groups: dict[tuple[str, float, str], list[Tensor]] = {}
+    for item in recorded():
+        groups.setdefault((item.task, item.sparsity, item.moment), []).append(item.x)
+    for (task, sparsity, moment), xs in groups.items():
+        frames, digits = [], []
+        encode_ms = decode_ms = 0.0
+        for x in xs:
+            out = torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8)
+            left = x.clone()
+            used, _ = cpu.encode(left, sparsity, out)
+            frames.append(out[:used].clone())
+            acc = torch.zeros(x.numel())
+            ms = timed(lambda: cpu.encode(left, sparsity, out), lambda: left.copy_(x))  # noqa: B023
+            encode_ms += float(str(ms["ms_p50"]))
+            ms = timed(lambda: cpu.add(frames[-1], acc))  # noqa: B023
+            decode_ms += float(str(ms["ms_p50"]))
+            digits.append(np.sign((x - left).numpy()).astype(np.int8))
+        numel = sum(x.numel() for x in xs)
+        whole = torch.cat(frames)
+        body = np.concatenate([frame[SCALE_BYTES:].numpy() for frame in frames])
+        small, _ = compress([frames], 0)
+        if not torch.equal(decompress(small, whole.numel()), whole):
+            raise RuntimeError("the entropy stage loses bytes")
+        in_ms = timed(lambda: compress([frames], 0))  # noqa: B023
+        out_ms = timed(lambda: decompress(small, whole.numel()))  # noqa: B023
+        stage = float(str(in_ms["ms_p50"])) + float(str(out_ms["ms_p50"]))
+        all_digits = np.concatenate(digits)
+        yield {
+            "task": task,
+            "sparsity": sparsity,
+            "moment": moment,
+            "numel": numel,
+            "density": round(float((all_digits != 0).mean()), 5),
+            "format1_bits": round(8 * whole.numel() / numel, 4),
+            "digit_entropy_bits": round(8 * order0_bytes(all_digits) / numel, 4),
+            "body_entropy_bits": round(8 * order0_bytes(body) / numel, 4),
+            "zstd1_bits": round(8 * small.numel() / numel, 4),
+            "lz4_bits": round(
+                8 * len(lz4.frame.compress(whole.numpy().tobytes())) / numel, 4
+            ),
+            "zstd_encode_gb_s": round(numel * 4e-6 / float(str(in_ms["ms_p50"])), 2),
+            "zstd_decode_gb_s": round(numel * 4e-6 / float(str(out_ms["ms_p50"])), 2),
+            "codec_ms": round(encode_ms + decode_ms, 4),
+            "stage_ms": round(stage, 4),
+        }
+
+
+def speed_table(rows: list[dict[str, str]]) -> str:
+    """Return times in memcpies of the same tensor: what a reader looks for first."""
+    shown: dict[str, dict[str, str]] = {}
+    for r in rows:
+        if r["what"] == "memcpy":
+            continue
+        key = f"{r['what']}, {r['direction']}, {r['threads']} thread"
+        column = f"{int(r['numel']):,} at {float(r['density']):g}"
+        if float(r["density"]) in (0.5, 0.05, 0.01, 0.0) or "bucket" in r["what"]:
+            shown.setdefault(key, {})[column] = r["memcpies"]
+    columns = [f"{n:,} at {d:g}" for n in SIZES[1:] for d in (0.5, 0.05, 0.01)]
+    lines = [
+        f"| times a memcpy | {' | '.join(columns)} |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for key, cells in shown.items():
+        plain = [
+            cells.get(c, cells.get(c.split(" at")[0] + " at 0", "")) for c in columns
+        ]
+        if any(plain):
+            lines.append(f"| {key} | {' | '.join(plain)} |")
+    return "\n".join(lines) + "\n"
+
+
+def entropy_table(rows: list[dict[str, str]]) -> str:
+    """Return bits per element before and after the entropy stage."""
+    columns = {
+        "density": "density",
+        "format1_bits": "format 1",
+        "digit_entropy_bits": "digit entropy",
+        "body_entropy_bits": "order-0 of the bytes",
+        "zstd1_bits": "zstd 1",
+        "lz4_bits": "lz4",
+        "zstd_encode_gb_s": "zstd in, GB/s",
+        "zstd_decode_gb_s": "zstd out, GB/s",
+    }
+    lines = [
+        f"| recorded gradients | {' | '.join(columns.values())} | stage / codec time |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    for r in rows:
+        share = float(r["stage_ms"]) / float(r["codec_ms"])
+        cells = [r[column] for column in columns]
+        name = f"{r['task']}, s = {r['sparsity']}, {r['moment']}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * share:.0f} % |")
+    return "\n".join(lines) + "\n"
+
+
+def caption(rows: list[dict[str, str]]) -> str:
+    """Return which machine and versions the figures are of."""
+    r = rows[0]
+    return (
+        f"\n{r['machine']}, {r['cores']} cores, one thread unless said; lc3 {r['lc3']} "
+        f"at commit {r['commit']}, torch {r['torch']}, numba {r['numba']}.\n"
+    )
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Write a PNG: times in memcpies against density, at the largest common size."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for what in ("cpu", "tensor", "torch operators, no zero runs"):
+        for direction, style in (("encode", "-"), ("decode_add", "--")):
+            mine = [
+                (float(r["density"]), float(r["memcpies"]))
+                for r in rows
+                if (r["what"], r["direction"], int(r["numel"]))
+                == (what, direction, SIZES[2])
+            ]
+            if mine:
+                axes.plot(
+                    *zip(*mine, strict=True),
+                    style,
+                    marker="o",
+                    label=f"{what}, {direction}",
+                )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("share of values sent")
+    axes.set_ylabel("times a memcpy of the tensor")
+    axes.set_title(f"{SIZES[2]:,} float32 values, one thread")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def main() -> None:
+    """Measure, write the result files, and bring docs/codec.md up to date."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.bench_codec", description=__doc__
+    )
+    parser.add_argument("--quick", action="store_true", help="small tensors only")
+    parser.add_argument("--out", type=Path, default=RESULTS / "local")
+    parser.add_argument("--docs", type=Path, help="Markdown file with markers")
+    options = parser.parse_args()
+    console = Console()
+    torch.set_num_threads(1)
+    write_csv(options.out / "entropy.csv", list(entropy_rows()))
+    sizes = SIZES[:2] if options.quick else SIZES
+    write_csv(options.out / "codec.csv", speed_rows(sizes, console))
+    speed = read_csv(options.out / "codec.csv")
+    entropy = read_csv(options.out / "entropy.csv")
+    tables = {
+        "speed": speed_table(speed) + caption(speed),
+        "entropy": entropy_table(entropy) + caption(entropy),
+    }
+    for content in tables.values():
+        console.print(content, soft_wrap=True, highlight=False)
+    if not options.quick:
+        plot(speed, options.out / "codec.png")
+    if options.docs:
+        text = options.docs.read_text()
+        for name, content in tables.items():
+            text = insert(text, name, content)
+        options.docs.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
