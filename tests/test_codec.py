@@ -376,3 +376,37 @@ def test_all_backends_agree_on_recorded_gradients(dtype: torch.dtype) -> None:
 
 def data_of(frame: bytes) -> Tensor:
     return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+
+
+def test_a_missing_cache_only_costs_time() -> None:
+    """Numba finds no folder for its cache: one notice, and the same bytes."""
+    code = (
+        "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = [];"
+        "import torch, lc3; x = torch.arange(50.0); f, r = lc3.encode(x);"
+        "assert torch.equal(lc3.decode(f, 50) + r, x)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    assert done.stderr.count("machine code cannot be cached") == 1
+    assert "NUMBA_CACHE_DIR" in done.stderr
+
+
+def test_nothing_compiles_in_a_step() -> None:
+    """After ``warm_up`` every kernel knows its types."""
+    code = (
+        "import torch; from lc3.codec import cpu, decode_add, warm_up; warm_up(cpu);"
+        "kernels = [k for k in vars(cpu).values() if hasattr(k, 'signatures')];"
+        "before = [len(k.signatures) for k in kernels]; assert len(kernels) > 8;"
+        "x = torch.randn(100_000) ** 3; out = torch.empty(30_000, dtype=torch.uint8);"
+        "\nfor s in (1.0, 1.9):\n"
+        "  for r in (None, x * 0.1):\n"
+        "    used, _ = cpu.encode(x.clone(), s, out, r)\n"
+        "    decode_add(cpu, out[:used], x.clone())\n"
+        "assert before == [len(k.signatures) for k in kernels]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

@@ -94,10 +94,12 @@ def codec_for(device: torch.device) -> Codec:
 
 def warm_up(codec: Codec) -> None:
     """Run every path of ``codec`` once, so that nothing compiles during a step."""
-    out = torch.empty(max_frame_bytes(200), dtype=torch.uint8)
-    for x in (torch.zeros(200), torch.arange(200.0), torch.full((200,), torch.nan)):
-        used, _ = codec.encode(x, 1.0, out, torch.zeros(200))
-        decode_add(codec, out[:used], torch.zeros(200))
+    out = torch.empty(max_frame_bytes(400), dtype=torch.uint8)
+    spike = torch.zeros(400)
+    spike[7] = 1
+    for x in (spike, torch.arange(400.0), torch.full((400,), torch.nan)):
+        used, _ = codec.encode(x, 1.0, out, torch.zeros(400))
+        decode_add(codec, out[:used], torch.zeros(400))
 
 
 def encode(

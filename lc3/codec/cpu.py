@@ -12,7 +12,6 @@ operation of the specification.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from lc3.codec import Encoded
 from lc3.codec.instructions import (
     LANES,
     ZERO_RUN_BYTES,
+    kernel,
     lowest_bit,
     nonzero_bytes,
     prefetch,
@@ -35,7 +35,6 @@ from lc3.format import (
     RUN_MIN,
     SCALE_BYTES,
     ZERO_BYTE,
-    ZERO_SCALE,
     has_body,
     quartic_bytes,
 )
@@ -48,6 +47,8 @@ _BLOCK = 1024
 _DENSE_BYTES = 32  # non-zero bytes of a block from which all of its residual is touched
 _LOOK_AHEAD = 256  # folded bytes between calling for memory and using it
 _DENSE_SHARE = 0.3  # folded bytes per quartic byte from which a frame is unfolded
+_NO_RESIDUAL = np.empty(0, np.float32)
+_NAN_SCALE = np.frombuffer(NAN_SCALE, np.uint8)
 _INFINITY_BITS = np.int32(0x7F800000)
 _POWERS = np.array([81, 27, 9, 3, 1])
 _DIGITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)
@@ -87,23 +88,9 @@ def encode(
     x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
-    values, frame = x.numpy(), out.numpy()
-    if residual is None:
-        largest = _max_magnitude_bits(values.view(np.int32))
-    else:
-        largest = _add_residual(values, residual.numpy())
-    if largest >= _INFINITY_BITS:
-        frame[:SCALE_BYTES] = np.frombuffer(NAN_SCALE, np.uint8)
-        return Encoded(SCALE_BYTES, 0)
-    if largest == 0:
-        frame[:SCALE_BYTES] = np.frombuffer(ZERO_SCALE, np.uint8)
-        return Encoded(SCALE_BYTES, 0)
-    with np.errstate(over="ignore"):
-        scale = np.int32(largest).view(np.float32) * np.float32(sparsity)
-    scale = np.minimum(scale, np.float32(FLOAT32_MAX))
-    frame[:SCALE_BYTES].view(np.float32)[0] = scale
-    used, digits = _pack(values, scale, frame[SCALE_BYTES:])
-    return Encoded(SCALE_BYTES + used, digits)
+    earlier = _NO_RESIDUAL if residual is None else residual.numpy()
+    used, digits = _encode(x.numpy(), earlier, np.float32(sparsity), out.numpy())
+    return Encoded(used, digits)
 
 
 def check(frame: Tensor, numel: int) -> int:
@@ -143,7 +130,34 @@ def add(frame: Tensor, acc: Tensor) -> None:
         _add(body, scale, values)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
+def _encode(
+    x: Floats, residual: Floats, sparsity: np.float32, frame: Bytes
+) -> tuple[int, int]:
+    """Write the frame of ``x`` plus ``residual``, if that is not empty.
+
+    Returns:
+        The number of bytes, and of digits that are not 0.
+    """
+    if residual.size == 0:
+        largest = _max_magnitude_bits(x.view(np.int32))
+    else:
+        largest = _add_residual(x, residual)
+    if largest >= _INFINITY_BITS:
+        frame[:SCALE_BYTES] = _NAN_SCALE
+        return SCALE_BYTES, 0
+    if largest == 0:
+        frame[:SCALE_BYTES] = 0
+        return SCALE_BYTES, 0
+    written = frame[:SCALE_BYTES].view(np.float32)
+    frame[:SCALE_BYTES].view(np.int32)[0] = largest
+    scale = min(np.float32(written[0] * sparsity), np.float32(FLOAT32_MAX))
+    written[0] = scale
+    used, digits = _pack(x, scale, frame[SCALE_BYTES:])
+    return SCALE_BYTES + used, digits
+
+
+@kernel()
 def _max_magnitude_bits(bits: NDArray[np.int32]) -> np.int32:
     """Return the largest bit pattern without its sign: ordered like the magnitudes.
 
@@ -156,7 +170,7 @@ def _max_magnitude_bits(bits: NDArray[np.int32]) -> np.int32:
     return largest
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _add_residual(x: Floats, residual: Floats) -> np.int32:
     """Add ``residual`` to ``x`` and return the largest bit pattern of the sum.
 
@@ -176,7 +190,7 @@ def _add_residual(x: Floats, residual: Floats) -> np.int32:
     return largest if any_bits & np.int32(0x7FFFFFFF) != 0 else np.int32(0)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _pack(x: Floats, scale: np.float32, body: Bytes) -> tuple[int, int]:
     """Write the folded quartic bytes of ``x`` and take what they send off x.
 
@@ -231,7 +245,7 @@ def _pack(x: Floats, scale: np.float32, body: Bytes) -> tuple[int, int]:
     return _write_run(body, used, length - last - 1), digits
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _compare(
     x: Floats, start: int, count: int, half: np.float32, quartic: Bytes
 ) -> None:
@@ -253,7 +267,7 @@ def _compare(
         )
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _take_off(values: Floats, half: np.float32, scale: np.float32) -> None:
     """Take what is sent off ``values``. x − 0 is x, so zeros may take part."""
     nothing = np.float32(0)
@@ -262,7 +276,7 @@ def _take_off(values: Floats, half: np.float32, scale: np.float32) -> None:
         values[j] = x - (scale if x > half else (-scale if x < -half else nothing))
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _take_off_digits(x: Floats, start: int, quartic: Bytes, scale: np.float32) -> None:
     """Take what a block of quartic bytes sends off x, where a digit is not 0."""
     length = (x.size + 4) // 5
@@ -277,7 +291,7 @@ def _take_off_digits(x: Floats, start: int, quartic: Bytes, scale: np.float32) -
                     x[partition * length + start + j] -= np.float32(digit) * scale
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _write_run(body: Bytes, used: int, run: int) -> int:
     """Write a zero run of any length; return where the next byte goes."""
     while run >= RUN_MAX:
@@ -290,7 +304,7 @@ def _write_run(body: Bytes, used: int, run: int) -> int:
     return used
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _check(body: Bytes, n: int) -> tuple[int, int, int]:
     """Return (problem, bytes used, quartic bytes unfolded) of the body of n values."""
     length = (n + 4) // 5
@@ -322,7 +336,7 @@ def _check(body: Bytes, n: int) -> tuple[int, int, int]:
     return _OK, used, at
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _add(body: Bytes, scale: np.float32, acc: Floats) -> None:
     """Add a checked frame body to ``acc``; zero runs are skipped, not walked.
 
@@ -359,7 +373,7 @@ def _add(body: Bytes, scale: np.float32, acc: Floats) -> None:
                         acc[place] += np.float32(digit) * scale
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _add_dense(body: Bytes, scale: np.float32, acc: Floats) -> None:
     """Add a checked frame body to ``acc``: unfold a block, then add all of it."""
     n = acc.size
@@ -393,7 +407,7 @@ def _add_dense(body: Bytes, scale: np.float32, acc: Floats) -> None:
         quartic[:RUN_MAX] = ZERO_BYTE
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _add_digits(values: Floats, quartic: Bytes, power: int, scale: np.float32) -> None:
     """Add one digit of each quartic byte; −0.0 for a digit 0 changes nothing."""
     nothing = np.float32(-0.0)
