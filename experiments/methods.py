@@ -4,19 +4,24 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     allreduce_hook,
+    bf16_compress_hook,
     fp16_compress_hook,
 )
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
+from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
+from lc3.codec import Codec
 from lc3.hooks import ddp
 
 Future = torch.futures.Future[torch.Tensor]
@@ -80,11 +85,24 @@ def _counted(
 
 
 class Compressed:
-    """3LC, as a user attaches it."""
+    """3LC, as a user attaches it, or a codec of the same engine instead.
 
-    def __init__(self, model: DistributedDataParallel, config: lc3.Config) -> None:
+    Args:
+        model: the wrapped model.
+        config: of lc3.
+        codec: what to send instead of 3LC's frames.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        config: lc3.Config,
+        codec: Codec | None = None,
+    ) -> None:
         self._state = ddp.attach(model, config)
         self._meter = self._state.meter
+        if codec is not None:
+            self._state.engine.codec = codec
 
     @property
     def sent_bytes(self) -> int:
@@ -135,6 +153,62 @@ def _lc3(sparsity: float) -> Method:
     return lambda model: Compressed(model, lc3.Config(sparsity=sparsity))
 
 
+def _baseline(make_codec: Callable[[int], Codec]) -> Method:
+    """Return a method of the paper's table, made for a rank; no entropy stage."""
+    return lambda model: Compressed(
+        model, lc3.Config(entropy="none"), make_codec(dist.get_rank())
+    )
+
+
+class PowerSgd:
+    """PyTorch's PowerSGD hook; its bytes as an all-reduce of what it says it sends."""
+
+    codec_seconds = math.nan  # inside PyTorch's hook, not told apart from the exchange
+
+    def __init__(self, model: DistributedDataParallel, rank: int) -> None:
+        self._state = powerSGD_hook.PowerSGDState(
+            process_group=None,
+            matrix_approximation_rank=rank,
+            start_powerSGD_iter=2,
+        )
+        model.register_comm_hook(self._state, powerSGD_hook.powerSGD_hook)
+
+    def _elements(self) -> tuple[float, float]:
+        _, before, after = self._state.compression_stats()
+        return before, after
+
+    @property
+    def sent_bytes(self) -> int:
+        """See ``Traffic``."""
+        world = dist.get_world_size()
+        dense = min(self._state.iter, 2) * self._dense_elements()
+        return int(2 * (world - 1) * 4 * (self._elements()[1] + dense) // world)
+
+    def _dense_elements(self) -> float:
+        coded_steps = self._state.iter - 2
+        return self._elements()[0] / coded_steps if coded_steps > 0 else 0.0
+
+    @property
+    def push_bits(self) -> float:
+        """See ``Traffic``."""
+        before, after = self._elements()
+        return 32 * after / before if before else math.nan
+
+    pull_bits = push_bits
+
+    @property
+    def frame_bits(self) -> float:
+        """See ``Traffic``."""
+        return 2 * self.push_bits
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _power_sgd(rank: int) -> Method:
+    return lambda model: PowerSgd(model, rank)
+
+
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
     "fp16": _all_reduce(fp16_compress_hook, 16),
@@ -142,4 +216,16 @@ METHODS: dict[str, Method] = {
     "3LC s=1.50": _lc3(1.5),
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
+    "bf16": _all_reduce(bf16_compress_hook, 16),
+    "8-bit int": _baseline(lambda _rank: Int8()),
+    "Stoch 3-value + QE": _baseline(lambda rank: StochasticTernary(seed=rank)),
+    "MQE 1-bit int": _baseline(lambda _rank: OneBit()),
+    "25% sparsification": _baseline(lambda _rank: Largest(0.25, bitmap=True)),
+    "5% sparsification": _baseline(lambda _rank: Largest(0.05, bitmap=True)),
+    "top-k 1%": _baseline(lambda _rank: Largest(0.01, bitmap=False)),
+    "top-k 0.1%": _baseline(lambda _rank: Largest(0.001, bitmap=False)),
+    "PowerSGD rank 1": _power_sgd(1),
+    "PowerSGD rank 2": _power_sgd(2),
+    "PowerSGD rank 4": _power_sgd(4),
 }
+DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))

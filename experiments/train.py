@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
-from experiments.methods import METHODS, Traffic
+from experiments.methods import DEMO, METHODS, Traffic
 from experiments.record import write_csv
 from experiments.tasks import TASKS, DataError, Task
 
@@ -244,9 +244,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=list(METHODS),
+        default=list(DEMO),
         metavar="METHOD",
-        help=f"of {', '.join(map(repr, METHODS))} (default: all)",
+        help=f"of {', '.join(METHODS)} (default: {', '.join(DEMO)})".replace("%", "%%"),
     )
     parser.add_argument("--steps", type=at_least(1), default=500)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")

@@ -19,7 +19,7 @@ from lc3.config import Config, EntropyStage
 from lc3.entropy import AUTO_MIN_BYTES
 from lc3.errors import ExchangeError, PeerError
 from lc3.exchange import Exchange
-from lc3.format import Tag, is_nan_frame, max_frame_bytes, seal_abort
+from lc3.format import Tag, is_nan_frame, seal_abort
 from lc3.message import pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Piece, Plan
@@ -251,7 +251,7 @@ class Engine:
         (a parameter unused on this rank, or on every rank) says nothing and keeps its
         residual: DDP may throw the result away.
         """
-        sizes = [max_frame_bytes(p.numel) if p.coded else 0 for p in pieces]
+        sizes = [self.codec.max_frame_bytes(p.numel) if p.coded else 0 for p in pieces]
         if self._scratch.numel() < sum(sizes):
             self._scratch = torch.empty(sum(sizes), dtype=torch.uint8)
         rooms = torch.split(self._scratch[: sum(sizes)], sizes)

@@ -14,7 +14,6 @@ from lc3.format import (
     FLAG_ENTROPY_CODED,
     HEADER_BYTES,
     Tag,
-    max_frame_bytes,
     seal,
     unseal,
 )
@@ -76,7 +75,7 @@ def unpack(
         if entropy_coded:
             raw_bytes = sum(4 * piece.numel for piece in pieces if not piece.coded)
             most = raw_bytes + sum(
-                max_frame_bytes(piece.numel) for piece in pieces if piece.coded
+                codec.max_frame_bytes(piece.numel) for piece in pieces if piece.coded
             )
             frames = _Cursor(decompress(body, most))
             raw = _Cursor(frames.skip(raw_bytes))

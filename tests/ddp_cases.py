@@ -310,6 +310,7 @@ class Broken:
     ) -> Encoded:
         raise MemoryError("no memory left for frames")
 
+    max_frame_bytes = staticmethod(cpu.max_frame_bytes)
     check = staticmethod(cpu.check)
     add = staticmethod(cpu.add)
 

@@ -19,11 +19,15 @@ class Encoded(NamedTuple):
 
 
 class Codec(Protocol):
-    """A backend: a module with these three functions.
+    """A backend: a module with these functions.
 
     All backends agree on every byte and on every residual. The functions may run on
     several threads at once, on tensors that do not overlap.
     """
+
+    def max_frame_bytes(self, numel: int) -> int:
+        """Return the size of the largest frame of ``numel`` values."""
+        ...
 
     def encode(
         self, x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None

@@ -36,8 +36,11 @@ from lc3.format import (
     SCALE_BYTES,
     ZERO_BYTE,
     has_body,
+    max_frame_bytes,
     quartic_bytes,
 )
+
+__all__ = ["add", "check", "encode", "max_frame_bytes"]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

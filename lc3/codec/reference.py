@@ -23,8 +23,11 @@ from lc3.format import (
     ZERO_BYTE,
     ZERO_SCALE,
     has_body,
+    max_frame_bytes,
     quartic_bytes,
 )
+
+__all__ = ["add", "check", "encode", "max_frame_bytes"]
 
 Floats = NDArray[np.float32]
 Digits = NDArray[np.int8]

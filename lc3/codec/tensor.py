@@ -25,6 +25,8 @@ from lc3.format import (
     quartic_bytes,
 )
 
+__all__ = ["add", "check", "encode", "max_frame_bytes"]
+
 _POWERS = (81, 27, 9, 3, 1)
 
 
