@@ -39,6 +39,7 @@ class Baseline(ABC):
         sparsity: float,  # noqa: ARG002  # the protocol's
         out: Tensor,
         residual: Tensor | None = None,
+        density: float | None = None,  # noqa: ARG002
     ) -> Encoded:
         """See ``lc3.codec.Codec.encode``; ``sparsity`` means nothing here."""
         values = x.numpy()

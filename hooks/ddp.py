@@ -7,32 +7,21 @@ the classes themselves.
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
-from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-import lc3
-from lc3.codec import codec_for, warm_up
 from lc3.config import Config
-from lc3.engine import Engine
 from lc3.errors import AttachError, StateError
-from lc3.exchange import GroupExchange
-from lc3.handshake import agree, threads_for
-from lc3.lane import Lane
-from lc3.meter import Meter
-from lc3.plan import make_plan
+from lc3.session import Session
 
 log = logging.getLogger(__name__)
 
 _CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CPU = torch.device("cpu")
-_CLOSE_TIMEOUT_S = 10.0
 
 
 def attach(
@@ -105,34 +94,20 @@ class State:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         _check_model(model)
-        codec = codec_for(_CPU)
-        self.config = config
-        self.meter = Meter()
-        self._names = {
-            parameter: name
+        trained = [
+            (name, parameter)
             for name, parameter in model.module.named_parameters()
             if parameter.requires_grad and name not in model.parameters_to_ignore
-        }
-        self._begin_step(0)
+        ]
+        self._session = Session(trained, config, model.process_group, group)
+        self._names = self._session.names
+        self.config = config
+        self.meter = self._session.meter
+        self.engine = self._session.engine
+        self.lane = self._session.lane
         self._said: set[str] = set()
         self._wide = torch.empty(0)
-        self._group, self._group_is_mine = _group_for(model, group)
-        exchange = GroupExchange(self._group, _CPU)
-        shapes = [(name, list(p.shape)) for p, name in self._names.items()]
-
-        def build() -> Engine:
-            _check_parameters(self._names)
-            warm_up(codec)
-            plan = make_plan(shapes, exchange.world, config)
-            return Engine(plan, config, exchange, codec, self.meter, threads)
-
-        try:
-            threads = threads_for(exchange, config)
-            self.engine = agree(exchange, lc3.__version__, config, shapes, build)
-        except BaseException:
-            self._leave_group()
-            raise
-        self.lane = Lane(f"lc3-rank{exchange.rank}")
+        self._begin_step(0)
 
     def name_of(self, parameter: Tensor) -> str:
         """Return the name of a parameter of the model."""
@@ -143,7 +118,7 @@ class State:
                 "frozen when lc3 was attached; set requires_grad before wrapping the "
                 "model"
             )
-        return str(name)
+        return name
 
     def next_exchange(self, names: Sequence[str]) -> tuple[int, int]:
         """Return (step, bucket) for the bucket with the parameters ``names``.
@@ -235,13 +210,7 @@ class State:
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
-        if self.lane.close(_CLOSE_TIMEOUT_S):
-            self.engine.close()
-            self._leave_group()
-
-    def _leave_group(self) -> None:
-        if self._group_is_mine:
-            dist.destroy_process_group(self._group)
+        self._session.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -256,7 +225,6 @@ def _check_model(model: DistributedDataParallel) -> None:
             f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
             "the module first: model = DistributedDataParallel(model)"
         )
-    _check_device(model)
     if model._comm_hooks:
         hook, state = model._comm_hooks[0]
         raise AttachError(
@@ -265,59 +233,3 @@ def _check_model(model: DistributedDataParallel) -> None:
             else f"the model already has the communication hook {hook.__name__}; "
             "DDP takes one only, so wrap the module again without it"
         )
-
-
-def _check_device(model: DistributedDataParallel) -> None:
-    for name, parameter in model.module.named_parameters():
-        if parameter.device != _CPU:
-            raise AttachError(
-                f"parameter {name!r} is on {parameter.device}; in this version lc3 "
-                "exchanges gradients on the CPU only (lc3.encode works on any device)"
-            )
-
-
-def _check_parameters(names: Mapping[Parameter, str]) -> None:
-    if not names:
-        raise AttachError(
-            "the model has no trainable parameter, so nothing to compress"
-        )
-    for parameter, name in names.items():
-        if parameter.is_complex():
-            raise AttachError(
-                f"parameter {name!r} is {parameter.dtype}; lc3 compresses real "
-                "gradients: keep complex parameters as two real ones "
-                "(torch.view_as_real)"
-            )
-
-
-def _group_for(
-    model: DistributedDataParallel, given: dist.ProcessGroup | None
-) -> tuple[dist.ProcessGroup, bool]:
-    """Return a process group that only lc3 uses, and whether it was made here.
-
-    DDP's own group carries buffers and the bitmap of unused parameters at times that
-    differ between ranks; a second user would mix up the order of collectives.
-    """
-    ranks = dist.get_process_group_ranks(model.process_group)
-    if given is not None:
-        others = dist.get_process_group_ranks(given)
-        if others != ranks or given is model.process_group:
-            raise AttachError(
-                f"group has the ranks {others}, the model's process group {ranks}; "
-                "lc3 needs a second group of the same ranks: "
-                f"dist.new_group({ranks}), called on every rank of the job"
-            )
-        return given, False
-    if len(ranks) == 1:
-        return model.process_group, False  # nothing will be sent
-    if len(ranks) < dist.get_world_size():
-        raise AttachError(
-            f"the model is replicated on the ranks {ranks} only; call dist.new_group("
-            f"{ranks}) on every rank of the job and attach(model, group=that)"
-        )
-    options = getattr(model.process_group._get_backend(_CPU), "options", None)
-    timeout: timedelta | None = getattr(options, "_timeout", None)
-    backend = dist.get_backend(model.process_group)
-    own = dist.new_group(timeout=timeout, backend=backend, group_desc="lc3")
-    assert isinstance(own, dist.ProcessGroup)
-    return own, True

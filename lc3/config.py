@@ -19,6 +19,9 @@ class Config:
         sparsity: 3LC's s for the push (worker to owner), 1 ≤ s < 2 after rounding to
             float32. Larger sends fewer values and keeps a larger residual.
         pull_sparsity: s for the pull (owner to everybody). ``None``: the push's.
+        density: a share of values to send, 0 < density < 1, instead of a sparsity: the
+            largest ones, each as their mean magnitude. Right for the light tails of
+            local steps, wrong for per-step gradients. Both ways.
         min_numel: parameters with fewer elements travel raw, as float32.
         min_ndim: parameters with fewer dimensions travel raw. 2 keeps norm scales and
             biases raw; 0 codes them too.
@@ -37,6 +40,7 @@ class Config:
 
     sparsity: float = 1.0
     pull_sparsity: float | None = None
+    density: float | None = None
     min_numel: int = 1024
     min_ndim: int = 2
     raw: tuple[str, ...] = ()
@@ -50,6 +54,12 @@ class Config:
         check_sparsity("sparsity", self.sparsity)
         if self.pull_sparsity is not None:
             check_sparsity("pull_sparsity", self.pull_sparsity)
+        if self.density is not None and not (
+            isinstance(self.density, float) and 0 < self.density < 1
+        ):
+            raise ConfigError(
+                f"density={self.density!r} must be a float between 0 and 1, like 0.1"
+            )
         _check_count("min_numel", self.min_numel, 0)
         _check_count("min_ndim", self.min_ndim, 0)
         _check_count("min_share", self.min_share, 1)

@@ -7,7 +7,7 @@ finite, so a step that fails, or overflows on any rank, leaves all residuals as 
 were.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -87,19 +87,41 @@ class Engine:
             PeerError: another rank failed and said so.
             ExchangeError: the transport failed.
         """
-        names = [name for name in grads if self.plan.numel[name]]
+        pieces = self.pieces(grads)
         self.meter.buckets += 1
-        if self.exchange.world == 1 or not names:
+        if self.exchange.world == 1 or not any(pieces):
             return
+        with self.exchanging(pieces, step, bucket):
+            owned = pieces[self.exchange.rank]
+            means = self.reduce_scatter(pieces, grads, step, bucket)
+            residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
+            pulled = self.all_gather(pieces, means, residuals, step, bucket)
+            with self.meter.stage("decode"):
+                self.keep_residuals(pieces, pulled, grads)
+                for piece, values in self._views(pieces, grads):
+                    if piece.coded:
+                        values.zero_()
+                self.apply(pieces, pulled, grads)
+                mine = pulled[self.exchange.rank]
+                for residual, mean, chunk in zip(residuals, means, mine, strict=True):
+                    if residual is not None and not is_nan_frame(chunk):
+                        residual.copy_(mean)
+
+    def pieces(self, names: Iterable[str]) -> list[list[Piece]]:
+        """Return the pieces of some parameters by owner, in plan order."""
+        some = [name for name in names if self.plan.numel[name]]
+        world = range(self.exchange.world)
+        return [list(self.plan.pieces_of(some, owner)) for owner in world]
+
+    @contextmanager
+    def exchanging(
+        self, pieces: Sequence[Sequence[Piece]], step: int, bucket: int
+    ) -> Iterator[None]:
+        """Count what is sent, and tell the others if this rank fails on its own."""
         sent_before = self.exchange.sent_bytes
         with self._telling_others(step, bucket):
-            pieces = [
-                list(self.plan.pieces_of(names, owner))
-                for owner in range(self.exchange.world)
-            ]
-            means = self.reduce_scatter(pieces, grads, step, bucket)
-            self.all_gather(pieces, means, grads, step, bucket)
-        elements = sum(self.plan.numel[name] for name in names)
+            yield
+        elements = sum(piece.numel for owned in pieces for piece in owned)
         share = (self.exchange.world - 1) / self.exchange.world
         self.meter.dense_bytes += 2 * share * 4 * elements
         self.meter.sent_bytes += self.exchange.sent_bytes - sent_before
@@ -118,7 +140,7 @@ class Engine:
     def reduce_scatter(
         self,
         pieces: Sequence[Sequence[Piece]],
-        grads: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
         step: int,
         bucket: int,
     ) -> list[Tensor]:
@@ -126,36 +148,29 @@ class Engine:
 
         Args:
             pieces: by owner, in plan order.
-            grads: left holding, for coded pieces, gradient plus residual less what the
-                frames carry: the residual to be, which ``all_gather`` makes the
-                residual.
+            values: by parameter name, float32[numel]. Left holding, for coded pieces,
+                values plus residual less what the frames carry: the residual to be,
+                see ``keep_residuals``.
             step: see ``all_reduce``.
             bucket: see ``all_reduce``.
 
         Returns:
             For each piece of this rank a view, float32[piece], of memory that the next
-            step uses again.
+            exchange uses again. NaN where some rank's values were not finite.
         """
         with self.meter.stage("encode"):
             everything = [piece for owned in pieces for piece in owned]
+            views = [view for _, view in self._views(pieces, values)]
+            residuals = [
+                self.residuals.of_sent(p) if p.coded else None for p in everything
+            ]
+            sparsity, direction = self.config.sparsity, self.meter.push
             chunks = iter(
-                self._encode(
-                    everything,
-                    [
-                        grads[piece.name][piece.start : piece.stop]
-                        for piece in everything
-                    ],
-                    [
-                        self.residuals.of_sent(p) if p.coded else None
-                        for p in everything
-                    ],
-                    self.config.sparsity,
-                    self.meter.push,
-                )
+                self._encode(everything, views, residuals, sparsity, direction)
             )
             messages = [
                 self._pack(
-                    owned, [next(chunks) for _ in owned], self.meter.push, step, bucket
+                    owned, [next(chunks) for _ in owned], direction, step, bucket
                 )
                 for owned in pieces
             ]
@@ -188,16 +203,26 @@ class Engine:
     def all_gather(
         self,
         pieces: Sequence[Sequence[Piece]],
-        means: Sequence[Tensor],
-        grads: Mapping[str, Tensor],
+        values: Sequence[Tensor],
+        residuals: Sequence[Tensor | None],
         step: int,
         bucket: int,
-    ) -> None:
-        """Pull: send the owned means to everybody, write everybody's into ``grads``.
+    ) -> list[list[Tensor]]:
+        """Pull: send what this rank owns to everybody, return what everybody sent.
 
-        Every rank, the owner too, decodes the same bytes, so replicas stay
-        bit-identical. Where they are finite both sides' residuals take their new
-        values.
+        Every rank, the owner too, gets the same bytes, so replicas that ``apply`` them
+        stay bit-identical.
+
+        Args:
+            pieces: by owner, in plan order.
+            values: for each piece of this rank float32[piece]. Left holding, for coded
+                pieces, what the frame does not carry.
+            residuals: for each of them what earlier frames did not carry, or ``None``.
+            step: see ``all_reduce``.
+            bucket: see ``all_reduce``.
+
+        Returns:
+            By owner, for each of its pieces the bytes, uint8[*].
         """
         config = self.config
         sparsity = (
@@ -205,37 +230,58 @@ class Engine:
         )
         owned = pieces[self.exchange.rank]
         with self.meter.stage("encode"):
-            residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
-            chunks = self._encode(owned, means, residuals, sparsity, self.meter.pull)
+            chunks = self._encode(owned, values, residuals, sparsity, self.meter.pull)
             message = self._pack(owned, chunks, self.meter.pull, step, bucket)
         with self.meter.stage("exchange"):
             arrived = self.exchange.all_gather(message)
         with self.meter.stage("decode"):
-            by_owner = [
+            return [
                 unpack(
                     message, self._tag(owner, step, bucket), pieces[owner], self.codec
                 )
                 for owner, message in enumerate(arrived)
             ]
-            jobs: list[tuple[int, Job]] = []
-            for its_pieces, its_chunks in zip(pieces, by_owner, strict=True):
-                for piece, chunk in zip(its_pieces, its_chunks, strict=True):
-                    values = grads[piece.name][piece.start : piece.stop]
-                    if not piece.coded:
-                        values.copy_(_floats(chunk))
-                        continue
-                    if not is_nan_frame(chunk):
-                        self.residuals.of_sent(piece).copy_(values)
-                    values.zero_()
-                    jobs.append((piece.numel, partial(self.codec.add, chunk, values)))
-            self.workers.run(jobs)
-            for residual, mean, chunk in zip(residuals, means, chunks, strict=True):
-                if residual is not None and not is_nan_frame(chunk):
-                    residual.copy_(mean)
+
+    def keep_residuals(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        pulled: Sequence[Sequence[Tensor]],
+        left: Mapping[str, Tensor],
+    ) -> None:
+        """Make what a push has ``left`` the residual, where the pull is finite."""
+        chunks = (chunk for of_owner in pulled for chunk in of_owner)
+        for (piece, view), chunk in zip(self._views(pieces, left), chunks, strict=True):
+            if piece.coded and not is_nan_frame(chunk):
+                self.residuals.of_sent(piece).copy_(view)
+
+    def apply(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        pulled: Sequence[Sequence[Tensor]],
+        into: Mapping[str, Tensor],
+    ) -> None:
+        """Add coded pieces to ``into``, float32[numel] by name; copy raw ones there."""
+        jobs: list[tuple[int, Job]] = []
+        chunks = (chunk for of_owner in pulled for chunk in of_owner)
+        for (piece, view), chunk in zip(self._views(pieces, into), chunks, strict=True):
+            if piece.coded:
+                jobs.append((piece.numel, partial(self.codec.add, chunk, view)))
+            else:
+                view.copy_(_floats(chunk))
+        self.workers.run(jobs)
 
     def close(self) -> None:
         """End the threads. Calling it again does nothing."""
         self.workers.close()
+
+    @staticmethod
+    def _views(
+        pieces: Sequence[Sequence[Piece]], values: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """Yield every piece, owner after owner, with its part of ``values``."""
+        for owned in pieces:
+            for piece in owned:
+                yield piece, values[piece.name][piece.start : piece.stop]
 
     def _encode(
         self,
@@ -260,7 +306,9 @@ class Engine:
 
         def encode(index: int) -> None:
             x, room, residual = values[index], rooms[index], residuals[index]
-            used, digits[index] = self.codec.encode(x, sparsity, room, residual)
+            used, digits[index] = self.codec.encode(
+                x, sparsity, room, residual, self.config.density
+            )
             chunks[index] = room[:used]
 
         self.workers.run(

@@ -305,9 +305,7 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
 class Broken:
     """A codec on a machine without memory."""
 
-    def encode(
-        self, x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
-    ) -> Encoded:
+    def encode(self, x: Tensor, sparsity: float, out: Tensor, *rest: Any) -> Encoded:
         raise MemoryError("no memory left for frames")
 
     max_frame_bytes = staticmethod(cpu.max_frame_bytes)

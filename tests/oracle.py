@@ -5,8 +5,9 @@ rounding, not from comparisons; there are no messages, owners or bytes. Every mu
 result must equal it bit for bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from math import ceil, prod
 
 import numpy as np
@@ -18,7 +19,9 @@ Floats = NDArray[np.float32]
 Shapes = Sequence[tuple[str, Sequence[int]]]
 
 
-def quantize(x: Floats, sparsity: float) -> tuple[Floats, Floats]:
+def quantize(
+    x: Floats, sparsity: float, density: float | None = None
+) -> tuple[Floats, Floats]:
     """Return (decoded, residual); NaN everywhere and x if x is not finite."""
     if not np.isfinite(x).all():
         return np.full_like(x, np.nan), x
@@ -27,9 +30,28 @@ def quantize(x: Floats, sparsity: float) -> tuple[Floats, Floats]:
     scale = min(scale, np.finfo(np.float32).max)
     if scale == 0:
         return np.zeros_like(x), x
+    if density is not None:
+        decoded = largest_share(x, density)
+        return decoded, x - decoded
     digits = np.rint(x.astype(np.float64) / np.float64(scale)).astype(np.float32)
     decoded = digits * scale
     return decoded, x - decoded
+
+
+def largest_share(x: Floats, density: float) -> Floats:
+    """Return the largest values at their mean magnitude, judged by every n-th value."""
+    step = len(x) // 4096
+    sample = sorted(abs(v) for v in x[:: step + (step % 2 == 0)].tolist())[::-1]
+    wanted = max(1, round(density * len(sample)))
+    limit = sample[wanted] if wanted < len(sample) else 0.0
+    if limit == sample[0]:
+        limit = 0.0
+    chosen = [v for v in sample if v > limit]
+    if not chosen:
+        largest = np.abs(x).max()
+        return np.where(np.abs(x) > largest / np.float32(2), np.sign(x) * largest, 0)
+    mean = np.float32(sum(map(Fraction, chosen)) / len(chosen))
+    return np.where(np.abs(x) > np.float32(limit), np.sign(x) * mean, np.float32(0))
 
 
 class Oracle:
@@ -68,7 +90,9 @@ class Oracle:
         for rank, part in enumerate(parts):
             residual = self.sent[rank][name][piece]
             if part.any():
-                value, rest = quantize(part + residual, self.config.sparsity)
+                value, rest = quantize(
+                    part + residual, self.config.sparsity, self.config.density
+                )
             else:
                 value, rest = np.zeros_like(part), residual.copy()
             pushed.append(value)
@@ -78,7 +102,7 @@ class Oracle:
         mean = self.mean(pushed)
         if mean.any():
             pull_sparsity = self.config.pull_sparsity or self.config.sparsity
-            pulled, rest = quantize(mean + rest, pull_sparsity)
+            pulled, rest = quantize(mean + rest, pull_sparsity, self.config.density)
         if not np.isnan(pulled).any():
             self.owned[name][piece] = rest
             for rank in range(self.world):
@@ -104,3 +128,51 @@ class Oracle:
             for at in range(start, start + size, step):
                 yield slice(at, min(at + step, start + size))
             start += size
+
+
+class Servers(Oracle):
+    """3LC parameter servers with masters: push, the server's step, pull of deltas."""
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        world: int,
+        config: Config,
+        start: Mapping[str, Floats],
+    ) -> None:
+        super().__init__(shapes, world, config)
+        self.masters = {name: value.copy() for name, value in start.items()}
+        self.replica = {name: value.copy() for name, value in start.items()}
+
+    def exchange(
+        self,
+        values: Sequence[Mapping[str, Floats]],
+        server_step: Callable[[str, slice, Floats, Floats], None],
+    ) -> None:
+        """Move masters by ``server_step(name, piece, master, mean)``, then replicas."""
+        sparsity = self.config.pull_sparsity or self.config.sparsity
+        for name, shape in self.shapes:
+            for piece in self.pieces(name, prod(shape)):
+                parts = [value[name][piece] for value in values]
+                master, replica = self.masters[name][piece], self.replica[name][piece]
+                if not self.coded(name, shape):
+                    server_step(name, piece, master, self.mean(parts))
+                    replica[:] = master
+                    continue
+                pushed, left = [], []
+                for rank, part in enumerate(parts):
+                    residual = self.sent[rank][name][piece]
+                    value, rest = np.zeros_like(part), residual.copy()
+                    if part.any():
+                        value, rest = quantize(
+                            part + residual, self.config.sparsity, self.config.density
+                        )
+                    pushed.append(value)
+                    left.append(rest)
+                mean = self.mean(pushed)
+                if np.isnan(mean).any():
+                    continue
+                server_step(name, piece, master, mean)
+                replica += quantize(master - replica, sparsity, self.config.density)[0]
+                for rank in range(self.world):
+                    self.sent[rank][name][piece] = left[rank]

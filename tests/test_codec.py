@@ -17,6 +17,7 @@ import lc3
 from experiments.gradients import Recorded, recorded
 from lc3.codec import cpu, decode_add, reference, tensor
 from lc3.format import max_frame_bytes
+from tests.oracle import quantize
 
 BACKENDS = [reference, cpu, tensor]
 EXAMPLES = settings().max_examples  # of the profile: 100, or 5 000 in make fuzz
@@ -111,6 +112,39 @@ def test_a_residual_is_added_first(
             assert out[:used].tolist() == [0, 0, 0, 0]
             assert digits == 0
         assert np.array_equal(left.numpy(), expected.numpy(), equal_nan=True)
+
+
+@settings(max_examples=10 * EXAMPLES)
+@given(x=vectors, density=st.floats(0.001, 0.999))
+def test_all_backends_agree_on_a_density(x: np.ndarray, density: float) -> None:
+    check_density(torch.from_numpy(x), density)
+
+
+def check_density(x: Tensor, density: float) -> int:
+    """Compare all backends with the oracle; return how many values are sent."""
+    expected, left = quantize(x.numpy(), 1.0, density)
+    frames = set()
+    for codec in BACKENDS:
+        values, out = (
+            x.clone(),
+            torch.empty(max_frame_bytes(x.numel()), dtype=torch.uint8),
+        )
+        used, digits = codec.encode(values, 1.0, out, None, density)
+        frames.add(bytes(out[:used].numpy()))
+        found = decoded(codec, bytes(out[:used].numpy()), x.numel())
+        assert np.array_equal(found.numpy(), expected, equal_nan=True)
+        assert np.array_equal(values.numpy(), left, equal_nan=True)
+        sent = int(np.count_nonzero(expected)) if x.isfinite().all() else 0
+        assert digits == sent
+    assert len(frames) == 1
+    return sent
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5])
+def test_about_the_density_is_sent(density: float) -> None:
+    for n in (5000, 100_000, 1_000_003):
+        x = torch.randn(n, generator=torch.Generator().manual_seed(n))
+        assert check_density(x, density) == pytest.approx(density * n, rel=0.35)
 
 
 def special_inputs(n: int) -> dict[str, Tensor]:

@@ -144,6 +144,7 @@ def test_the_entropy_stage_changes_bytes_only(entropy: EntropyStage) -> None:
     world=st.integers(2, 5),
     sparsity=st.floats(1, 1.9375, width=32),
     pull=st.none() | st.floats(1, 1.9375, width=32),
+    density=st.none() | st.floats(0.001, 0.999),
     min_numel=st.integers(0, 3000),
     min_ndim=st.integers(0, 3),
     min_share=st.integers(1, 3000),
@@ -329,11 +330,9 @@ class FailingCodec:
         if self.left[function] == 0:
             raise MemoryError(f"injected into {function}")
 
-    def encode(
-        self, x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
-    ) -> Encoded:
+    def encode(self, x: Tensor, sparsity: float, out: Tensor, *rest: Any) -> Encoded:
         self.count("encode")
-        return cpu.encode(x, sparsity, out, residual)
+        return cpu.encode(x, sparsity, out, *rest)
 
     max_frame_bytes = staticmethod(cpu.max_frame_bytes)
 

@@ -22,6 +22,11 @@ BELOW = {
     "workers": set(),
     "lane": {"errors"},
     "handshake": {"config", "errors", "exchange", "workers"},
+    "owners": {"engine", "format", "plan"},
+    "session": {
+        *("codec", "config", "engine", "errors", "exchange", "handshake", "lane"),
+        *("meter", "plan", "version"),
+    },
     "engine": {
         *("codec", "config", "entropy", "errors", "exchange", "format", "message"),
         *("meter", "plan", "residual", "workers"),

@@ -30,7 +30,12 @@ class Codec(Protocol):
         ...
 
     def encode(
-        self, x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        sparsity: float,
+        out: Tensor,
+        residual: Tensor | None = None,
+        density: float | None = None,
     ) -> Encoded:
         """Write ``x`` plus ``residual`` as one frame; leave in ``x`` what it lacks.
 
@@ -41,6 +46,8 @@ class Codec(Protocol):
             out: uint8[≥ max_frame_bytes(n)]. Only the returned prefix is meaningful.
             residual: float32[n], what earlier frames lacked. If ``x`` is all zero,
                 there is nothing to say: the frame has scale 0, the residual stays.
+            density: a share of values to send instead, see ``lc3.codec.density``. What
+                is taken off ``x`` may then be rounded.
 
         Source: Lim, Andersen, Kaminsky, "3LC", MLSys 2019 (arXiv 1802.07389).
         """

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lc3.codec import Encoded
+from lc3.codec.density import choose, sample_stride
 from lc3.codec.instructions import (
     LANES,
     ZERO_RUN_BYTES,
@@ -52,7 +53,6 @@ _LOOK_AHEAD = 256  # folded bytes between calling for memory and using it
 _DENSE_SHARE = 0.3  # folded bytes per quartic byte from which a frame is unfolded
 _NO_RESIDUAL = np.empty(0, np.float32)
 _NAN_SCALE = np.frombuffer(NAN_SCALE, np.uint8)
-_INFINITY_BITS = np.int32(0x7F800000)
 _POWERS = np.array([81, 27, 9, 3, 1])
 _DIGITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)
 
@@ -88,12 +88,25 @@ _PADDING = 3
 
 
 def encode(
-    x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    sparsity: float,
+    out: Tensor,
+    residual: Tensor | None = None,
+    density: float | None = None,
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
+    values, frame = x.numpy(), out.numpy()
     earlier = _NO_RESIDUAL if residual is None else residual.numpy()
-    used, digits = _encode(x.numpy(), earlier, np.float32(sparsity), out.numpy())
-    return Encoded(used, digits)
+    if density is None:
+        return Encoded(*_encode(values, earlier, np.float32(sparsity), frame))
+    largest = np.int32(_prepare(values, earlier)).view(np.float32)
+    if largest == 0 or not np.isfinite(largest):
+        return Encoded(_write_special(largest, frame), 0)
+    sample = np.abs(values[:: sample_stride(values.size)])
+    threshold, scale = choose(sample, density, largest)
+    frame[:SCALE_BYTES].view(np.float32)[0] = scale
+    used, digits = _pack(values, scale, threshold, frame[SCALE_BYTES:])
+    return Encoded(SCALE_BYTES + used, digits)
 
 
 def check(frame: Tensor, numel: int) -> int:
@@ -142,22 +155,33 @@ def _encode(
     Returns:
         The number of bytes, and of digits that are not 0.
     """
-    if residual.size == 0:
-        largest = _max_magnitude_bits(x.view(np.int32))
-    else:
-        largest = _add_residual(x, residual)
-    if largest >= _INFINITY_BITS:
-        frame[:SCALE_BYTES] = _NAN_SCALE
-        return SCALE_BYTES, 0
-    if largest == 0:
-        frame[:SCALE_BYTES] = 0
-        return SCALE_BYTES, 0
-    written = frame[:SCALE_BYTES].view(np.float32)
-    frame[:SCALE_BYTES].view(np.int32)[0] = largest
-    scale = min(np.float32(written[0] * sparsity), np.float32(FLOAT32_MAX))
-    written[0] = scale
-    used, digits = _pack(x, scale, frame[SCALE_BYTES:])
+    bits = np.empty(1, np.int32)
+    bits[0] = _prepare(x, residual)
+    largest = bits.view(np.float32)[0]
+    if largest == 0 or not np.isfinite(largest):
+        return _write_special(largest, frame), 0
+    scale = min(np.float32(largest * sparsity), np.float32(FLOAT32_MAX))
+    frame[:SCALE_BYTES].view(np.float32)[0] = scale
+    threshold = np.float32(scale * np.float32(0.5))
+    used, digits = _pack(x, scale, threshold, frame[SCALE_BYTES:])
     return SCALE_BYTES + used, digits
+
+
+@kernel()
+def _prepare(x: Floats, residual: Floats) -> np.int32:
+    """Add ``residual`` to ``x`` if it is not empty; return the largest bit pattern."""
+    if residual.size == 0:
+        return _max_magnitude_bits(x.view(np.int32))
+    return _add_residual(x, residual)
+
+
+@kernel()
+def _write_special(largest: np.float32, frame: Bytes) -> int:
+    """Write the frame of values that are all zero, or not all finite."""
+    frame[:SCALE_BYTES] = 0
+    if largest != 0:
+        frame[:SCALE_BYTES] = _NAN_SCALE
+    return SCALE_BYTES
 
 
 @kernel()
@@ -194,8 +218,16 @@ def _add_residual(x: Floats, residual: Floats) -> np.int32:
 
 
 @kernel()
-def _pack(x: Floats, scale: np.float32, body: Bytes) -> tuple[int, int]:
+def _pack(
+    x: Floats, scale: np.float32, half: np.float32, body: Bytes
+) -> tuple[int, int]:
     """Write the folded quartic bytes of ``x`` and take what they send off x.
+
+    Args:
+        x: float32[n].
+        scale: what a digit stands for.
+        half: the magnitude above which a value is sent: half of the scale, as a rule.
+        body: uint8[≥ n / 5].
 
     Returns:
         The number of bytes, and of digits that are not 0.
@@ -203,7 +235,6 @@ def _pack(x: Floats, scale: np.float32, body: Bytes) -> tuple[int, int]:
     n = x.size
     length = (n + 4) // 5
     full = max(0, n - 4 * length)  # bytes below this index have no padding
-    half = np.float32(scale * np.float32(0.5))
     quartic = np.empty(_BLOCK, np.uint8)
     used = 0
     digits = 0

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lc3.codec import Encoded
+from lc3.codec.density import choose, sample_stride
 from lc3.errors import FormatError
 from lc3.format import (
     FLOAT32_MAX,
@@ -34,7 +35,11 @@ Digits = NDArray[np.int8]
 
 
 def encode(
-    x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    sparsity: float,
+    out: Tensor,
+    residual: Tensor | None = None,
+    density: float | None = None,
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
     values = x.numpy()
@@ -49,7 +54,12 @@ def encode(
     scale = scale_of(values, sparsity)
     if scale == 0:
         return _write(ZERO_SCALE, out)
-    digits = digits_of(values, scale)
+    threshold = scale * np.float32(0.5)
+    if density is not None:
+        magnitudes = np.abs(values)
+        sample = magnitudes[:: sample_stride(values.size)]
+        threshold, scale = choose(sample, density, magnitudes.max())
+    digits = digits_of(values, threshold)
     values -= digits.astype(np.float32) * scale
     frame = scale.tobytes() + fold(quartic(digits))
     return _write(frame, out, int(np.count_nonzero(digits)))
@@ -84,10 +94,9 @@ def scale_of(values: Floats, sparsity: float) -> np.float32:
     return min(scale, np.float32(FLOAT32_MAX))
 
 
-def digits_of(values: Floats, scale: np.float32) -> Digits:
-    """Return −1, 0 or 1 for each value: ``round_half_even(value / scale)``."""
-    half = scale * np.float32(0.5)
-    return (values > half).astype(np.int8) - (values < -half).astype(np.int8)
+def digits_of(values: Floats, threshold: np.float32) -> Digits:
+    """Return −1, 0 or 1; at half the scale, ``round_half_even(value / scale)``."""
+    return (values > threshold).astype(np.int8) - (values < -threshold).astype(np.int8)
 
 
 def quartic(digits: Digits) -> NDArray[np.uint8]:

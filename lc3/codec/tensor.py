@@ -6,10 +6,12 @@ it walks over the values, but no float leaves the device.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lc3.codec import Encoded
+from lc3.codec.density import choose, sample_stride
 from lc3.errors import FormatError
 from lc3.format import (
     FLOAT32_MAX,
@@ -31,7 +33,11 @@ _POWERS = (81, 27, 9, 3, 1)
 
 
 def encode(
-    x: Tensor, sparsity: float, out: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    sparsity: float,
+    out: Tensor,
+    residual: Tensor | None = None,
+    density: float | None = None,
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
     if residual is not None:
@@ -45,8 +51,12 @@ def encode(
         return _write(NAN_SCALE, out)
     if largest.item() == 0:
         return _write(ZERO_SCALE, out)
-    half = scale * 0.5
-    digits = (x > half).to(torch.int8) - (x < -half).to(torch.int8)
+    threshold = scale * 0.5
+    if density is not None:
+        sample = x[:: sample_stride(x.numel())].abs().cpu().numpy()
+        chosen = choose(sample, density, np.float32(largest.item()))
+        threshold, scale = x.new_tensor(np.array(chosen))
+    digits = (x > threshold).to(torch.int8) - (x < -threshold).to(torch.int8)
     x -= digits * scale
     body = _fold(_quartic(digits))
     out[:SCALE_BYTES] = scale.view(1).view(torch.uint8)

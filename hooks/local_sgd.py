@@ -1,0 +1,342 @@
+"""Local steps: every rank trains by itself, and 3LC brings the ranks together again.
+
+After every H-th step of the optimizer the ranks push what their parameters have moved,
+the owners average it into float32 masters, and everybody pulls 3LC of what the masters
+have moved. Sources: local SGD (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and
+for masters with error feedback EF21-P (arXiv 2209.15218).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lc3.config import Config
+from lc3.errors import AttachError, ConfigError, StateError
+from lc3.owners import Owners
+from lc3.session import Session
+
+log = logging.getLogger(__name__)
+
+DEFAULT = Config(density=0.1)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    config: Config = DEFAULT,
+    *,
+    every: int = 8,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    delay: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> "State":
+    """Let every rank train ``model`` by itself, and average every ``every`` steps.
+
+    Collective: every rank calls it with the same arguments. Parameters and buffers of
+    rank 0 are copied to all ranks. The training loop stays as it is, without DDP; every
+    rank must make the same number of steps, and ``state.sync()`` ends the training.
+
+    Args:
+        model: a plain module, not wrapped, its parameters on the CPU.
+        optimizer: that trains it, or several that are stepped one after the other; the
+            last one counts the steps. Their state stays local.
+        config: what to compress; a density suits what local steps change.
+        every: H, local steps between two exchanges.
+        outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
+        outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
+            is a momentum already: it helps uncoded exchanges, not coded ones.
+        delay: steps that go on while an exchange is under way; 0 waits for it. Less
+            than ``every``. Each result is then applied ``delay`` steps later.
+        group: a process group that nobody else uses. Default: lc3 makes one.
+
+    Raises:
+        AttachError: the model cannot be compressed.
+        ConfigError: an argument is out of range.
+        PlanMismatch: ranks differ in configuration, parameters or version.
+        PeerError: one of these happened on another rank.
+    """
+    return State(
+        model,
+        [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
+        config,
+        every=every,
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+        delay=delay,
+        group=group,
+    )
+
+
+class State:
+    """Everything lc3 keeps for one model that is trained by local steps.
+
+    Attributes:
+        config: the configuration.
+        meter: bytes and seconds so far, on this rank; its dense bytes are those of a
+            float32 all-reduce of every step's gradient.
+        engine: moves and codes; holds the plan and the residuals.
+        owners: the masters of this rank's share.
+        steps: of the optimizer so far.
+        exchanges: so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        config: Config,
+        *,
+        every: int,
+        outer_lr: float,
+        outer_momentum: float,
+        delay: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        _check(model, optimizers, every, outer_lr, outer_momentum, delay)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not dist.is_initialized() or dist.group.WORLD is None:
+            raise AttachError("call torch.distributed.init_process_group first")
+        self._session = Session(trained, config, dist.group.WORLD, group)
+        self.config = config
+        self.meter = self._session.meter
+        self.engine = self._session.engine
+        self._model = model
+        self._every, self._delay = every, delay
+        self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
+        self._flat = {
+            name: _flat(p.detach()) for p, name in self._session.names.items()
+        }
+        exchange = self.engine.exchange
+        for tensor in [*self._flat.values(), *_float_buffers(model)]:
+            data = tensor.contiguous().view(-1).view(torch.uint8)
+            first = exchange.all_gather(data if exchange.rank == 0 else data[:0])[0]
+            tensor.view(-1).copy_(first.clone().view(tensor.dtype))
+        replica = {name: flat.float().clone() for name, flat in self._flat.items()}
+        self.owners = Owners(self.engine, replica)
+        self._velocity = {
+            name: torch.zeros_like(master)
+            for name, master in self.owners.masters.items()
+            if outer_momentum
+        }
+        self._moved = {name: torch.empty_like(flat) for name, flat in replica.items()}
+        self._seen = {name: flat.clone() for name, flat in replica.items() if delay}
+        self._pending: torch.futures.Future[Tensor] | None = None
+        self._buffers = torch.empty(0)
+        self.steps = self.exchanges = 0
+        self._handle = optimizers[-1].register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: object) -> None:
+        self.steps += 1
+        self.meter.steps += 1
+        if self.engine.exchange.world == 1:
+            return
+        since = self.steps % self._every
+        if self._pending is not None and since == self._delay:
+            self._finish()
+        if since == 0:
+            self._start()
+            if self._delay == 0:
+                self._finish()
+
+    def sync(self) -> None:
+        """Exchange now and make every replica equal to the masters, exactly.
+
+        Collective. At the end of training, or before an evaluation or a checkpoint that
+        all ranks share. What ranks moved and did not send yet stays in the residuals.
+        """
+        if self.engine.exchange.world == 1:
+            return
+        if self._pending is not None:
+            self._finish()
+        self._start()
+        self._finish()
+        self._session.lane.submit(self._flush).wait()
+        self._copy_replica()
+
+    def _start(self) -> None:
+        for name, flat in self._flat.items():
+            torch.sub(self.owners.replica[name], flat, out=self._moved[name])
+            if self._delay:
+                self._seen[name].copy_(flat)
+        self._buffers = _flat_buffers(self._model)
+        self._pending = self._session.lane.submit(self._exchange)
+
+    def _finish(self) -> None:
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        averaged = pending.wait()
+        if self._delay == 0:
+            self._copy_replica()
+        else:  # what this rank moved while the exchange was under way is kept
+            averaged += _flat_buffers(self._model) - self._buffers
+            for name, flat in self._flat.items():
+                flat += (self.owners.replica[name] - self._seen[name]).to(flat.dtype)
+        buffers = _float_buffers(self._model)
+        parts = torch.split(averaged, [buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view(buffer.shape))
+
+    def _copy_replica(self) -> None:
+        for name, flat in self._flat.items():
+            flat.copy_(self.owners.replica[name])
+
+    def _exchange(self) -> Tensor:
+        """Push what was moved, change the masters, pull. Runs on the lane.
+
+        Returns:
+            The mean over ranks of all float buffers, float32[*].
+        """
+        owners, step = self.owners, self.exchanges
+        self.meter.buckets += 1
+        with self.engine.exchanging(owners.pieces, step, 0):
+            means = owners.push(self._moved, step)
+            for piece, mean in zip(owners.owned, means, strict=True):
+                if mean.isfinite().all():
+                    self._outer_step(
+                        piece.name, piece.offset, owners.master(piece), mean
+                    )
+            owners.pull(self._moved, means, step)
+            if self._buffers.numel():
+                averaged = self.engine.exchange.all_reduce_mean(self._buffers.clone())
+            else:
+                averaged = self._buffers
+        world = self.engine.exchange.world
+        elements = sum(flat.numel() for flat in self._flat.values())
+        # ``exchanging`` has counted one all-reduce; each of the other steps had one.
+        self.meter.dense_bytes += (self._every - 1) * 8 * elements * (world - 1) / world
+        self.exchanges += 1
+        return averaged
+
+    def _outer_step(self, name: str, offset: int, master: Tensor, mean: Tensor) -> None:
+        update = mean
+        if self._outer_momentum:
+            velocity = self._velocity[name][offset : offset + mean.numel()]
+            velocity.mul_(self._outer_momentum).add_(mean)
+            update = mean.add(velocity, alpha=self._outer_momentum)
+        master.sub_(update, alpha=self._outer_lr)
+
+    def _flush(self) -> Tensor:
+        self.owners.flush()
+        return torch.empty(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this rank has to keep: tensors, strings and integers only.
+
+        Call it right after an exchange or ``sync``; every rank saves its own.
+
+        Raises:
+            StateError: an exchange is under way.
+        """
+        if self._pending is not None:
+            raise StateError("an exchange is under way; call state.sync() first")
+        return {
+            "steps": self.steps,
+            "exchanges": self.exchanges,
+            "residuals": self.engine.residuals.state_dict(),
+            "masters": {n: m.clone() for n, m in self.owners.masters.items()},
+            "replica": {n: r.clone() for n, r in self.owners.replica.items()},
+            "velocity": {n: v.clone() for n, v in self._velocity.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict`` of this rank. The model is loaded beside it.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        sides = {
+            "masters": self.owners.masters,
+            "replica": self.owners.replica,
+            "velocity": self._velocity,
+        }
+        if set(state) != {"steps", "exchanges", "residuals", *sides}:
+            raise StateError(f"state has the keys {sorted(state)}; of another hook?")
+        for side, mine in sides.items():
+            shapes = [{n: t.shape for n, t in s.items()} for s in (mine, state[side])]
+            if shapes[0] != shapes[1]:
+                raise StateError(
+                    f"{side} are of {list(shapes[1])[:3]}…, expected those of "
+                    f"{list(shapes[0])[:3]}…, each of its shape; same model, ranks and "
+                    "outer_momentum?"
+                )
+        self.engine.residuals.load_state_dict(state["residuals"])
+        for side, mine in sides.items():
+            for name, tensor in mine.items():
+                tensor.copy_(state[side][name])
+        self.steps, self.exchanges = int(state["steps"]), int(state["exchanges"])
+
+    def close(self) -> None:
+        """Stop counting steps; end the lane and the group it made."""
+        self._handle.remove()
+        self._session.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an lc3 State holds a process group and cannot be pickled; save "
+            "state.state_dict()"
+        )
+
+
+def _check(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    every: int,
+    outer_lr: float,
+    outer_momentum: float,
+    delay: int,
+) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise AttachError(
+            "local_sgd replaces DistributedDataParallel; attach to the module itself"
+        )
+    if not optimizers:
+        raise AttachError("no optimizer was given, so there are no steps to count")
+    for knob, value, least, below in (
+        ("every", every, 1, float("inf")),
+        ("delay", delay, 0, every),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{knob}={value!r} must be an integer from {least} up")
+        if value >= below:
+            raise ConfigError(f"{knob}={value!r} must be less than every={every}")
+    if not 0 < outer_lr <= 2 or not 0 <= outer_momentum < 1:
+        raise ConfigError(
+            f"outer_lr={outer_lr!r} must be in (0, 2], outer_momentum="
+            f"{outer_momentum!r} in [0, 1)"
+        )
+
+
+def _float_buffers(model: nn.Module) -> list[Tensor]:
+    return [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+
+
+def _flat_buffers(model: nn.Module) -> Tensor:
+    """Return a copy of all float buffers, float32[*]."""
+    flat = [buffer.reshape(-1).float() for buffer in _float_buffers(model)]
+    return torch.cat(flat) if flat else torch.empty(0)
+
+
+def _flat(parameter: Tensor) -> Tensor:
+    """Return a view of all elements in memory order.
+
+    Raises:
+        AttachError: they do not lie in one block of memory.
+    """
+    view = parameter.as_strided((parameter.numel(),), (1,))
+    by_stride = sorted(zip(parameter.stride(), parameter.shape, strict=True))
+    expected = 1
+    for stride, size in by_stride:
+        if size != 1 and stride != expected:
+            raise AttachError(
+                f"a parameter of shape {list(parameter.shape)} has strides "
+                f"{parameter.stride()}; make it contiguous before attach"
+            )
+        expected *= size
+    return view

@@ -1,0 +1,106 @@
+"""Owners that hold the model: every rank keeps the masters of its share.
+
+The paper's parameter servers, spread over the ranks. A push brings the mean of what the
+ranks say about a share to its owner, the owner changes its masters, and the pull sends
+everybody 3LC of ``master − replica``. What a pull does not carry is still in that
+difference, so it needs no residual of its own, and replicas stay bit-identical.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lc3.engine import Engine
+from lc3.format import is_nan_frame
+from lc3.plan import Piece
+
+
+class Owners:
+    """The masters of this rank's share, and everybody's replica of the whole model.
+
+    Args:
+        engine: moves the pieces.
+        replica: by parameter name float32[numel], the same bits on every rank; changed
+            by every ``pull``, to the same bits on every rank.
+
+    Attributes:
+        masters: by parameter name float32[slice], of the slices that this rank owns.
+        replica: see above.
+    """
+
+    def __init__(self, engine: Engine, replica: Mapping[str, Tensor]) -> None:
+        self.engine = engine
+        self.replica = replica
+        self.pieces = engine.pieces(replica)
+        self.masters = {
+            slice_.name: replica[slice_.name][slice_.start : slice_.stop].clone()
+            for slice_ in engine.plan.slices_of(engine.plan.numel, engine.exchange.rank)
+        }
+
+    @property
+    def owned(self) -> list[Piece]:
+        """The pieces that this rank owns, in plan order."""
+        return self.pieces[self.engine.exchange.rank]
+
+    def master(self, piece: Piece) -> Tensor:
+        """Return the master of a piece that this rank owns: a view, float32[piece]."""
+        return self.masters[piece.name][piece.offset : piece.offset + piece.numel]
+
+    def push(self, values: Mapping[str, Tensor], step: int) -> list[Tensor]:
+        """Return for each owned piece the mean of ``values`` over the ranks.
+
+        NaN in all of a coded piece where some rank's values were not finite. ``values``
+        are left for ``pull``, see ``Engine.reduce_scatter``.
+        """
+        return self.engine.reduce_scatter(self.pieces, values, step, 0)
+
+    def pull(
+        self, values: Mapping[str, Tensor], means: list[Tensor], step: int
+    ) -> None:
+        """Bring every replica nearer to the masters, and keep the push's residuals.
+
+        Args:
+            values: what ``push`` has left. Where a mean was NaN the residuals stay what
+                they were: the push never was.
+            means: what ``push`` returned; overwritten.
+            step: the same as at ``push``.
+        """
+        for piece, mean in zip(self.owned, means, strict=True):
+            master = self.master(piece)
+            if not piece.coded:
+                mean.copy_(master)
+            elif mean.isfinite().all():
+                mean.copy_(master)
+                mean -= self.replica[piece.name][piece.start : piece.stop]
+        nothing = [None] * len(means)
+        pulled = self.engine.all_gather(self.pieces, means, nothing, step, 0)
+        with self.engine.meter.stage("decode"):
+            self.engine.keep_residuals(self.pieces, pulled, values)
+            self._apply_finite(pulled)
+
+    def _apply_finite(self, pulled: list[list[Tensor]]) -> None:
+        kept = [
+            [
+                (piece, chunk)
+                for piece, chunk in zip(of_owner, chunks, strict=True)
+                if not (piece.coded and is_nan_frame(chunk))
+            ]
+            for of_owner, chunks in zip(self.pieces, pulled, strict=True)
+        ]
+        self.engine.apply(
+            [[piece for piece, _ in both] for both in kept],
+            [[chunk for _, chunk in both] for both in kept],
+            self.replica,
+        )
+
+    def flush(self) -> None:
+        """Make every replica equal to the masters, exactly; collective."""
+        exchange = self.engine.exchange
+        mine = [self.master(piece).view(torch.uint8) for piece in self.owned]
+        message = torch.cat(mine) if mine else torch.empty(0, dtype=torch.uint8)
+        for owned, data in zip(self.pieces, exchange.all_gather(message), strict=True):
+            sizes = [4 * piece.numel for piece in owned]
+            for piece, chunk in zip(owned, torch.split(data, sizes), strict=True):
+                place = self.replica[piece.name][piece.start : piece.stop]
+                place.copy_(chunk.clone().view(torch.float32))

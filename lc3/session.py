@@ -1,0 +1,143 @@
+"""What every hook needs for one model: names, a group of its own, an engine, a lane."""
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from lc3.codec import codec_for, warm_up
+from lc3.config import Config
+from lc3.engine import Engine
+from lc3.errors import AttachError
+from lc3.exchange import GroupExchange
+from lc3.handshake import agree, threads_for
+from lc3.lane import Lane
+from lc3.meter import Meter
+from lc3.plan import make_plan
+from lc3.version import __version__
+
+_CPU = torch.device("cpu")
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class Session:
+    """One model's connection to the other ranks. Making one is collective.
+
+    Args:
+        parameters: (name, parameter), the trainable ones, in the model's order.
+        config: what to compress, and how much.
+        beside: the group whose ranks train the model; others use it too.
+        group: a group of the same ranks that nobody else uses. Default: one is made.
+
+    Attributes:
+        names: the name of each parameter.
+        config: the configuration.
+        meter: bytes and seconds so far, on this rank.
+        engine: moves and codes; holds the plan and the residuals.
+        lane: the thread that talks to other ranks.
+
+    Raises:
+        AttachError: the model cannot be compressed.
+        ConfigError: a pattern of the configuration matches no parameter.
+        PlanMismatch: ranks differ in configuration, parameters or version.
+        PeerError: one of these happened on another rank.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Parameter]],
+        config: Config,
+        beside: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.names: dict[Tensor, str] = {p: name for name, p in parameters}
+        for parameter, name in self.names.items():
+            _check_device(name, parameter)
+        self.config = config
+        self.meter = Meter()
+        self._group, self._group_is_mine = _group_for(beside, group)
+        exchange = GroupExchange(self._group, _CPU)
+        shapes = [(name, list(p.shape)) for p, name in self.names.items()]
+
+        def build() -> Engine:
+            _check_parameters(self.names)
+            codec = codec_for(_CPU)
+            warm_up(codec)
+            plan = make_plan(shapes, exchange.world, config)
+            return Engine(plan, config, exchange, codec, self.meter, threads)
+
+        try:
+            threads = threads_for(exchange, config)
+            self.engine = agree(exchange, __version__, config, shapes, build)
+        except BaseException:
+            self._leave_group()
+            raise
+        self.lane = Lane(f"lc3-rank{exchange.rank}")
+
+    def close(self) -> None:
+        """End the lane, the threads, and the group it made. Again: does nothing."""
+        if self.lane.close(_CLOSE_TIMEOUT_S):
+            self.engine.close()
+            self._leave_group()
+
+    def _leave_group(self) -> None:
+        if self._group_is_mine:
+            dist.destroy_process_group(self._group)
+
+
+def _check_device(name: str, parameter: Tensor) -> None:
+    if parameter.device != _CPU:
+        raise AttachError(
+            f"parameter {name!r} is on {parameter.device}; in this version lc3 "
+            "exchanges on the CPU only (lc3.encode works on any device)"
+        )
+
+
+def _check_parameters(names: Mapping[Tensor, str]) -> None:
+    if not names:
+        raise AttachError(
+            "the model has no trainable parameter, so nothing to compress"
+        )
+    for parameter, name in names.items():
+        if parameter.is_complex():
+            raise AttachError(
+                f"parameter {name!r} is {parameter.dtype}; lc3 compresses real "
+                "gradients: keep complex parameters as two real ones "
+                "(torch.view_as_real)"
+            )
+
+
+def _group_for(
+    beside: dist.ProcessGroup, given: dist.ProcessGroup | None
+) -> tuple[dist.ProcessGroup, bool]:
+    """Return a process group that only lc3 uses, and whether it was made here.
+
+    A model's own group carries buffers and the bitmap of unused parameters at times
+    that differ between ranks; a second user would mix up the order of collectives.
+    """
+    ranks = dist.get_process_group_ranks(beside)
+    if given is not None:
+        others = dist.get_process_group_ranks(given)
+        if others != ranks or given is beside:
+            raise AttachError(
+                f"group has the ranks {others}, the model's process group {ranks}; "
+                "lc3 needs a second group of the same ranks: "
+                f"dist.new_group({ranks}), called on every rank of the job"
+            )
+        return given, False
+    if len(ranks) == 1:
+        return beside, False  # nothing will be sent
+    if len(ranks) < dist.get_world_size():
+        raise AttachError(
+            f"the model is replicated on the ranks {ranks} only; call dist.new_group("
+            f"{ranks}) on every rank of the job and attach(model, group=that)"
+        )
+    options = getattr(beside._get_backend(_CPU), "options", None)
+    timeout: timedelta | None = getattr(options, "_timeout", None)
+    backend = dist.get_backend(beside)
+    own = dist.new_group(timeout=timeout, backend=backend, group_desc="lc3")
+    assert isinstance(own, dist.ProcessGroup)
+    return own, True

@@ -1,0 +1,238 @@
+"""What the ranks of ``test_local_sgd`` do: each function runs on every rank."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lc3 import Config, Lc3Error
+from lc3.hooks import local_sgd
+from tests.ddp_cases import flat, hash_of
+from tests.oracle import Servers
+
+CODED = Config(density=0.1, min_numel=64, min_share=500)
+PLAIN = Config(raw=("*",))
+
+
+class Net(nn.Module):
+    """Convolutions, a batch norm, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8 * 36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(
+            self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+        )
+
+
+def make_net(seed: int, channels_last: bool = False) -> Net:
+    torch.manual_seed(seed)
+    net = Net()
+    if channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def make_optimizer(net: nn.Module, kind: str) -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr=0.01)
+    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+
+def train_step(
+    net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int
+) -> None:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    x = torch.randn(4, 3, 6, 6, generator=generator)
+    y = torch.randint(10, (4,), generator=generator)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+
+
+def take_off(_name: str, _piece: slice, master: Any, mean: Any) -> None:
+    master -= mean
+
+
+def equals_the_servers(
+    rank: int, world: int, every: int, delay: int, kind: str, channels_last: bool
+) -> dict[str, Any]:
+    """Train; in each process also all ranks' shadows; compare after every step."""
+    net = make_net(rank, channels_last)  # attach makes all ranks start like rank 0
+    optimizer = make_optimizer(net, kind)
+    state = local_sgd.attach(net, optimizer, CODED, every=every, delay=delay)
+    shadows = [make_net(0, channels_last) for _ in range(world)]
+    theirs = [make_optimizer(shadow, kind) for shadow in shadows]
+    names = [name for name, _ in net.named_parameters()]
+
+    def values(shadow: nn.Module) -> dict[str, Any]:
+        return {n: flat(p, p.detach()).copy() for n, p in shadow.named_parameters()}
+
+    shapes = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
+    servers = Servers(shapes, world, CODED, values(shadows[0]))
+    seen: list[dict[str, Any]] = []
+
+    def write(shadow: nn.Module, wanted: dict[str, Any]) -> None:
+        for name, parameter in shadow.named_parameters():
+            target = parameter.data.as_strided((parameter.numel(),), (1,))
+            target.copy_(torch.from_numpy(wanted[name]))
+
+    for step in range(4 * every + delay + 1):
+        train_step(net, optimizer, rank, step)
+        for other, shadow in enumerate(shadows):
+            train_step(shadow, theirs[other], other, step)
+        done = step + 1
+        if seen and done % every == delay and delay:
+            for shadow, old in zip(shadows, seen, strict=True):
+                now = values(shadow)
+                moved = {n: now[n] + (servers.replica[n] - old[n]) for n in names}
+                write(shadow, moved)
+            seen = []
+        if done % every == 0:
+            now_all = [values(shadow) for shadow in shadows]
+            servers.exchange(
+                [{n: servers.replica[n] - now[n] for n in names} for now in now_all],
+                take_off,
+            )
+            seen = now_all
+            if not delay:
+                for shadow in shadows:
+                    write(shadow, servers.replica)
+            for buffers in zip(*(s.buffers() for s in shadows), strict=True):
+                if buffers[0].is_floating_point() and not delay:
+                    mean = torch.stack(buffers).mean(0)
+                    for buffer in buffers:
+                        buffer.copy_(mean)
+        mine, wanted = values(net), values(shadows[rank])
+        for name in names:
+            np.testing.assert_array_equal(mine[name], wanted[name], f"{step}: {name}")
+    state.sync()
+    report = {
+        "hash": hash_of(net),
+        "exchanges": state.exchanges,
+        "ratio": state.meter.ratio,
+    }
+    state.close()
+    return report
+
+
+def plain_averaging_is_ddp(rank: int, world: int) -> float:
+    """With coding off, H = 1 and SGD equal DDP up to rounding; return the distance."""
+    nets = [make_net(3), make_net(3)]
+    for net in nets:
+        net.norm = nn.Identity()  # type: ignore[assignment]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05) for net in nets]
+    wrapped = DistributedDataParallel(nets[0])
+    state = local_sgd.attach(nets[1], optimizers[1], PLAIN, every=1)
+    for step in range(20):
+        train_step(wrapped, optimizers[0], rank, step)
+        train_step(nets[1], optimizers[1], rank, step)
+    state.close()
+    return max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True)
+    )
+
+
+def resumes(rank: int, world: int, folder: str) -> bool:
+    """Ten exchanges, or four, a checkpoint, and six more: the same bits."""
+
+    def fresh() -> tuple[Net, torch.optim.Optimizer, local_sgd.State]:
+        net = make_net(5)
+        optimizer = make_optimizer(net, "adamw")
+        return net, optimizer, local_sgd.attach(net, optimizer, CODED, every=3)
+
+    path = Path(f"{folder}-{rank}")
+    net, optimizer, state = fresh()
+    for step in range(30):
+        if step == 12:
+            saved = [net.state_dict(), optimizer.state_dict(), state.state_dict()]
+            torch.save(saved, path)
+        train_step(net, optimizer, rank, step)
+    straight = hash_of(net)
+    state.close()
+    net, optimizer, state = fresh()
+    loaded = torch.load(path, weights_only=True)
+    for target, part in zip((net, optimizer, state), loaded, strict=True):
+        target.load_state_dict(part)  # type: ignore[attr-defined]
+    for step in range(12, 30):
+        train_step(net, optimizer, rank, step)
+    state.close()
+    return hash_of(net) == straight
+
+
+def a_delay_hides_a_slow_exchange(rank: int, world: int) -> tuple[float, float]:
+    """Return seconds of 40 steps with an exchange slowed by hand, waited for or not."""
+    seconds = []
+    for delay in (0, 3):
+        net = make_net(1)
+        optimizer = make_optimizer(net, "sgd")
+        state = local_sgd.attach(net, optimizer, CODED, every=8, delay=delay)
+        exchange = state.engine.exchange
+        send = exchange.all_to_all
+
+        def slow(*given: Any, send: Any = send, **named: Any) -> Any:
+            time.sleep(0.05)
+            return send(*given, **named)
+
+        exchange.all_to_all = slow  # type: ignore[method-assign]
+        dist.barrier()
+        start = time.perf_counter()
+        for step in range(40):
+            train_step(net, optimizer, rank, step)
+            time.sleep(0.05)  # a step's compute that leaves the processor alone
+        seconds.append(time.perf_counter() - start - 40 * 0.05)
+        state.sync()
+        state.close()
+    return seconds[0], seconds[1]
+
+
+def refused(rank: int, world: int, what: str) -> str:
+    net: nn.Module = make_net(0)
+    optimizer = make_optimizer(net, "sgd")
+    given: dict[str, Any] = {}
+    if what == "ddp":
+        net = DistributedDataParallel(net)
+    if what in ("every", "delay", "outer_lr"):
+        given = {"every": {"every": 0}, "delay": {"every": 4, "delay": 4}}.get(
+            what, {"outer_lr": 3.0}
+        )
+    if what == "strides":
+        net = nn.Linear(300, 10)
+        net.weight = nn.Parameter(torch.zeros(10, 600)[:, ::2])
+    if what == "differ":
+        given = {"config": Config(density=0.1 + 0.1 * rank)}
+    optimizers = [] if what == "no optimizer" else [optimizer]
+    try:
+        local_sgd.attach(net, optimizers, **given)
+    except Lc3Error as error:
+        return f"{type(error).__name__}: {error}"
+    return "attached"
+
+
+def non_finite_rank(rank: int, world: int) -> tuple[str, bool]:
+    """One rank's parameters turn NaN: the round never was, and training goes on."""
+    net = make_net(0)
+    optimizer = make_optimizer(net, "sgd")
+    state = local_sgd.attach(net, optimizer, CODED, every=2)
+    for step in range(8):
+        if step == 3 and rank == 1:
+            net.head.weight.data[0, 0] = torch.nan
+        train_step(net, optimizer, rank, step)
+        if step == 3 and rank == 1:
+            for group in optimizer.state.values():
+                group.clear()
+    finite = all(bool(p.isfinite().all()) for p in net.parameters())
+    state.sync()
+    result = hash_of(net)
+    state.close()
+    return result, finite

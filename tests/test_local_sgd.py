@@ -1,0 +1,74 @@
+"""Local steps equal 3LC servers bit for bit, hide their exchange, and resume."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import local_cases
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.timeout(240)
+Pools = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("every", "delay", "kind", "channels_last"),
+    [
+        (1, 0, "sgd", False),
+        (4, 0, "sgd", True),
+        (4, 0, "adamw", False),
+        (4, 1, "sgd", False),
+        (4, 3, "adamw", True),
+    ],
+)
+def test_local_steps_equal_the_servers(
+    ranks: Pools, world: int, every: int, delay: int, kind: str, channels_last: bool
+) -> None:
+    reports = ranks(world).run(
+        local_cases.equals_the_servers, every, delay, kind, channels_last
+    )
+    assert len({report["hash"] for report in reports}) == 1
+    for report in reports:
+        assert report["exchanges"] == (4 * every + delay + 1) // every + 1
+        assert report["ratio"] > 2 * every
+
+
+def test_uncoded_averaging_of_every_step_is_ddp(ranks: Pools) -> None:
+    for distance in ranks(2).run(local_cases.plain_averaging_is_ddp):
+        assert distance < 1e-6
+
+
+def test_it_resumes_bit_for_bit(ranks: Pools, tmp_path: Path) -> None:
+    assert all(ranks(2).run(local_cases.resumes, str(tmp_path / "state")))
+
+
+def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
+    for waited, hidden in ranks(2).run(local_cases.a_delay_hides_a_slow_exchange):
+        assert waited > 0.5  # five exchanges of two slow rounds
+        assert hidden < waited - 0.35
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("ddp", "AttachError: local_sgd replaces DistributedDataParallel"),
+        ("no optimizer", "AttachError: no optimizer was given"),
+        ("every", "ConfigError: every=0 must be an integer from 1"),
+        ("delay", "ConfigError: delay=4 must be less than every=4"),
+        ("outer_lr", r"ConfigError: outer_lr=3\.0 must be in"),
+        ("strides", r"AttachError: a parameter of shape \[10, 300\] has strides"),
+        ("differ", r"PlanMismatch: ranks differ: Config\.density is 0\.1 on rank 0"),
+    ],
+)
+def test_attach_refuses(ranks: Pools, what: str, words: str) -> None:
+    for said in ranks(2).run(local_cases.refused, what):
+        assert re.match(words, said), said
+
+
+def test_a_rank_that_diverges_is_brought_back(ranks: Pools) -> None:
+    results = ranks(2).run(local_cases.non_finite_rank)
+    assert results[0] == results[1]
+    assert results[0][1]
