@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lc3
 from experiments.tasks import TASKS, Task
-from experiments.train import loss_of, make_optimizer
+from experiments.train import loss_of, make_optimizers
 
 RECORDED = Path(__file__).parent / "results" / "gradients.npz"
 STEPS = 400
@@ -57,7 +57,7 @@ def record(task: Task, sparsity: float) -> dict[str, np.ndarray]:
     """Train with 3LC's push on one rank; return snapshots by key."""
     torch.manual_seed(0)
     model = task.make_model()
-    optimizer, schedule = make_optimizer(task, model, STEPS)
+    (optimizer,), (schedule,) = make_optimizers(task, model, STEPS)
     residual = {n: torch.zeros(p.numel()) for n, p in model.named_parameters()}
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
     inputs, labels = task.train.tensors

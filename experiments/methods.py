@@ -5,12 +5,13 @@ the classes themselves.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     allreduce_hook,
@@ -18,11 +19,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     fp16_compress_hook,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
 from lc3.codec import Codec
-from lc3.hooks import ddp
+from lc3.hooks import ddp, local_sgd
 
 Future = torch.futures.Future[torch.Tensor]
 
@@ -135,7 +137,24 @@ class Compressed:
         self._state.close()
 
 
-Method = Callable[[DistributedDataParallel], Traffic]
+# Makes ranks train one model: takes the module and its optimizers, returns what to call
+# instead of the module, and what counts its traffic.
+Method = Callable[[nn.Module, Sequence[Optimizer]], tuple[nn.Module, Traffic]]
+
+
+def _ddp(attach: Callable[[DistributedDataParallel], Traffic]) -> Method:
+    """Return a method that is a communication hook of DDP."""
+
+    def start(
+        module: nn.Module, _optimizers: Sequence[Optimizer]
+    ) -> tuple[nn.Module, Traffic]:
+        model = DistributedDataParallel(module)
+        # Statistics of batch norms are averaged where they are used, in evaluation,
+        # not sent from rank 0 before every step.
+        model.broadcast_buffers = False
+        return model, attach(model)
+
+    return start
 
 
 def _all_reduce(
@@ -146,17 +165,19 @@ def _all_reduce(
         model.register_comm_hook(traffic, _counted)
         return traffic
 
-    return attach
+    return _ddp(attach)
 
 
 def _lc3(sparsity: float) -> Method:
-    return lambda model: Compressed(model, lc3.Config(sparsity=sparsity))
+    return _ddp(lambda model: Compressed(model, lc3.Config(sparsity=sparsity)))
 
 
 def _baseline(make_codec: Callable[[int], Codec]) -> Method:
     """Return a method of the paper's table, made for a rank; no entropy stage."""
-    return lambda model: Compressed(
-        model, lc3.Config(entropy="none"), make_codec(dist.get_rank())
+    return _ddp(
+        lambda model: Compressed(
+            model, lc3.Config(entropy="none"), make_codec(dist.get_rank())
+        )
     )
 
 
@@ -206,7 +227,68 @@ class PowerSgd:
 
 
 def _power_sgd(rank: int) -> Method:
-    return lambda model: PowerSgd(model, rank)
+    return _ddp(lambda model: PowerSgd(model, rank))
+
+
+class LocalSteps:
+    """Local steps, as a user attaches them.
+
+    Args:
+        module: to train.
+        optimizers: of it.
+        every: local steps between two exchanges.
+        config: of lc3.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        every: int,
+        config: lc3.Config,
+    ) -> None:
+        self._every = every
+        self._state = local_sgd.attach(module, optimizers, config, every=every)
+        self._meter = self._state.meter
+
+    @property
+    def sent_bytes(self) -> int:
+        """See ``Traffic``."""
+        return self._meter.sent_bytes
+
+    @property
+    def push_bits(self) -> float:
+        """See ``Traffic``; per step, not per exchange."""
+        return self._meter.push.bits_per_element / self._every
+
+    @property
+    def pull_bits(self) -> float:
+        """See ``Traffic``; per step, not per exchange."""
+        return self._meter.pull.bits_per_element / self._every
+
+    @property
+    def frame_bits(self) -> float:
+        """See ``Traffic``; per step, not per exchange."""
+        push, pull = self._meter.push, self._meter.pull
+        return (push.frame_bits_per_element + pull.frame_bits_per_element) / self._every
+
+    @property
+    def codec_seconds(self) -> float:
+        """See ``Traffic``."""
+        return self._meter.seconds["encode"] + self._meter.seconds["decode"]
+
+    def close(self) -> None:
+        """End the worker lane and its process group."""
+        self._state.close()
+
+
+def _local(every: int, config: lc3.Config) -> Method:
+    def start(
+        module: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> tuple[nn.Module, Traffic]:
+        return module, LocalSteps(module, optimizers, every, config)
+
+    return start
 
 
 METHODS: dict[str, Method] = {
@@ -227,5 +309,9 @@ METHODS: dict[str, Method] = {
     "PowerSGD rank 1": _power_sgd(1),
     "PowerSGD rank 2": _power_sgd(2),
     "PowerSGD rank 4": _power_sgd(4),
+    "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
+    "local H=8": _local(8, lc3.Config(density=0.1)),
+    "local H=16": _local(16, lc3.Config(density=0.1)),
+    "local H=32": _local(32, lc3.Config(density=0.1)),
 }
 DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.utils.data import TensorDataset
 
 from experiments import models
@@ -37,7 +37,7 @@ class Task:
         train: pairs of input and class label (for text: a label per position).
         test: the same, never trained on.
         make_model: returns a fresh network, initialised from torch's global seed.
-        make_optimizer: returns its optimizer, at the peak of the learning rate, which
+        make_optimizers: returns its optimizers, at the peak of the learning rate, which
             warms up linearly and then decays to zero by a cosine.
         batch_size: samples per rank and step.
         augment: changes a batch of training inputs, with a generator of its own.
@@ -47,7 +47,7 @@ class Task:
     train: TensorDataset
     test: TensorDataset
     make_model: Callable[[], nn.Module]
-    make_optimizer: Callable[[nn.Module], Optimizer]
+    make_optimizers: Callable[[nn.Module], list[Optimizer]]
     batch_size: int
     augment: Augment | None = None
 
@@ -68,7 +68,7 @@ def digits(_data_dir: Path | None = None) -> Task:
         train=TensorDataset(images[train], labels[train]),
         test=TensorDataset(images[test], labels[test]),
         make_model=models.small_cnn,
-        make_optimizer=_sgd(0.05),
+        make_optimizers=_sgd(0.05),
         batch_size=32,
     )
 
@@ -93,7 +93,7 @@ def fashion_mnist(data_dir: Path | None) -> Task:
         train=load("train"),
         test=load("t10k"),
         make_model=models.lenet,
-        make_optimizer=_sgd(0.02),
+        make_optimizers=_sgd(0.02),
         batch_size=32,
     )
 
@@ -122,19 +122,20 @@ def cifar10(data_dir: Path | None, depth: int = 20) -> Task:
         train=_normalised(*train),
         test=_normalised(*test),
         make_model=lambda: models.resnet(depth),
-        make_optimizer=_sgd(0.1),
+        make_optimizers=_sgd(0.1),
         batch_size=32,
         augment=_crop_and_flip,
     )
 
 
-def chars(data_dir: Path | None, context: int = 64) -> Task:
-    """Return a text, character by character, and a small transformer with AdamW.
+def chars(data_dir: Path | None, context: int = 64, muon: bool = False) -> Task:
+    """Return a text, character by character, and a small transformer.
 
     Args:
         data_dir: a text file, or a folder with exactly one ``*.txt``. Its last tenth is
             for testing.
         context: characters the network sees.
+        muon: whether its matrices are trained by Muon; AdamW trains the rest, or all.
     """
     where = _needs(
         data_dir,
@@ -161,11 +162,11 @@ def chars(data_dir: Path | None, context: int = 64) -> Task:
         return TensorDataset(inputs, part[1 : count * context + 1].view(count, context))
 
     return Task(
-        name="chars",
+        name="chars-muon" if muon else "chars",
         train=windows(codes[:split]),
         test=windows(codes[split:]),
         make_model=lambda: models.Transformer(len(alphabet), context),
-        make_optimizer=lambda model: AdamW(model.parameters(), lr=8e-3),
+        make_optimizers=_muon if muon else _adamw,
         batch_size=8,
     )
 
@@ -177,13 +178,27 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
     "cifar10-resnet56": lambda data_dir: cifar10(data_dir, 56),
     "cifar10-resnet110": lambda data_dir: cifar10(data_dir, 110),
     "chars": chars,
+    "chars-muon": lambda data_dir: chars(data_dir, muon=True),
 }
 
 
-def _sgd(learning_rate: float) -> Callable[[nn.Module], Optimizer]:
-    return lambda model: SGD(
-        model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4
-    )
+def _sgd(learning_rate: float) -> Callable[[nn.Module], list[Optimizer]]:
+    return lambda model: [
+        SGD(model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4)
+    ]
+
+
+def _adamw(model: nn.Module) -> list[Optimizer]:
+    return [AdamW(model.parameters(), lr=8e-3, betas=(0.9, 0.99))]
+
+
+def _muon(model: nn.Module) -> list[Optimizer]:
+    """Return Muon for the matrices inside, AdamW for embeddings, norms and biases."""
+    named = list(model.named_parameters())
+    inside = [p for name, p in named if p.dim() == 2 and "blocks." in name]
+    others = [p for name, p in named if p.dim() != 2 or "blocks." not in name]
+    muon = Muon(inside, lr=1.6e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, AdamW(others, lr=1.6e-2, betas=(0.9, 0.99))]
 
 
 def _needs(data_dir: Path | None, what: str, source: str) -> Path:

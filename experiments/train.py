@@ -18,7 +18,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
@@ -50,20 +49,20 @@ class Run:
 
         Raises:
             RuntimeError: the ranks' parameters differ at the end.
+            ValueError: the method cannot end after so many steps.
         """
         torch.manual_seed(seed)
-        # Statistics of batch norms are averaged where they are used, in evaluation,
-        # not sent from rank 0 before every step.
-        model = DistributedDataParallel(self.task.make_model(), broadcast_buffers=False)
-        traffic = METHODS[method](model)
-        optimizer, schedule = make_optimizer(self.task, model, self.steps)
+        module = self.task.make_model()
+        optimizers, schedules = make_optimizers(self.task, module, self.steps)
+        model, traffic = METHODS[method](module, optimizers)
         every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
         for step, batch in enumerate(batches(self.task, seed, self.steps), start=1):
-            losses.append(train_step(model, optimizer, batch))
-            schedule.step()
+            losses.append(train_step(model, optimizers, batch))
+            for schedule in schedules:
+                schedule.step()
             if step % every == 0 or step == self.steps:
                 measured = self._measure(model, traffic, torch.stack(losses), step)
                 start = {"task": self.task.name, "method": method, "seed": seed}
@@ -88,7 +87,7 @@ class Run:
         )
         push_bits, pull_bits, frame_bits = bits
         average_buffers(model)
-        test_loss, accuracy = evaluate(model, self.task.test)
+        test_loss, accuracy = mean_over_ranks(*evaluate(model, self.task.test))
         return {
             "ranks": dist.get_world_size(),
             "steps": self.steps,
@@ -105,11 +104,11 @@ class Run:
         }
 
 
-def make_optimizer(
+def make_optimizers(
     task: Task, model: nn.Module, steps: int
-) -> tuple[Optimizer, LambdaLR]:
-    """Return the task's optimizer, and its learning rate: warm-up, then a cosine."""
-    optimizer = task.make_optimizer(model)
+) -> tuple[list[Optimizer], list[LambdaLR]]:
+    """Return the task's optimizers, and their learning rate: warm-up, then a cosine."""
+    optimizers = task.make_optimizers(model)
     warm_up = max(1, round(WARM_UP * steps))
 
     def factor(step: int) -> float:
@@ -117,7 +116,7 @@ def make_optimizer(
             return (step + 1) / warm_up
         return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up + 1))) / 2
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizers, [LambdaLR(optimizer, factor) for optimizer in optimizers]
 
 
 def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,14 +143,16 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, batch: Sequence[Tensor]
+    model: nn.Module, optimizers: Sequence[Optimizer], batch: Sequence[Tensor]
 ) -> Tensor:
     """Update the model with one batch and return its loss, a scalar."""
     inputs, labels = batch
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss = loss_of(model(inputs), labels)
     loss.backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.detach()
 
 
@@ -161,11 +162,11 @@ def measure_compute_ms(task: Task, steps: int = 40) -> float:
     Every rank runs at once, as in training: the median step, averaged over ranks.
     """
     model = task.make_model()
-    optimizer, _ = make_optimizer(task, model, steps)
+    optimizers, _ = make_optimizers(task, model, steps)
     times = []
     for batch in batches(task, seed=0, steps=steps):
         start = time.perf_counter()
-        train_step(model, optimizer, batch)
+        train_step(model, optimizers, batch)
         times.append(time.perf_counter() - start)
     (median_s,) = mean_over_ranks(sorted(times)[len(times) // 2])
     return 1e3 * median_s
