@@ -7,7 +7,7 @@ the classes themselves.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
 from lc3.codec import Codec
-from lc3.hooks import ddp, local_sgd
+from lc3.hooks import ddp, local_sgd, push_pull
+from lc3.meter import Meter
 
 Future = torch.futures.Future[torch.Tensor]
 
@@ -86,75 +87,86 @@ def _counted(
     return state.hook(state.group, bucket)
 
 
-class Compressed:
-    """3LC, as a user attaches it, or a codec of the same engine instead.
+@dataclass
+class Metered:
+    """What one of lc3's hooks sent, from its meter.
 
-    Args:
-        model: the wrapped model.
-        config: of lc3.
-        codec: what to send instead of 3LC's frames.
+    Attributes:
+        meter: of the hook's state.
+        close: ends the worker lane and its process group.
+        every: steps between two exchanges; bits are per step.
     """
 
-    def __init__(
-        self,
-        model: DistributedDataParallel,
-        config: lc3.Config,
-        codec: Codec | None = None,
-    ) -> None:
-        self._state = ddp.attach(model, config)
-        self._meter = self._state.meter
-        if codec is not None:
-            self._state.engine.codec = codec
+    meter: Meter
+    close: Callable[[], None]
+    every: int = 1
 
     @property
     def sent_bytes(self) -> int:
         """See ``Traffic``."""
-        return self._meter.sent_bytes
+        return self.meter.sent_bytes
 
     @property
     def push_bits(self) -> float:
         """See ``Traffic``."""
-        return self._meter.push.bits_per_element
+        return self.meter.push.bits_per_element / self.every
 
     @property
     def pull_bits(self) -> float:
         """See ``Traffic``."""
-        return self._meter.pull.bits_per_element
+        return self.meter.pull.bits_per_element / self.every
 
     @property
     def frame_bits(self) -> float:
         """See ``Traffic``."""
-        meter = self._meter
-        return meter.push.frame_bits_per_element + meter.pull.frame_bits_per_element
+        push, pull = self.meter.push, self.meter.pull
+        both = push.frame_bits_per_element + pull.frame_bits_per_element
+        return both / self.every
 
     @property
     def codec_seconds(self) -> float:
         """See ``Traffic``."""
-        return self._meter.seconds["encode"] + self._meter.seconds["decode"]
-
-    def close(self) -> None:
-        """End the worker lane and its process group."""
-        self._state.close()
+        return self.meter.seconds["encode"] + self.meter.seconds["decode"]
 
 
-# Makes ranks train one model: takes the module and its optimizers, returns what to call
-# instead of the module, and what counts its traffic.
-Method = Callable[[nn.Module, Sequence[Optimizer]], tuple[nn.Module, Traffic]]
+def _hooked(
+    model: DistributedDataParallel, config: lc3.Config, codec: Codec | None = None
+) -> Metered:
+    """Attach 3LC as a user does, or a codec of the same engine instead."""
+    state = ddp.attach(model, config)
+    if codec is not None:
+        state.engine.codec = codec
+    return Metered(state.meter, state.close)
+
+
+class Training(NamedTuple):
+    """What to call instead of the module, what to step, what counts the traffic."""
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    traffic: Traffic
+
+
+# Makes ranks train one model, from the module and its optimizers.
+Method = Callable[[nn.Module, Sequence[Optimizer]], Training]
 
 
 def _ddp(attach: Callable[[DistributedDataParallel], Traffic]) -> Method:
     """Return a method that is a communication hook of DDP."""
 
-    def start(
-        module: nn.Module, _optimizers: Sequence[Optimizer]
-    ) -> tuple[nn.Module, Traffic]:
-        model = DistributedDataParallel(module)
-        # Statistics of batch norms are averaged where they are used, in evaluation,
-        # not sent from rank 0 before every step.
-        model.broadcast_buffers = False
-        return model, attach(model)
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        model = _wrapped(module)
+        return Training(model, optimizers, attach(model))
 
     return start
+
+
+def _wrapped(module: nn.Module) -> DistributedDataParallel:
+    model = DistributedDataParallel(module)
+    # Statistics of batch norms are averaged where they are used, in evaluation, not
+    # sent from rank 0 before every step.
+    model.broadcast_buffers = False
+    return model
 
 
 def _all_reduce(
@@ -169,13 +181,13 @@ def _all_reduce(
 
 
 def _lc3(sparsity: float) -> Method:
-    return _ddp(lambda model: Compressed(model, lc3.Config(sparsity=sparsity)))
+    return _ddp(lambda model: _hooked(model, lc3.Config(sparsity=sparsity)))
 
 
 def _baseline(make_codec: Callable[[int], Codec]) -> Method:
     """Return a method of the paper's table, made for a rank; no entropy stage."""
     return _ddp(
-        lambda model: Compressed(
+        lambda model: _hooked(
             model, lc3.Config(entropy="none"), make_codec(dist.get_rank())
         )
     )
@@ -230,63 +242,25 @@ def _power_sgd(rank: int) -> Method:
     return _ddp(lambda model: PowerSgd(model, rank))
 
 
-class LocalSteps:
-    """Local steps, as a user attaches them.
-
-    Args:
-        module: to train.
-        optimizers: of it.
-        every: local steps between two exchanges.
-        config: of lc3.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizers: Sequence[Optimizer],
-        every: int,
-        config: lc3.Config,
-    ) -> None:
-        self._every = every
-        self._state = local_sgd.attach(module, optimizers, config, every=every)
-        self._meter = self._state.meter
-
-    @property
-    def sent_bytes(self) -> int:
-        """See ``Traffic``."""
-        return self._meter.sent_bytes
-
-    @property
-    def push_bits(self) -> float:
-        """See ``Traffic``; per step, not per exchange."""
-        return self._meter.push.bits_per_element / self._every
-
-    @property
-    def pull_bits(self) -> float:
-        """See ``Traffic``; per step, not per exchange."""
-        return self._meter.pull.bits_per_element / self._every
-
-    @property
-    def frame_bits(self) -> float:
-        """See ``Traffic``; per step, not per exchange."""
-        push, pull = self._meter.push, self._meter.pull
-        return (push.frame_bits_per_element + pull.frame_bits_per_element) / self._every
-
-    @property
-    def codec_seconds(self) -> float:
-        """See ``Traffic``."""
-        return self._meter.seconds["encode"] + self._meter.seconds["decode"]
-
-    def close(self) -> None:
-        """End the worker lane and its process group."""
-        self._state.close()
-
-
 def _local(every: int, config: lc3.Config) -> Method:
-    def start(
-        module: nn.Module, optimizers: Sequence[Optimizer]
-    ) -> tuple[nn.Module, Traffic]:
-        return module, LocalSteps(module, optimizers, every, config)
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        state = local_sgd.attach(module, optimizers, config, every=every)
+        return Training(module, optimizers, Metered(state.meter, state.close, every))
+
+    return start
+
+
+def _push_pull(config: lc3.Config) -> Method:
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        (given,) = optimizers  # one, element by element
+
+        def make(groups: list[dict[str, Any]]) -> Optimizer:
+            return type(given)(groups, **given.defaults)
+
+        model = _wrapped(module)
+        optimizer = push_pull.attach(model, make, config, params=given.param_groups)
+        optimizer.param_groups = given.param_groups  # whose learning rate is scheduled
+        return Training(model, [optimizer], Metered(optimizer.meter, optimizer.close))
 
     return start
 
@@ -309,6 +283,7 @@ METHODS: dict[str, Method] = {
     "PowerSGD rank 1": _power_sgd(1),
     "PowerSGD rank 2": _power_sgd(2),
     "PowerSGD rank 4": _power_sgd(4),
+    "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
     "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
     "local H=8": _local(8, lc3.Config(density=0.1)),
     "local H=16": _local(16, lc3.Config(density=0.1)),

@@ -54,13 +54,13 @@ class Run:
         torch.manual_seed(seed)
         module = self.task.make_model()
         optimizers, schedules = make_optimizers(self.task, module, self.steps)
-        model, traffic = METHODS[method](module, optimizers)
+        model, stepped, traffic = METHODS[method](module, optimizers)
         every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
         for step, batch in enumerate(batches(self.task, seed, self.steps), start=1):
-            losses.append(train_step(model, optimizers, batch))
+            losses.append(train_step(model, stepped, batch))
             for schedule in schedules:
                 schedule.step()
             if step % every == 0 or step == self.steps:

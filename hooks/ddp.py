@@ -5,19 +5,17 @@ the classes themselves.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3.config import Config
 from lc3.errors import AttachError, StateError
-from lc3.session import Session
+from lc3.session import session_for
 
 log = logging.getLogger(__name__)
 
@@ -59,20 +57,7 @@ def lc3_hook(
     state: "State", bucket: dist.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
     """Replace every gradient in ``bucket`` by its 3LC mean (``register_comm_hook``)."""
-    if not isinstance(bucket, dist.GradBucket):
-        raise AttachError(
-            'torch.compile with torch._dynamo.config.optimize_ddp = "python_reducer" '
-            'gives hooks no buckets; use "ddp_optimizer" with lc3'
-        )
-    buffer = bucket.buffer()
-    names = [state.name_of(parameter) for parameter in bucket.parameters()]
-    step, index = state.next_exchange(names)
-    future = state.lane.submit(lambda: state.reduce(buffer, names, step, index))
-    # DDP would cast an exception to a tensor. Waiting at the end of backward, before
-    # DDP does, raises it as what it is. Outside of backward (Join) nobody but DDP can.
-    with suppress(RuntimeError):
-        Variable._execution_engine.queue_callback(future.wait)  # type: ignore[arg-type]
-    return future
+    return state.session.on_bucket(bucket, state.reduce)
 
 
 class State:
@@ -82,8 +67,7 @@ class State:
         config: the configuration.
         meter: bytes and seconds so far, on this rank.
         engine: averages gradients; holds the plan and the residuals.
-        lane: the thread that talks to other ranks.
-        step: synchronised backward passes so far.
+        session: names, group and worker lane; counts the steps.
     """
 
     def __init__(
@@ -93,53 +77,12 @@ class State:
         *,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        _check_model(model)
-        trained = [
-            (name, parameter)
-            for name, parameter in model.module.named_parameters()
-            if parameter.requires_grad and name not in model.parameters_to_ignore
-        ]
-        self._session = Session(trained, config, model.process_group, group)
-        self._names = self._session.names
+        self.session = session_for(model, config, group)
         self.config = config
-        self.meter = self._session.meter
-        self.engine = self._session.engine
-        self.lane = self._session.lane
+        self.meter = self.session.meter
+        self.engine = self.session.engine
         self._said: set[str] = set()
         self._wide = torch.empty(0)
-        self._begin_step(0)
-
-    def name_of(self, parameter: Tensor) -> str:
-        """Return the name of a parameter of the model."""
-        name = self._names.get(parameter)
-        if name is None:
-            raise AttachError(
-                f"a bucket holds a parameter of shape {list(parameter.shape)} that was "
-                "frozen when lc3 was attached; set requires_grad before wrapping the "
-                "model"
-            )
-        return name
-
-    def next_exchange(self, names: Sequence[str]) -> tuple[int, int]:
-        """Return (step, bucket) for the bucket with the parameters ``names``.
-
-        Counted here: under ``static_graph`` DDP gives every bucket of the first step
-        the index 0. A step ends when every parameter was in a bucket, or when one comes
-        again because a backward pass was cut short.
-        """
-        if not self._due.issuperset(names):
-            self._begin_step(self.step + 1)
-        tag = self.step, self._bucket
-        self._bucket += 1
-        self._due.difference_update(names)
-        if not self._due:
-            self._begin_step(self.step + 1)
-        return tag
-
-    def _begin_step(self, step: int) -> None:
-        self.step = step
-        self._bucket = 0
-        self._due = set(self._names.values())
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -192,7 +135,10 @@ class State:
 
         Every rank saves its own; load it into the same rank of an equal run.
         """
-        return {"step": self.step, "residuals": self.engine.residuals.state_dict()}
+        return {
+            "step": self.session.step,
+            "residuals": self.engine.residuals.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict`` of this rank.
@@ -206,30 +152,14 @@ class State:
                 "is this what state.state_dict() returned?"
             )
         self.engine.residuals.load_state_dict(state["residuals"])
-        self._begin_step(int(state["step"]))
+        self.session.begin_step(int(state["step"]))
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
-        self._session.close()
+        self.session.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "an lc3 State holds a process group and cannot be pickled; save "
             "state.state_dict(), and save model.module, not the DDP wrapper"
-        )
-
-
-def _check_model(model: DistributedDataParallel) -> None:
-    if not isinstance(model, DistributedDataParallel):
-        raise AttachError(
-            f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
-            "the module first: model = DistributedDataParallel(model)"
-        )
-    if model._comm_hooks:
-        hook, state = model._comm_hooks[0]
-        raise AttachError(
-            "lc3 is already attached to this model"
-            if isinstance(state, State)
-            else f"the model already has the communication hook {hook.__name__}; "
-            "DDP takes one only, so wrap the module again without it"
         )

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
-from lc3.owners import Owners
+from lc3.owners import Owners, flat_view
 from lc3.session import Session
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class State:
         self._every, self._delay = every, delay
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
         self._flat = {
-            name: _flat(p.detach()) for p, name in self._session.names.items()
+            name: flat_view(p.detach()) for p, name in self._session.names.items()
         }
         exchange = self.engine.exchange
         for tensor in [*self._flat.values(), *_float_buffers(model)]:
@@ -195,14 +195,14 @@ class State:
         """
         owners, step = self.owners, self.exchanges
         self.meter.buckets += 1
-        with self.engine.exchanging(owners.pieces, step, 0):
-            means = owners.push(self._moved, step)
-            for piece, mean in zip(owners.owned, means, strict=True):
+        with self.engine.exchanging(self._flat, step, 0):
+            owners.push(self._moved, step, 0)
+            for piece in owners.owned:
+                mean = owners.mean(piece)
                 if mean.isfinite().all():
-                    self._outer_step(
-                        piece.name, piece.offset, owners.master(piece), mean
-                    )
-            owners.pull(self._moved, means, step)
+                    master = owners.master(piece)
+                    self._outer_step(piece.name, piece.offset, master, mean)
+            owners.pull(self._moved, step, 0)
             if self._buffers.numel():
                 averaged = self.engine.exchange.all_reduce_mean(self._buffers.clone())
             else:
@@ -321,22 +321,3 @@ def _flat_buffers(model: nn.Module) -> Tensor:
     """Return a copy of all float buffers, float32[*]."""
     flat = [buffer.reshape(-1).float() for buffer in _float_buffers(model)]
     return torch.cat(flat) if flat else torch.empty(0)
-
-
-def _flat(parameter: Tensor) -> Tensor:
-    """Return a view of all elements in memory order.
-
-    Raises:
-        AttachError: they do not lie in one block of memory.
-    """
-    view = parameter.as_strided((parameter.numel(),), (1,))
-    by_stride = sorted(zip(parameter.stride(), parameter.shape, strict=True))
-    expected = 1
-    for stride, size in by_stride:
-        if size != 1 and stride != expected:
-            raise AttachError(
-                f"a parameter of shape {list(parameter.shape)} has strides "
-                f"{parameter.stride()}; make it contiguous before attach"
-            )
-        expected *= size
-    return view

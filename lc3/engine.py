@@ -47,6 +47,10 @@ class Engine:
         codec: for the device of the gradients.
         meter: is written to.
         threads: that encode and decode.
+
+    Attributes:
+        means: by parameter name float32[slice], of the slices that this rank owns: what
+            the last push brought. The pull uses the memory again.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Engine:
         self.meter = meter
         self.residuals = Residuals(plan, exchange.rank, torch.device("cpu"))
         self.workers = Workers(threads)
-        self._means = {
+        self.means = {
             slice_.name: torch.zeros(slice_.numel)
             for slice_ in plan.slices_of(plan.numel, exchange.rank)
         }
@@ -91,7 +95,7 @@ class Engine:
         self.meter.buckets += 1
         if self.exchange.world == 1 or not any(pieces):
             return
-        with self.exchanging(pieces, step, bucket):
+        with self.exchanging(grads, step, bucket):
             owned = pieces[self.exchange.rank]
             means = self.reduce_scatter(pieces, grads, step, bucket)
             residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
@@ -115,15 +119,22 @@ class Engine:
 
     @contextmanager
     def exchanging(
-        self, pieces: Sequence[Sequence[Piece]], step: int, bucket: int
+        self, names: Iterable[str], step: int, bucket: int, hops: int = 2
     ) -> Iterator[None]:
-        """Count what is sent, and tell the others if this rank fails on its own."""
+        """Count what is sent, and tell the others if this rank fails on its own.
+
+        Args:
+            names: of the parameters that are exchanged.
+            step: see ``all_reduce``.
+            bucket: see ``all_reduce``.
+            hops: 2 for a push and a pull, 1 for one of them.
+        """
         sent_before = self.exchange.sent_bytes
         with self._telling_others(step, bucket):
             yield
-        elements = sum(piece.numel for owned in pieces for piece in owned)
+        elements = sum(self.plan.numel[name] for name in names)
         share = (self.exchange.world - 1) / self.exchange.world
-        self.meter.dense_bytes += 2 * share * 4 * elements
+        self.meter.dense_bytes += hops * share * 4 * elements
         self.meter.sent_bytes += self.exchange.sent_bytes - sent_before
 
     def pass_through(self, tensor: Tensor) -> Tensor:
@@ -182,10 +193,7 @@ class Engine:
                 unpack(message, self._tag(sender, step, bucket), owned, self.codec)
                 for sender, message in enumerate(arrived)
             ]
-            means = [
-                self._means[p.name][p.offset : p.offset + p.numel].zero_()
-                for p in owned
-            ]
+            means = [self.mean_of(piece).zero_() for piece in owned]
             self.workers.run(
                 [
                     (len(arrived) * piece.numel, partial(self._sum, mean, piece, said))
@@ -241,6 +249,10 @@ class Engine:
                 )
                 for owner, message in enumerate(arrived)
             ]
+
+    def mean_of(self, piece: Piece) -> Tensor:
+        """Return the room for the mean of a piece of this rank: float32[piece]."""
+        return self.means[piece.name][piece.offset : piece.offset + piece.numel]
 
     def keep_residuals(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lc3.engine import Engine
+from lc3.errors import AttachError
 from lc3.format import is_nan_frame
 from lc3.plan import Piece
 
@@ -47,25 +48,35 @@ class Owners:
         """Return the master of a piece that this rank owns: a view, float32[piece]."""
         return self.masters[piece.name][piece.offset : piece.offset + piece.numel]
 
-    def push(self, values: Mapping[str, Tensor], step: int) -> list[Tensor]:
-        """Return for each owned piece the mean of ``values`` over the ranks.
+    def mean(self, piece: Piece) -> Tensor:
+        """Return what the last push brought of a piece: a view, float32[piece].
 
-        NaN in all of a coded piece where some rank's values were not finite. ``values``
-        are left for ``pull``, see ``Engine.reduce_scatter``.
+        NaN in all of a coded piece where some rank's values were not finite.
         """
-        return self.engine.reduce_scatter(self.pieces, values, step, 0)
+        return self.engine.mean_of(piece)
 
-    def pull(
-        self, values: Mapping[str, Tensor], means: list[Tensor], step: int
-    ) -> None:
+    def push(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
+        """Bring the means of ``values`` over the ranks to their owners.
+
+        Args:
+            values: of some parameters, by name float32[numel]. Left for ``pull``, see
+                ``Engine.reduce_scatter``.
+            step: the same on every rank.
+            bucket: its number in this step, the same on every rank.
+        """
+        self.engine.reduce_scatter(self.engine.pieces(values), values, step, bucket)
+
+    def pull(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """Bring every replica nearer to the masters, and keep the push's residuals.
 
         Args:
-            values: what ``push`` has left. Where a mean was NaN the residuals stay what
-                they were: the push never was.
-            means: what ``push`` returned; overwritten.
-            step: the same as at ``push``.
+            values: what pushes of all parameters have left. Where a mean was not finite
+                the residuals stay what they were: the push never was.
+            step: the same on every rank.
+            bucket: the same on every rank, and not that of a push in this step unless
+                there was only one.
         """
+        means = [self.mean(piece) for piece in self.owned]
         for piece, mean in zip(self.owned, means, strict=True):
             master = self.master(piece)
             if not piece.coded:
@@ -74,7 +85,7 @@ class Owners:
                 mean.copy_(master)
                 mean -= self.replica[piece.name][piece.start : piece.stop]
         nothing = [None] * len(means)
-        pulled = self.engine.all_gather(self.pieces, means, nothing, step, 0)
+        pulled = self.engine.all_gather(self.pieces, means, nothing, step, bucket)
         with self.engine.meter.stage("decode"):
             self.engine.keep_residuals(self.pieces, pulled, values)
             self._apply_finite(pulled)
@@ -94,13 +105,39 @@ class Owners:
             self.replica,
         )
 
-    def flush(self) -> None:
-        """Make every replica equal to the masters, exactly; collective."""
-        exchange = self.engine.exchange
+    def export(self) -> dict[str, Tensor]:
+        """Return everybody's masters, by parameter name float32[numel]; collective."""
+        whole = {name: flat.clone() for name, flat in self.replica.items()}
         mine = [self.master(piece).view(torch.uint8) for piece in self.owned]
         message = torch.cat(mine) if mine else torch.empty(0, dtype=torch.uint8)
-        for owned, data in zip(self.pieces, exchange.all_gather(message), strict=True):
+        arrived = self.engine.exchange.all_gather(message)
+        for owned, data in zip(self.pieces, arrived, strict=True):
             sizes = [4 * piece.numel for piece in owned]
             for piece, chunk in zip(owned, torch.split(data, sizes), strict=True):
-                place = self.replica[piece.name][piece.start : piece.stop]
+                place = whole[piece.name][piece.start : piece.stop]
                 place.copy_(chunk.clone().view(torch.float32))
+        return whole
+
+    def flush(self) -> None:
+        """Make every replica equal to the masters, exactly; collective."""
+        for name, flat in self.export().items():
+            self.replica[name].copy_(flat)
+
+
+def flat_view(parameter: Tensor) -> Tensor:
+    """Return a view of all elements in memory order.
+
+    Raises:
+        AttachError: they do not lie in one block of memory.
+    """
+    view = parameter.as_strided((parameter.numel(),), (1,))
+    by_stride = sorted(zip(parameter.stride(), parameter.shape, strict=True))
+    expected = 1
+    for stride, size in by_stride:
+        if size != 1 and stride != expected:
+            raise AttachError(
+                f"a parameter of shape {list(parameter.shape)} has strides "
+                f"{parameter.stride()}; make it contiguous before attach"
+            )
+        expected *= size
+    return view

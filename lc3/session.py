@@ -1,12 +1,15 @@
 """What every hook needs for one model: names, a group of its own, an engine, a lane."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from lc3.codec import codec_for, warm_up
 from lc3.config import Config
@@ -21,6 +24,11 @@ from lc3.version import __version__
 
 _CPU = torch.device("cpu")
 _CLOSE_TIMEOUT_S = 10.0
+
+
+# Works on a bucket: its flat buffer, its parameters' names, step, number; returns what
+# the hook's future must hold.
+BucketJob = Callable[[Tensor, list[str], int, int], Tensor]
 
 
 class Session:
@@ -38,6 +46,7 @@ class Session:
         meter: bytes and seconds so far, on this rank.
         engine: moves and codes; holds the plan and the residuals.
         lane: the thread that talks to other ranks.
+        step: synchronised backward passes so far.
 
     Raises:
         AttachError: the model cannot be compressed.
@@ -76,6 +85,61 @@ class Session:
             self._leave_group()
             raise
         self.lane = Lane(f"lc3-rank{exchange.rank}")
+        self.begin_step(0)
+
+    def on_bucket(
+        self, bucket: dist.GradBucket, job: BucketJob
+    ) -> torch.futures.Future[Tensor]:
+        """Run ``job`` on the lane for a bucket that DDP hands to its hook.
+
+        Its error ends ``backward()`` as what it is, and the future.
+        """
+        if not isinstance(bucket, dist.GradBucket):
+            raise AttachError(
+                "torch.compile with torch._dynamo.config.optimize_ddp = "
+                '"python_reducer" gives hooks no buckets; use "ddp_optimizer" with lc3'
+            )
+        buffer = bucket.buffer()
+        names = [self._name_of(parameter) for parameter in bucket.parameters()]
+        step, index = self._next_bucket(names)
+        future = self.lane.submit(lambda: job(buffer, names, step, index))
+        # DDP would cast an exception to a tensor. Waiting at the end of backward,
+        # before DDP does, raises it. Outside of backward (Join) nobody but DDP can.
+        with suppress(RuntimeError):
+            Variable._execution_engine.queue_callback(future.wait)  # type: ignore[arg-type]
+        return future
+
+    def begin_step(self, step: int) -> None:
+        """Let the next bucket be the first of ``step``."""
+        self.step = step
+        self.buckets = 0
+        self._due = set(self.names.values())
+
+    def _name_of(self, parameter: Tensor) -> str:
+        name = self.names.get(parameter)
+        if name is None:
+            raise AttachError(
+                f"a bucket holds a parameter of shape {list(parameter.shape)} that was "
+                "frozen when lc3 was attached; set requires_grad before wrapping the "
+                "model"
+            )
+        return name
+
+    def _next_bucket(self, names: Sequence[str]) -> tuple[int, int]:
+        """Return (step, bucket) for the bucket with the parameters ``names``.
+
+        Counted here: under ``static_graph`` DDP gives every bucket of the first step
+        the index 0. A step ends when every parameter was in a bucket, or when one comes
+        again because a backward pass was cut short.
+        """
+        if not self._due.issuperset(names):
+            self.begin_step(self.step + 1)
+        tag = self.step, self.buckets
+        self.buckets += 1
+        self._due.difference_update(names)
+        if not self._due:
+            self.begin_step(self.step + 1)
+        return tag
 
     def close(self) -> None:
         """End the lane, the threads, and the group it made. Again: does nothing."""
@@ -86,6 +150,35 @@ class Session:
     def _leave_group(self) -> None:
         if self._group_is_mine:
             dist.destroy_process_group(self._group)
+
+
+def session_for(
+    model: DistributedDataParallel, config: Config, group: dist.ProcessGroup | None
+) -> Session:
+    """Return the session of a model that DDP wraps; see ``Session``.
+
+    Raises:
+        AttachError: it is not wrapped, or has a hook already.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise AttachError(
+            f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
+            "the module first: model = DistributedDataParallel(model)"
+        )
+    if model._comm_hooks:
+        hook, state = model._comm_hooks[0]
+        raise AttachError(
+            "lc3 is already attached to this model"
+            if type(state).__module__.startswith("lc3.")
+            else f"the model already has the communication hook {hook.__name__}; "
+            "DDP takes one only, so wrap the module again without it"
+        )
+    trained = [
+        (name, parameter)
+        for name, parameter in model.module.named_parameters()
+        if parameter.requires_grad and name not in model.parameters_to_ignore
+    ]
+    return Session(trained, config, model.process_group, group)
 
 
 def _check_device(name: str, parameter: Tensor) -> None:

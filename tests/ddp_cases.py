@@ -291,7 +291,7 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
         if what == "encode fails" and step == 1 and rank == world - 1:
             state.engine.codec = Broken()
         if what == "another lc3 step" and step == 1 and rank == 0:
-            state.step += 1
+            state.session.step += 1
         try:
             model(torch.randn(4, 64)).square().mean().backward()
         except Exception as error:  # noqa: BLE001  # it is the result

@@ -22,7 +22,7 @@ BELOW = {
     "workers": set(),
     "lane": {"errors"},
     "handshake": {"config", "errors", "exchange", "workers"},
-    "owners": {"engine", "format", "plan"},
+    "owners": {"engine", "errors", "format", "plan"},
     "session": {
         *("codec", "config", "engine", "errors", "exchange", "handshake", "lane"),
         *("meter", "plan", "version"),

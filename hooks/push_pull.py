@@ -1,0 +1,333 @@
+"""The paper's own form: owners run the optimizer, everybody pulls model deltas.
+
+Backward pushes gradients to their owners, bucket by bucket. ``step()`` runs the
+optimizer on this rank's share of float32 masters (1/W of its memory and work, as
+ZeRO-1), and pulls 3LC of ``master − replica``. Source: Lim, Andersen, Kaminsky, "3LC",
+MLSys 2019 (arXiv 1802.07389); masters with error feedback: EF21-P (arXiv 2209.15218).
+
+No ``from __future__ import annotations`` here: DDP compares the hook's annotations with
+the classes themselves.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lc3.config import Config
+from lc3.errors import AttachError, ConfigError, StateError
+from lc3.owners import Owners, flat_view
+from lc3.session import session_for
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Groups = list[dict[str, Any]]
+
+
+def attach(
+    model: DistributedDataParallel,
+    make_optimizer: Callable[[Groups], Optimizer],
+    config: Config = Config(),  # noqa: B008  # frozen
+    *,
+    params: Iterable[Parameter] | Iterable[dict[str, Any]] | None = None,
+    max_norm: float | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> "PushPull":
+    """Return the optimizer that trains ``model``, whose ``step()`` pulls deltas.
+
+    Collective: every rank calls it with the same arguments.
+
+    Args:
+        model: wrapped in DistributedDataParallel, on the CPU, without a hook.
+        make_optimizer: makes the optimizer of this rank's share from parameter groups:
+            ``functools.partial(torch.optim.AdamW, lr=1e-3)``. Masters are slices
+            without a shape, so it must work element by element; with
+            ``Config(min_share=2**40)`` every parameter has one owner and its own shape,
+            which is what Muon needs.
+        config: what to compress, and how much.
+        params: parameters or groups of them, as for any optimizer. Default: all.
+        max_norm: clips the gradient by its global norm, the true one of the mean.
+        group: a process group that nobody else uses. Default: lc3 makes one.
+
+    Raises:
+        AttachError: the model cannot be compressed.
+        ConfigError: an argument is out of range, or a pattern matches no parameter.
+        PlanMismatch: ranks differ in configuration, parameters or version.
+        PeerError: one of these happened on another rank.
+    """
+    if max_norm is not None and not max_norm > 0:
+        raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
+    optimizer = PushPull(model, make_optimizer, config, params, max_norm, group)
+    model.register_comm_hook(optimizer, push_pull_hook)
+    return optimizer
+
+
+def push_pull_hook(
+    optimizer: "PushPull", bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """Push the gradients in ``bucket`` to their owners; what DDP gets back is 0."""
+    return optimizer.session.on_bucket(bucket, optimizer.push)
+
+
+class PushPull(Optimizer):
+    """An optimizer whose step works on this rank's share. Made by ``attach``.
+
+    Learning rates and other options are read from ``param_groups`` at every step, so
+    schedulers work as usual. ``zero_grad`` has nothing to do. Gradients of half
+    precision are not unscaled: train in bfloat16, without a GradScaler.
+
+    Attributes:
+        meter: bytes and seconds so far, on this rank.
+        engine: moves and codes; holds the plan and the residuals.
+        owners: the masters of this rank's share.
+        inner: the optimizer of this rank's share.
+        grad_norm: global norm of the last step's mean gradient, before clipping.
+        skipped: steps that were not made, on any rank, for a gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        make_optimizer: Callable[[Groups], Optimizer],
+        config: Config,
+        params: Iterable[Parameter] | Iterable[dict[str, Any]] | None,
+        max_norm: float | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.session = session_for(model, config, group)
+        self.meter, self.engine = self.session.meter, self.session.engine
+        try:
+            names = self.session.names
+            self._parameters = {name: parameter for parameter, name in names.items()}
+            groups = _groups(params, self._parameters)
+            flat = {n: flat_view(p.detach()) for n, p in self._parameters.items()}
+            self._flat = {n: f for n, f in flat.items() if f.dtype != torch.float32}
+            replica = {
+                n: f.float() for n, f in flat.items()
+            }  # float32: the model's own
+            self.owners = Owners(self.engine, replica)
+            self._masters = {
+                name: Parameter(self._shaped(name, master))
+                for name, master in self.owners.masters.items()
+            }
+            self.inner = make_optimizer(
+                [
+                    {
+                        **options,
+                        "params": [
+                            self._masters[names[p]]
+                            for p in options["params"]
+                            if names[p] in self._masters
+                        ],
+                    }
+                    for options in groups
+                ]
+            )
+        except BaseException:
+            self.session.close()
+            raise
+        super().__init__(groups, self.inner.defaults)
+        self._values = {n: torch.empty_like(r) for n, r in replica.items()}
+        self._pushed: set[str] = set()
+        self._max_norm = max_norm
+        self.grad_norm = math.nan
+        self.skipped = 0
+
+    def _shaped(self, name: str, values: Tensor) -> Tensor:
+        """Return a share as its parameter's shape if it is all of it, in that order."""
+        parameter = self._parameters[name]
+        if values.numel() == parameter.numel() and parameter.is_contiguous():
+            return values.view(parameter.shape)
+        return values
+
+    def push(self, buffer: Tensor, names: list[str], step: int, bucket: int) -> Tensor:
+        """Bring one bucket's gradients to their owners. Runs on the lane."""
+        if buffer.layout != torch.strided:
+            raise AttachError(
+                f"the gradient of {names[0]!r} is sparse; push_pull needs dense ones: "
+                "make the embedding with sparse=False"
+            )
+        if self._pushed.intersection(names):
+            raise AttachError(
+                f"the gradient of {names[0]!r} came twice before step(); put all "
+                "backward passes but the last under model.no_sync()"
+            )
+        sizes = [self._values[name].numel() for name in names]
+        for name, gradient in zip(names, torch.split(buffer, sizes), strict=True):
+            self._values[name].copy_(gradient)
+        values = {
+            name: self._values[name] for name in names if self._values[name].numel()
+        }
+        self.meter.buckets += 1
+        self.meter.steps = step + 1
+        if self.engine.exchange.world == 1:
+            for name, value in values.items():
+                self.engine.means[name].copy_(value)
+        elif values:
+            with self.engine.exchanging(values, step, bucket, hops=1):
+                self.owners.push(values, step, bucket)
+        self._pushed.update(names)
+        return buffer.zero_()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Change this rank's masters and pull what everybody's have moved; collective.
+
+        Raises:
+            AttachError: there was no synchronised backward pass since the last step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._pushed:
+            raise AttachError(
+                "step() without a synchronised backward pass since the last one; a "
+                "pass under no_sync() pushes nothing"
+            )
+        self._pushed.clear()
+        self.session.lane.submit(self._find_norm).wait()
+        if not math.isfinite(self.grad_norm):
+            self.skipped += 1
+            return loss
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({key: mine[key] for key in mine if key != "params"})
+        shrink = 1.0
+        if self._max_norm is not None:
+            shrink = min(1.0, self._max_norm / (self.grad_norm + 1e-6))
+        for name, master in self._masters.items():
+            mean = self.engine.means[name]
+            # Unused on every rank: no gradient, as DDP has it.
+            master.grad = self._shaped(name, mean.mul_(shrink)) if mean.any() else None
+        self.inner.step()
+        for master in self._masters.values():
+            master.grad = None  # its memory is the pull's from here on
+        self.session.lane.submit(self._pull).wait()
+        for name, flat in self._flat.items():
+            flat.copy_(self.owners.replica[name])
+        return loss
+
+    def _find_norm(self) -> Tensor:
+        """Let all ranks know the norm of the mean gradient, finite or not."""
+        means = self.engine.means.values()
+        mine = torch.tensor([sum(float(m.double().square().sum()) for m in means)])
+        everybody = self.engine.exchange.all_gather(mine.double().view(torch.uint8))
+        squares = [float(data.clone().view(torch.float64)) for data in everybody]
+        self.grad_norm = math.sqrt(sum(squares)) if sum(squares) >= 0 else math.nan
+        return mine
+
+    def _pull(self) -> Tensor:
+        step, bucket = self.meter.steps - 1, _PULL_BUCKET
+        if self.engine.exchange.world == 1:
+            for name, master in self.owners.masters.items():
+                self.owners.replica[name].copy_(master)
+        else:
+            with self.engine.exchanging(self._values, step, bucket, hops=1):
+                self.owners.pull(self._values, step, bucket)
+        return torch.empty(0)
+
+    def export(self) -> dict[str, Tensor]:
+        """Return every parameter's exact master, float32 of its shape; collective."""
+        result: dict[str, Tensor] = {}
+
+        def gather() -> Tensor:
+            result.update(self.owners.export())
+            return torch.empty(0)
+
+        self.session.lane.submit(gather).wait()
+        return {
+            name: _like(parameter, result[name])
+            for name, parameter in self._parameters.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this rank has to keep beside the model; every rank its own."""
+        return {
+            "step": self.session.step,
+            "inner": self.inner.state_dict(),
+            "residuals": self.engine.residuals.state_dict(),
+            "masters": {n: m.clone() for n, m in self.owners.masters.items()},
+            "replica": {n: self.owners.replica[n].clone() for n in self._flat},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict`` of this rank. The model is loaded beside it.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        if set(state) != {"step", "inner", "residuals", "masters", "replica"}:
+            raise StateError(f"state has the keys {sorted(state)}; of another hook?")
+        sides = (
+            ("masters", self.owners.masters),
+            ("replica", {n: self.owners.replica[n] for n in self._flat}),
+        )
+        for side, mine in sides:
+            shapes = [{n: t.shape for n, t in s.items()} for s in (mine, state[side])]
+            if shapes[0] != shapes[1]:
+                raise StateError(
+                    f"{side} differ from this run's in names or shapes; load each "
+                    "rank's own file into the same model, Config and number of ranks"
+                )
+        self.engine.residuals.load_state_dict(state["residuals"])
+        for side, mine in sides:
+            for name, tensor in mine.items():
+                tensor.copy_(state[side][name])
+        self.inner.load_state_dict(state["inner"])
+        for mine_, inner in zip(
+            self.param_groups, self.inner.param_groups, strict=True
+        ):
+            mine_.update({key: inner[key] for key in inner if key != "params"})
+        self.session.begin_step(int(state["step"]))
+
+    def close(self) -> None:
+        """End the lane and the group it made. The model can no longer run backward."""
+        self.session.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a PushPull optimizer holds a process group and cannot be pickled; save "
+            "its state_dict(), and save model.module, not the DDP wrapper"
+        )
+
+
+_PULL_BUCKET = 0xFFFFFFFF
+
+
+def _groups(
+    params: Iterable[Parameter] | Iterable[dict[str, Any]] | None,
+    parameters: Mapping[str, Tensor],
+) -> Groups:
+    """Return parameter groups, checked: every parameter in one of them, once."""
+    given: Sequence[Any] = list(parameters.values() if params is None else params)
+    groups = [g if isinstance(g, dict) else {"params": [g]} for g in given]
+    if given and not isinstance(given[0], dict):
+        groups = [{"params": given}]
+    groups = [{**g, "params": list(g["params"])} for g in groups]
+    found = [id(p) for g in groups for p in g["params"]]
+    wanted = {id(p): name for name, p in parameters.items()}
+    if sorted(found) != sorted(wanted):
+        missing = [name for key, name in wanted.items() if key not in found]
+        raise AttachError(
+            "params must hold every trainable parameter of the model once; "
+            + (f"missing: {missing[:3]}" if missing else "some are others, or twice")
+        )
+    for name, parameter in parameters.items():
+        if parameter.dtype not in _DTYPES:
+            raise AttachError(
+                f"parameter {name!r} is {parameter.dtype}; push_pull keeps float32 "
+                "masters of float32, bfloat16 and float16 parameters"
+            )
+    return groups
+
+
+def _like(parameter: Tensor, flat: Tensor) -> Tensor:
+    """Return float32[numel] in the memory order of a parameter as its shape."""
+    shaped = torch.empty_like(parameter, dtype=torch.float32).detach()
+    flat_view(shaped).copy_(flat)
+    return shaped
