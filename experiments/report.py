@@ -24,7 +24,7 @@ HEADERS = [
     "fewer in coded tensors",
     "bits per element, push + pull",
     "bits before zstd",
-    "final loss",
+    "test loss",
     "test accuracy",
     *(f"step at {link}*" for link in LINKS_MBIT_S.values()),
 ]
@@ -41,7 +41,7 @@ class Summary:
         push_bits: per gradient element that the method codes, worker to owner.
         pull_bits: the same on the way back.
         frame_bits: both ways together, before the lossless entropy stage.
-        loss: on the training data, since the evaluation before.
+        test_loss: on the test data.
         accuracy: on the test data, 0 to 1.
         spread: largest minus smallest accuracy of a seed.
         compute_ms: one step without communication.
@@ -53,7 +53,7 @@ class Summary:
     push_bits: float
     pull_bits: float
     frame_bits: float
-    loss: float
+    test_loss: float
     accuracy: float
     spread: float
     compute_ms: float
@@ -85,7 +85,7 @@ def summarise(rows: Sequence[dict[str, str]]) -> list[Summary]:
             push_bits=over_seeds("push_bits"),
             pull_bits=over_seeds("pull_bits"),
             frame_bits=over_seeds("frame_bits"),
-            loss=over_seeds("loss"),
+            test_loss=over_seeds("test_loss"),
             accuracy=mean(accuracies),
             spread=max(accuracies) - min(accuracies),
             compute_ms=over_seeds("compute_ms"),
@@ -108,7 +108,7 @@ def cells(summaries: Sequence[Summary]) -> list[list[str]]:
             f"{64 / (s.push_bits + s.pull_bits):.1f} ×",
             f"{s.push_bits:.3f} + {s.pull_bits:.3f}",
             f"{s.frame_bits:.3f}",
-            f"{s.loss:.4f}",
+            f"{s.test_loss:.4f}",
             f"{100 * s.accuracy:.2f} %",
             *(f"{s.step_ms(mbit_s):,.1f} ms" for mbit_s in LINKS_MBIT_S),
         ]

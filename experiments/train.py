@@ -58,15 +58,19 @@ class Run:
         every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
+        seconds = 0.0
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
         for step, batch in enumerate(batches(self.task, seed, self.steps), start=1):
+            start = time.perf_counter()
             losses.append(train_step(model, stepped, batch))
+            seconds += time.perf_counter() - start
             for schedule in schedules:
                 schedule.step()
             if step % every == 0 or step == self.steps:
                 measured = self._measure(model, traffic, torch.stack(losses), step)
-                start = {"task": self.task.name, "method": method, "seed": seed}
-                rows.append({**start, **measured})
+                (step_ms,) = mean_over_ranks(1e3 * seconds / step)
+                which = {"task": self.task.name, "method": method, "seed": seed}
+                rows.append({**which, **measured, "step_ms": round(step_ms, 3)})
                 losses.clear()
             self.progress.update(bar, completed=step)
         self.progress.remove_task(bar)

@@ -1,0 +1,1 @@
+"""Starting runs, and a lab of rate-limited hosts on one machine. Not in the package."""

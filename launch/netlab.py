@@ -1,0 +1,244 @@
+"""N hosts with rate-limited links on one Linux machine, and a torchrun job across them.
+
+    sudo python -m launch.netlab --hosts 4 --rate 100mbit -- train.py --my-arguments
+
+Each host is a network namespace behind a switch; ``tc tbf`` limits what it sends and
+what it receives. Everything lives in namespaces of one process: when that ends, however
+it ends, the kernel takes interfaces, processes and limits away. Several labs may run
+side by side. What follows ``--`` is started on every host as one node of a torchrun
+job; the output of the first is shown.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TOOLS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+}
+PORT = 29_500
+BURST_S = 0.004  # of the rate, that may pass at once
+LATENCY_MS = 50  # that a packet may wait for its turn
+START_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+class LabError(Exception):
+    """The lab cannot be set up here, and why."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one host's interface counted, headers of TCP, IP and Ethernet included.
+
+    Attributes:
+        host: its number.
+        sent_bytes: by the host.
+        received_bytes: by the host.
+    """
+
+    host: int
+    sent_bytes: int
+    received_bytes: int
+
+
+def missing() -> str | None:
+    """Return why there can be no lab on this machine, or ``None``."""
+    if sys.platform != "linux":
+        return f"a lab needs Linux's network namespaces, this is {sys.platform}"
+    for tool, package in TOOLS.items():
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed; apt-get install {package}"
+    if os.geteuid() != 0:
+        return "only root may make network namespaces; run it with sudo"
+    return None
+
+
+def rate_bits(text: str) -> int:
+    """Return bits per second of a rate as tc writes it: 10mbit, 1gbit.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
+    if found is None or not 1e4 <= float(found[1]) * _UNITS[found[2]] <= 1e11:
+        raise ValueError(f"{text!r} is not a rate from 10kbit to 100gbit, like 100mbit")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+class Lab:
+    """The hosts. Made inside the namespaces that ``main`` enters first.
+
+    Args:
+        hosts: how many.
+        rate: of every host's link in both directions, bits per second.
+    """
+
+    def __init__(self, hosts: int, rate: int) -> None:
+        self.holders: list[subprocess.Popen[bytes]] = []
+        _run("ip", "link", "set", "lo", "up")
+        _run("ip", "link", "add", "switch", "type", "bridge")
+        _run("ip", "link", "set", "switch", "up")
+        for host in range(hosts):
+            self._add(host, rate)
+
+    def _add(self, host: int, rate: int) -> None:
+        holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+        self.holders.append(holder)
+        mine = Path("/proc/self/ns/net").readlink()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while Path(f"/proc/{holder.pid}/ns/net").readlink() == mine:
+            if time.monotonic() > deadline or holder.poll() is not None:
+                raise LabError(f"host {host} got no network namespace")
+            time.sleep(0.01)
+        port = f"port{host}"
+        peer = ("peer", "name", "eth0", "netns", str(holder.pid))
+        _run("ip", "link", "add", port, "type", "veth", *peer)
+        _run("ip", "link", "set", port, "master", "switch", "up")
+        _run(*self.on(host, "ip", "link", "set", "lo", "up"))
+        _run(*self.on(host, "ip", "addr", "add", f"{address(host)}/24", "dev", "eth0"))
+        _run(*self.on(host, "ip", "link", "set", "eth0", "up"))
+        burst = max(16_384, int(rate / 8 * BURST_S))
+        limit = ["root", "tbf", "rate", f"{rate}bit", "burst", str(burst)]
+        limit += ["latency", f"{LATENCY_MS}ms"]
+        _run(*self.on(host, "tc", "qdisc", "add", "dev", "eth0", *limit))
+        _run("tc", "qdisc", "add", "dev", port, *limit)
+
+    def on(self, host: int, *command: str) -> list[str]:
+        """Return the command that runs ``command`` on a host."""
+        namespace = f"--net=/proc/{self.holders[host].pid}/ns/net"
+        return ["nsenter", namespace, *command]
+
+    def traffic(self) -> list[Traffic]:
+        """Return what every host's interface has counted so far."""
+        result = []
+        for host in range(len(self.holders)):
+            command = self.on(host, "ip", "-json", "-stats", "link", "show", "eth0")
+            said = subprocess.run(command, check=True, capture_output=True).stdout
+            stats = json.loads(said)[0]["stats64"]
+            counted = stats["tx"]["bytes"], stats["rx"]["bytes"]
+            result.append(Traffic(host, *counted))
+        return result
+
+    def torchrun(self, arguments: Sequence[str], ranks: int) -> int:
+        """Run a torchrun job, one node a host; return the first bad exit status."""
+        nodes = [
+            subprocess.Popen(
+                self.on(
+                    host,
+                    *(sys.executable, "-m", "torch.distributed.run"),
+                    *("--nnodes", str(len(self.holders)), "--node-rank", str(host)),
+                    *("--nproc-per-node", str(ranks), "--master-addr", address(0)),
+                    *("--master-port", str(PORT), *arguments),
+                ),
+                env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0"},
+                stdout=None if host == 0 else subprocess.DEVNULL,
+            )
+            for host in range(len(self.holders))
+        ]
+        statuses = [node.wait() for node in nodes]
+        return next((status for status in statuses if status), 0)
+
+    def close(self) -> None:
+        """End the hosts; their interfaces go with them."""
+        for holder in self.holders:
+            holder.kill()
+            holder.wait()
+
+
+def address(host: int) -> str:
+    """Return a host's address, known only inside the lab."""
+    return f"10.77.0.{host + 1}"
+
+
+def _inside_namespaces(arguments: Sequence[str]) -> int:
+    """Run this program again in namespaces that end with it, and it with us."""
+    apart = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    again = [sys.executable, "-m", "launch.netlab", "--inside", *arguments]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    process = subprocess.Popen([*apart, *again], preexec_fn=_end_with_parent)
+    try:
+        return process.wait()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the checked command line; a bad one ends the program with its reason."""
+    parser = argparse.ArgumentParser(prog="launch.netlab", description=__doc__)
+    parser.add_argument("--hosts", type=int, default=2, help="2 to 64")
+    parser.add_argument("--ranks", type=int, default=1, help="per host")
+    parser.add_argument("--rate", default="100mbit", help="of each link, both ways")
+    parser.add_argument("--report", type=Path, help="JSON file for the traffic")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("job", nargs=argparse.REMAINDER, metavar="-- SCRIPT …")
+    options = parser.parse_args(arguments)
+    options.job = options.job[1:] if options.job[:1] == ["--"] else options.job
+    if not options.job:
+        parser.error("there is no job; end with: -- train.py, or -- -m a.module")
+    if not 2 <= options.hosts <= 64 or options.ranks < 1:
+        parser.error(f"--hosts {options.hosts} must be 2 to 64, --ranks 1 or more")
+    try:
+        options.rate = rate_bits(options.rate)
+    except ValueError as error:
+        parser.error(str(error))
+    if reason := missing():
+        parser.error(reason)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make a lab in namespaces of its own, run the job there, say what it sent."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(given)
+    if not options.inside:
+        return _inside_namespaces(given)
+    try:
+        lab = Lab(options.hosts, options.rate)
+        start = time.perf_counter()
+        status = lab.torchrun(options.job, options.ranks)
+        seconds = time.perf_counter() - start
+        traffic = lab.traffic()
+    except LabError as error:
+        print(f"launch.netlab: {error}", file=sys.stderr)
+        return 1
+    for host in traffic:
+        print(
+            f"host {host.host}: {host.sent_bytes:,} bytes sent, "
+            f"{host.received_bytes:,} received, in {seconds:.1f} s",
+            file=sys.stderr,
+        )
+    if options.report:
+        report = {"seconds": seconds, "hosts": [asdict(host) for host in traffic]}
+        options.report.write_text(json.dumps(report))
+    lab.close()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

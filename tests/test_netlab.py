@@ -1,0 +1,143 @@
+"""The lab limits what its hosts send, counts it, and leaves nothing behind."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import netlab
+
+ROOT = Path(__file__).parents[1]
+REASON = netlab.missing()
+lab = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+SEND = """
+import time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+x = torch.ones(500_000)
+dist.barrier()
+start = time.perf_counter()
+for _ in range(3):
+    dist.all_reduce(x)
+if dist.get_rank() == 0:
+    print(f"seconds {time.perf_counter() - start:.3f}")
+dist.destroy_process_group()
+"""
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "launch.netlab", *arguments]
+
+
+@lab
+@pytest.mark.timeout(200)
+def test_links_have_their_rate_and_count_bytes(tmp_path: Path) -> None:
+    """Two ranks, three all-reduces of 2 MB: each sends 6 MB, at 50 Mbit/s 0.96 s."""
+    (tmp_path / "send.py").write_text(SEND)
+    report = tmp_path / "report.json"
+    arguments = (
+        "--rate",
+        "50mbit",
+        "--report",
+        str(report),
+        "--",
+        str(tmp_path / "send.py"),
+    )
+    done = subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"seconds ([\d.]+)", done.stdout)
+    assert found is not None
+    assert 0.85 < float(found[1]) < 1.6
+    for host in json.loads(report.read_text())["hosts"]:
+        assert 6_000_000 < host["sent_bytes"] < 6_000_000 * 1.08
+        assert 6_000_000 < host["received_bytes"] < 6_000_000 * 1.08
+
+
+def processes_with(text: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_bytes().replace(b"\0", b" ").decode():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def interfaces() -> set[str]:
+    return {path.name for path in Path("/sys/class/net").iterdir()}
+
+
+@lab
+@pytest.mark.timeout(200)
+def test_a_killed_lab_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "wait.py").write_text("import time; time.sleep(100)")
+    chance = random.Random(1)
+    before = interfaces()
+    mark = str(tmp_path / "wait.py")
+    for _ in range(10):
+        process = subprocess.Popen(
+            command("--hosts", "3", "--", mark),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(chance.uniform(0.1, 2.5))
+        process.send_signal(
+            chance.choice((signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+        )
+        process.wait(timeout=10)
+        deadline = time.monotonic() + 10
+        while (left := processes_with(mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left
+        assert interfaces() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rate", "fast", "--", "x.py"], "'fast' is not a rate"),
+        (["--rate", "1bit", "--", "x.py"], "'1bit' is not a rate"),
+        (["--hosts", "1", "--", "x.py"], "--hosts 1 must be 2 to 64"),
+        (["--ranks", "0", "--", "x.py"], "--ranks 1 or more"),
+        ([], "there is no job"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        netlab.parse(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_why_there_is_no_lab_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    if all(netlab.shutil.which(tool) for tool in netlab.TOOLS):
+        assert "sudo" in str(netlab.missing())
+    monkeypatch.setattr(netlab.shutil, "which", lambda _tool: None)
+    with pytest.raises(SystemExit):
+        netlab.parse(["--", "x.py"])
+    assert "apt-get install iproute2" in capsys.readouterr().err
+
+
+def test_rates() -> None:
+    assert netlab.rate_bits("10mbit") == 10_000_000
+    assert netlab.rate_bits("2.5gbit") == 2_500_000_000
