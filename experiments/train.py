@@ -58,7 +58,7 @@ class Run:
         every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
-        seconds = 0.0
+        seconds, on_link, since = 0.0, 0, interface_bytes()
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
         for step, batch in enumerate(batches(self.task, seed, self.steps), start=1):
             start = time.perf_counter()
@@ -67,11 +67,13 @@ class Run:
             for schedule in schedules:
                 schedule.step()
             if step % every == 0 or step == self.steps:
+                on_link += interface_bytes() - since
                 measured = self._measure(model, traffic, torch.stack(losses), step)
-                (step_ms,) = mean_over_ranks(1e3 * seconds / step)
                 which = {"task": self.task.name, "method": method, "seed": seed}
-                rows.append({**which, **measured, "step_ms": round(step_ms, 3)})
+                rows.append({**which, **measured, **timed(seconds / step, on_link)})
                 losses.clear()
+                dist.barrier()
+                since = interface_bytes()
             self.progress.update(bar, completed=step)
         self.progress.remove_task(bar)
         check_replicas(model)
@@ -106,6 +108,22 @@ class Run:
             "compute_ms": round(self.compute_ms, 3),
             "codec_ms": round(codec_ms, 3),
         }
+
+
+def interface_bytes() -> int:
+    """Return what the interface that gloo was given has sent; 0 if none was."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME")
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        interface, _, counters = line.partition(":")
+        if interface.strip() == name:
+            return int(counters.split()[8])  # the ninth: bytes sent
+    return 0
+
+
+def timed(step_s: float, link_bytes: int) -> dict[str, object]:
+    """Return the measured columns of a row, means over ranks; collective."""
+    step_ms, sent = mean_over_ranks(1e3 * step_s, link_bytes)
+    return {"step_ms": round(step_ms, 3), "link_bytes": round(sent)}
 
 
 def make_optimizers(
