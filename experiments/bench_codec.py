@@ -279,14 +279,18 @@ def entropy_table(rows: list[dict[str, str]]) -> str:
         "zstd_decode_gb_s": "zstd out, GB/s",
     }
     lines = [
-        f"| recorded gradients | {' | '.join(columns.values())} | stage / codec time |",
-        "| --- |" + " ---: |" * (len(columns) + 1),
+        f"| recorded gradients | {' | '.join(columns.values())} | stage / codec time | "
+        "pays below, Gbit/s |",
+        "| --- |" + " ---: |" * (len(columns) + 2),
     ]
     for r in rows:
-        share = float(r["stage_ms"]) / float(r["codec_ms"])
+        stage_ms = float(r["stage_ms"])
+        share = 100 * stage_ms / float(r["codec_ms"])
+        saved = (float(r["format1_bits"]) - float(r["zstd1_bits"])) * int(r["numel"])
         cells = [r[column] for column in columns]
+        cells += [f"{share:.0f} %", f"{saved / stage_ms / 1e6:.1f}"]
         name = f"{r['task']}, s = {r['sparsity']}, {r['moment']}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {100 * share:.0f} % |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import links
 from launch import netlab
 
 ROOT = Path(__file__).parents[1]
@@ -141,3 +142,14 @@ def test_why_there_is_no_lab_is_said(
 def test_rates() -> None:
     assert netlab.rate_bits("10mbit") == 10_000_000
     assert netlab.rate_bits("2.5gbit") == 2_500_000_000
+
+
+@lab
+@pytest.mark.timeout(200)
+def test_interfaces_count_what_the_meter_counts(tmp_path: Path) -> None:
+    """Of both directions of 3LC on two hosts; TCP's headers and ACKs come on top."""
+    row = links.measure("3LC s=1.00", "100mbit", 2, 40, tmp_path)
+    sent, on_link = int(str(row["sent_bytes"])), int(str(row["link_bytes"]))
+    packets = 40 * 2 * 4  # sizes and bytes of push and pull, each answered
+    assert sent < on_link < 1.03 * sent + 3 * packets * 66
+    assert float(str(row["step_ms"])) > 1
