@@ -4,6 +4,7 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -254,8 +255,11 @@ def _push_pull(config: lc3.Config) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         (given,) = optimizers  # one, element by element
 
+        known = inspect.signature(type(given)).parameters
+        options = {k: v for k, v in given.defaults.items() if k in known}
+
         def make(groups: list[dict[str, Any]]) -> Optimizer:
-            return type(given)(groups, **given.defaults)
+            return type(given)(groups, **options)
 
         model = _wrapped(module)
         optimizer = push_pull.attach(model, make, config, params=given.param_groups)
