@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lc3
 from experiments.tasks import TASKS, Task
-from experiments.train import loss_of, make_optimizers
+from experiments.train import loss_of, schedule
 
 RECORDED = Path(__file__).parent / "results" / "gradients.npz"
 STEPS = 400
@@ -57,7 +57,8 @@ def record(task: Task, sparsity: float) -> dict[str, np.ndarray]:
     """Train with 3LC's push on one rank; return snapshots by key."""
     torch.manual_seed(0)
     model = task.make_model()
-    (optimizer,), (schedule,) = make_optimizers(task, model, STEPS)
+    (optimizer,) = task.make_optimizers(model)
+    rate = schedule(optimizer, STEPS)
     residual = {n: torch.zeros(p.numel()) for n, p in model.named_parameters()}
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
     inputs, labels = task.train.tensors
@@ -75,7 +76,7 @@ def record(task: Task, sparsity: float) -> dict[str, np.ndarray]:
                 key = f"{task.name}|{sparsity}|{moments[step]}|{name}"
                 snapshots[key] = shortened(x)
         optimizer.step()
-        schedule.step()
+        rate.step()
     return snapshots
 
 

@@ -263,7 +263,6 @@ def _push_pull(config: lc3.Config) -> Method:
 
         model = _wrapped(module)
         optimizer = push_pull.attach(model, make, config, params=given.param_groups)
-        optimizer.param_groups = given.param_groups  # whose learning rate is scheduled
         return Training(model, [optimizer], Metered(optimizer.meter, optimizer.close))
 
     return start

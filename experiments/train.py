@@ -53,8 +53,9 @@ class Run:
         """
         torch.manual_seed(seed)
         module = self.task.make_model()
-        optimizers, schedules = make_optimizers(self.task, module, self.steps)
-        model, stepped, traffic = METHODS[method](module, optimizers)
+        given = self.task.make_optimizers(module)
+        model, optimizers, traffic = METHODS[method](module, given)
+        schedules = [schedule(optimizer, self.steps) for optimizer in optimizers]
         every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
@@ -62,10 +63,10 @@ class Run:
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
         for step, batch in enumerate(batches(self.task, seed, self.steps), start=1):
             start = time.perf_counter()
-            losses.append(train_step(model, stepped, batch))
+            losses.append(train_step(model, optimizers, batch))
             seconds += time.perf_counter() - start
-            for schedule in schedules:
-                schedule.step()
+            for rate in schedules:
+                rate.step()
             if step % every == 0 or step == self.steps:
                 on_link += interface_bytes() - since
                 measured = self._measure(model, traffic, torch.stack(losses), step)
@@ -126,11 +127,8 @@ def timed(step_s: float, link_bytes: int) -> dict[str, object]:
     return {"step_ms": round(step_ms, 3), "link_bytes": round(sent)}
 
 
-def make_optimizers(
-    task: Task, model: nn.Module, steps: int
-) -> tuple[list[Optimizer], list[LambdaLR]]:
-    """Return the task's optimizers, and their learning rate: warm-up, then a cosine."""
-    optimizers = task.make_optimizers(model)
+def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Return the learning rate over ``steps``: linear warm-up, then a cosine."""
     warm_up = max(1, round(WARM_UP * steps))
 
     def factor(step: int) -> float:
@@ -138,7 +136,7 @@ def make_optimizers(
             return (step + 1) / warm_up
         return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up + 1))) / 2
 
-    return optimizers, [LambdaLR(optimizer, factor) for optimizer in optimizers]
+    return LambdaLR(optimizer, factor)
 
 
 def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,7 +182,7 @@ def measure_compute_ms(task: Task, steps: int = 40) -> float:
     Every rank runs at once, as in training: the median step, averaged over ranks.
     """
     model = task.make_model()
-    optimizers, _ = make_optimizers(task, model, steps)
+    optimizers = task.make_optimizers(model)
     times = []
     for batch in batches(task, seed=0, steps=steps):
         start = time.perf_counter()
