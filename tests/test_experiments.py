@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_codec, record, report
+from experiments import bench_codec, links, record, report
 from experiments.methods import DEMO, METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -139,3 +139,29 @@ def test_a_result_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_insert_needs_its_markers(text: str) -> None:
     with pytest.raises(ValueError, match="x:end"):
         report.insert(text, "x", "")
+
+
+@pytest.mark.parametrize("name", ["chars", "chars-muon"])
+def test_the_tables_of_text_are_the_committed_results(name: str) -> None:
+    rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
+    assert report.insert(README, name, report.markdown(rows)) == README
+
+
+def test_the_table_of_links_is_the_committed_result() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/links.csv")
+    assert report.insert(README, "links", links.markdown(rows)) == README
+
+
+def test_what_the_readme_says_of_text_is_so() -> None:
+    def of(task: str) -> dict[str, report.Summary]:
+        rows = record.read_csv(ROOT / f"experiments/results/{task}.csv")
+        return {summary.method: summary for summary in report.summarise(rows)}
+
+    adamw, muon = of("chars"), of("chars-muon")
+    local = adamw["local H=8"]
+    others = [adamw["3LC s=1.00"], adamw["push-pull s=1.00"]]
+    for other in others:
+        assert 6 < other.bytes_per_step / local.bytes_per_step < 7.2
+    assert local.test_loss < min(other.test_loss for other in others) + 0.005
+    assert others[1].test_loss < others[0].test_loss
+    assert muon["local H=8"].test_loss < adamw["float32"].test_loss
