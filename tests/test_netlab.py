@@ -62,7 +62,7 @@ def test_links_have_their_rate_and_count_bytes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = re.search(r"seconds ([\d.]+)", done.stdout)
     assert found is not None
-    assert 0.85 < float(found[1]) < 4  # a busy machine may be late, never early
+    assert 0.85 < float(found[1]) < 1.6
     for host in json.loads(report.read_text())["hosts"]:
         assert 6_000_000 < host["sent_bytes"] < 6_000_000 * 1.08
         assert 6_000_000 < host["received_bytes"] < 6_000_000 * 1.08
