@@ -109,13 +109,10 @@ def test_bombs_are_refused_at_once_and_without_memory() -> None:
         message = data(frame)
         before_kib = resident_kib("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        seconds = []
-        for _ in range(5):  # the machine may be busy with something else once
-            start = time.perf_counter()
-            with pytest.raises(lc3.FormatError):
-                decompress(message, 1000)
-            seconds.append(time.perf_counter() - start)
-        assert min(seconds) < 0.01, name
+        start = time.perf_counter()
+        with pytest.raises(lc3.FormatError):
+            decompress(message, 1000)
+        assert time.perf_counter() - start < 0.01, name
         assert resident_kib("VmHWM") - before_kib < 1024, name
 
 
