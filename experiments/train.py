@@ -271,6 +271,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=at_least(1), default=500)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
+    parser.add_argument("--first-seed", type=at_least(0), default=0)
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -308,7 +309,7 @@ def main() -> None:
         everything = progress.add_task(
             "all runs", total=options.seeds * len(options.methods)
         )
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for method in options.methods:
                 rows += run.train(method, seed)
                 last = rows[-1]
