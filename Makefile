@@ -6,7 +6,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench fuzz test-install clean
+.PHONY: demo test check bench evaluate fuzz test-install clean
+
+EXPERIMENT := evaluate
+RESULTS := experiments/results/local
 
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
@@ -21,6 +24,12 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m experiments.bench_codec --out experiments/results --docs docs/codec.md
+
+# Of rate-limited links, as root: sudo make evaluate. Otherwise times are computed.
+# Goes on where it was stopped. EXPERIMENT names a file of experiments/configs.
+evaluate: $(READY)
+	$(BIN)/python -m experiments.run experiments/configs/$(EXPERIMENT).toml --out $(RESULTS)
+	$(BIN)/python -m experiments.report $(RESULTS)/$(EXPERIMENT)/results.csv --page $(RESULTS)/$(EXPERIMENT)/report
 
 fuzz: $(READY)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 tests/test_codec.py tests/test_plan.py tests/test_engine.py

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from experiments.gradients import recorded
-from experiments.record import RESULTS, read_csv, write_csv
+from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.report import insert
 from lc3.codec import cpu, reference, tensor
 from lc3.entropy import compress, decompress
@@ -343,9 +343,9 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     torch.set_num_threads(1)
-    write_csv(options.out / "entropy.csv", list(entropy_rows()))
+    write_csv(options.out / "entropy.csv", stamped(list(entropy_rows())))
     sizes = SIZES[:2] if options.quick else SIZES
-    write_csv(options.out / "codec.csv", speed_rows(sizes, console))
+    write_csv(options.out / "codec.csv", stamped(speed_rows(sizes, console)))
     speed = read_csv(options.out / "codec.csv")
     entropy = read_csv(options.out / "entropy.csv")
     tables = {

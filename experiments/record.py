@@ -4,7 +4,7 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,10 @@ import lc3
 
 RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, object]
+
+
+class ResultError(Exception):
+    """A result file that cannot be read or written, and why."""
 
 
 @cache
@@ -39,27 +43,59 @@ def _commit() -> str:
         return "unknown"
 
 
+def stamped(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Return ``rows``, each ending with the provenance of this process."""
+    return [{**row, **provenance()} for row in rows]
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write ``rows`` with their provenance; the file appears whole or not at all.
+    """Write ``rows``; the file appears whole or not at all, an older one stays.
 
     Raises:
-        ValueError: there is no row, or rows differ in their columns.
+        ResultError: there is no row, rows differ in their columns, or the disk is full.
     """
     if not rows:
-        raise ValueError(f"no rows to write to {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise ResultError(f"no rows to write to {path}")
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise ResultError(f"columns {list(row)} differ from {list(rows[0])}")
     unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *provenance()], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            if row.keys() != rows[0].keys():
-                raise ValueError(f"columns {list(row)} differ from {list(rows[0])}")
-            writer.writerow({**row, **provenance()})
-    unfinished.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ResultError(
+            f"{path} could not be written ({error}); make room or name another place; "
+            "what was there before is as it was"
+        ) from error
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a result file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def read_csv(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
+    """Return the rows of a result file.
+
+    Args:
+        path: of the file.
+        columns: that the caller needs.
+
+    Raises:
+        ResultError: there is no such file, it is no result file, or it is one of
+            another version, which has not all of ``columns``.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ResultError(f"{path} is not a result file ({error})") from error
+    if not rows or any(None in row or None in row.values() for row in rows):
+        raise ResultError(f"{path} is empty, or was cut off; run it again")
+    if missing := sorted(set(columns) - set(rows[0])):
+        raise ResultError(
+            f"{path} has no column {missing[0]!r}: it is of lc3 "
+            f"{rows[0].get('lc3', 'unknown')}, this is {lc3.__version__}; run it again"
+        )
+    return rows

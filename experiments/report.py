@@ -13,9 +13,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments.record import read_csv
+from experiments.record import ResultError, read_csv
 
+Row = dict[str, str]
 BASELINE = "float32"
+COLUMNS = (  # that a report needs
+    *("task", "method", "seed", "ranks", "steps", "step", "sent_bytes", "push_bits"),
+    *("pull_bits", "frame_bits", "test_loss", "accuracy", "compute_ms", "codec_ms"),
+    "step_ms",
+)
 LINKS_MBIT_S = {10: "10 Mbit/s", 100: "100 Mbit/s", 1_000: "1 Gbit/s"}
 HEADERS = [
     "method",
@@ -69,7 +75,7 @@ class Summary:
         return self.compute_ms + self.codec_ms + send_ms
 
 
-def summarise(rows: Sequence[dict[str, str]]) -> list[Summary]:
+def summarise(rows: Sequence[Row]) -> list[Summary]:
     """Return one summary per method, in the order they were run."""
 
     def of(method: str) -> Summary:
@@ -116,7 +122,32 @@ def cells(summaries: Sequence[Summary]) -> list[list[str]]:
     return [of(summary) for summary in summaries]
 
 
-def caption(rows: Sequence[dict[str, str]]) -> str:
+def step_ms_by_link(rows: Sequence[Row]) -> tuple[dict[str, dict[str, float]], bool]:
+    """Return milliseconds of a step by method and link, and whether they are measured.
+
+    Measured across a lab's links where the rows have rates, else computed.
+    """
+    rates = list(dict.fromkeys(row.get("rate", "") for row in rows))
+    if rates == [""]:
+        return {
+            s.method: {name: s.step_ms(m) for m, name in LINKS_MBIT_S.items()}
+            for s in summarise(rows)
+        }, False
+    last = [row for row in rows if row["step"] == row["steps"]]
+    times: dict[str, dict[str, float]] = {}
+    for method in dict.fromkeys(row["method"] for row in last):
+        for rate in rates:
+            some = [
+                float(row["step_ms"])
+                for row in last
+                if (row["method"], row.get("rate", "")) == (method, rate)
+            ]
+            if some:
+                times.setdefault(method, {})[rate] = mean(some)
+    return times, True
+
+
+def caption(rows: Sequence[Row]) -> str:
     """Return what the figures are of, and what was computed instead of measured."""
     row = rows[0]
     seeds = len({row["seed"] for row in rows})
@@ -133,7 +164,7 @@ def caption(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-def print_table(rows: Sequence[dict[str, str]], console: Console) -> None:
+def print_table(rows: Sequence[Row], console: Console) -> None:
     """Print the comparison as two tables, which fit a terminal of 80 columns."""
     lines = cells(summarise(rows))
     for columns in (TRAFFIC, slice(TRAFFIC.stop, None)):
@@ -147,18 +178,48 @@ def print_table(rows: Sequence[dict[str, str]], console: Console) -> None:
     console.print(caption(rows), highlight=False)
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Return the comparison as Markdown."""
+def markdown(rows: Sequence[Row], *, times: bool = True) -> str:
+    """Return the comparison as Markdown, with or without computed step times."""
+    shown = len(HEADERS) - (0 if times else len(LINKS_MBIT_S))
     lines = [
         HEADERS,
         ["---", *["---:"] * (len(HEADERS) - 1)],
         *cells(summarise(rows)),
     ]
+    table = "\n".join(f"| {' | '.join(line[:shown])} |" for line in lines)
+    said = caption(rows)
+    if not times:
+        said = said.partition(" *Computed")[0]
+    return f"{table}\n\n{said.replace('*', chr(92) + '*')}\n"
+
+
+def links_markdown(rows: Sequence[Row]) -> str:
+    """Return measured step times by method and rate, with bytes of the lowest rate."""
+    rates = list(dict.fromkeys(row["rate"] for row in rows))
+    last = [row for row in rows if row["step"] == row["steps"]]
+    titles = ["method", "bytes per step, interface", "bytes per step, counted by lc3"]
+    titles += [f"step at {rate}" for rate in rates]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    times, _ = step_ms_by_link(rows)
+    for method, by_rate in times.items():
+        first = next(r for r in last if (r["method"], r["rate"]) == (method, rates[0]))
+        per_step = [
+            int(first[c]) / int(first["steps"]) for c in ("link_bytes", "sent_bytes")
+        ]
+        shown = [f"{by_rate[r]:,.1f} ms" if r in by_rate else "" for r in rates]
+        lines.append([method, *(f"{b:,.0f}" for b in per_step), *shown])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{caption(rows).replace('*', chr(92) + '*')}\n"
+    row = rows[0]
+    return (
+        f"{table}\n\nTask {row['task']}, {row['ranks']} hosts of one rank each on one "
+        f"machine of {row['cores']} cores, {row['steps']} steps, one run. Measured, "
+        "start-up and evaluation left out; an interface counts the headers of TCP, IP "
+        f"and Ethernet too. lc3 {row['lc3']} at commit {row['commit']}, torch "
+        f"{row['torch']}.\n"
+    )
 
 
-def plot(rows: Sequence[dict[str, str]], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Write a PNG of test accuracy against bytes sent, the mean of the seeds."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -197,25 +258,45 @@ def insert(text: str, name: str, content: str) -> str:
     return head + begin + content + end + rest.split(end)[1]
 
 
-def main() -> None:
-    """Print the table of a result file, draw it, and bring a README up to date."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table of a result file; write what is asked for beside it."""
     parser = argparse.ArgumentParser(
         prog="experiments.report", description="Report on one result file."
     )
-    parser.add_argument("csv", type=Path, help="result file of experiments.train")
+    parser.add_argument("csv", type=Path, help="of experiments.train or .run")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--page", type=Path, help="folder for index.html and report.md")
     parser.add_argument("--readme", type=Path, help="Markdown file with markers")
-    options = parser.parse_args()
-    if not options.csv.is_file():
-        parser.error(f"{options.csv} is not a file; make demo writes one")
-    rows = read_csv(options.csv)
+    parser.add_argument("--marker", help="in it (default: the name of the file)")
+    parser.add_argument(
+        "--table", choices=("all", "traffic", "links", "paper"), default="all"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        rows = read_csv(options.csv, COLUMNS)
+    except ResultError as error:
+        parser.error(str(error))
+    from experiments import pages, paper  # they build on this module
+
     print_table(rows, Console())
     if options.plot:
         plot(rows, options.plot)
+    if options.page:
+        title = f"{rows[0]['task']}, {rows[0]['ranks']} ranks"
+        parts = list(pages.sections(rows, options.page / "pictures"))
+        (options.page / "index.html").write_text(pages.to_html(title, parts))
+        text = pages.to_markdown(title, parts, options.page)
+        (options.page / "report.md").write_text(text)
     if options.readme:
+        content = {
+            "all": markdown,
+            "traffic": lambda rows: markdown(rows, times=False),
+            "links": links_markdown,
+            "paper": paper.markdown,
+        }[options.table](rows)
+        marker = options.marker or options.csv.stem
         old = options.readme.read_text()
-        new = insert(old, options.csv.stem, markdown(rows))
-        options.readme.write_text(new)
+        options.readme.write_text(insert(old, marker, content))
 
 
 if __name__ == "__main__":

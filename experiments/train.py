@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
 from experiments.methods import DEMO, METHODS, Traffic
-from experiments.record import write_csv
+from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
 
 WARM_UP = 0.05
@@ -312,6 +312,8 @@ def main() -> None:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for method in options.methods:
                 rows += run.train(method, seed)
+                if first:  # after each, so that a stopped comparison keeps what it has
+                    write_csv(options.out, stamped(rows))
                 last = rows[-1]
                 progress.advance(everything)
                 console.print(
@@ -320,8 +322,6 @@ def main() -> None:
                     f"{int(str(last['sent_bytes'])):,} bytes sent per rank",
                     highlight=False,
                 )
-    if first:
-        write_csv(options.out, rows)
     dist.destroy_process_group()
 
 

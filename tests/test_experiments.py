@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_codec, links, record, report
+from experiments import bench_codec, record, report
 from experiments.methods import DEMO, METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_the_tables_of_text_are_the_committed_results(name: str) -> None:
 
 def test_the_table_of_links_is_the_committed_result() -> None:
     rows = record.read_csv(ROOT / "experiments/results/links.csv")
-    assert report.insert(README, "links", links.markdown(rows)) == README
+    assert report.insert(README, "links", report.links_markdown(rows)) == README
 
 
 def test_what_the_readme_says_of_text_is_so() -> None:

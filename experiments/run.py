@@ -1,0 +1,356 @@
+"""Runs an experiment that a TOML file describes, and goes on where it was stopped.
+
+    python -m experiments.run experiments/configs/links.toml
+
+Each seed at each link rate is a job that trains every method; a method's rows are kept
+as soon as it has ended. With rates, every rank is a host of a network lab
+(``launch.netlab``, as root); without root the job runs over loopback instead, and the
+run says so.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.methods import METHODS
+from experiments.record import RESULTS, read_csv, write_csv
+from experiments.tasks import TASKS
+from launch import netlab
+
+LOOPBACK = ""  # the rate of a job that runs without a lab
+_LOG_LINES = 15
+_POLL_S = 0.5
+
+
+class SpecError(Exception):
+    """An experiment's description that cannot be run, and why."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One experiment, as its TOML file describes it.
+
+    Attributes:
+        name: of the file, without its ending.
+        task: what is trained.
+        methods: that are compared.
+        steps: of each training.
+        seeds: how many, from 0 up.
+        ranks: of each job; with rates, hosts of one rank each.
+        rates: of the links, as ``tc`` writes them; none: over loopback.
+        more_seeds: by method, how many instead of ``seeds``.
+    """
+
+    name: str
+    task: str
+    methods: list[str]
+    steps: int
+    seeds: int = 1
+    ranks: int = 2
+    rates: list[str] = field(default_factory=list)
+    more_seeds: dict[str, int] = field(default_factory=dict)
+
+    def trainings(self) -> "list[Training]":
+        """Return all trainings, job after job, seed after seed."""
+        most = max(self.seeds, *self.more_seeds.values(), 1)
+        return [
+            Training(method, seed, rate)
+            for seed in range(most)
+            for rate in self.rates or [LOOPBACK]
+            for method in self.methods
+            if seed < self.more_seeds.get(method, self.seeds)
+        ]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One method, one seed, one rate."""
+
+    method: str
+    seed: int
+    rate: str
+
+    def kept(self, folder: Path) -> Path:
+        """Return the file with its rows."""
+        method = "".join(c if c.isalnum() or c in "=.-" else "_" for c in self.method)
+        return folder / f"{method}.{self.rate or 'loopback'}.{self.seed}.csv"
+
+
+def read_spec(path: Path) -> Spec:
+    """Return the experiment that a TOML file describes.
+
+    Raises:
+        SpecError: it is not there, is no TOML, or has an unknown or a bad value.
+    """
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path} cannot be read as TOML: {error}") from error
+    known = [f.name for f in fields(Spec) if f.name != "name"]
+    for key in given:
+        if key not in known:
+            raise SpecError(f"{path} has {key!r}; an experiment has {', '.join(known)}")
+    for key in ("task", "methods", "steps"):
+        if key not in given:
+            raise SpecError(f"{path} has no {key!r}")
+    _check_types(path, given)
+    spec = Spec(name=path.stem, **given)
+    if spec.task not in TASKS:
+        raise SpecError(
+            f"{path}: task {spec.task!r} is unknown; there are {', '.join(TASKS)}"
+        )
+    for method in [*spec.methods, *spec.more_seeds]:
+        if method not in METHODS:
+            raise SpecError(
+                f"{path}: method {method!r} is unknown; there are {', '.join(METHODS)}"
+            )
+    for key, low in (("steps", 1), ("seeds", 1), ("ranks", 2)):
+        if getattr(spec, key) < low:
+            raise SpecError(
+                f"{path}: {key} = {getattr(spec, key)} must be {low} or more"
+            )
+    for rate in spec.rates:
+        try:
+            netlab.rate_bits(rate)
+        except ValueError as error:
+            raise SpecError(f"{path}: {error}") from error
+    return spec
+
+
+def _check_types(path: Path, given: dict[str, object]) -> None:
+    kinds: dict[str, tuple[type, type | None]] = {
+        "task": (str, None),
+        "methods": (list, str),
+        "steps": (int, None),
+        "seeds": (int, None),
+        "ranks": (int, None),
+        "rates": (list, str),
+        "more_seeds": (dict, int),
+    }
+    for key, value in given.items():
+        kind, inner = kinds[key]
+        items = list(value.values()) if isinstance(value, dict) else value
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if good and inner is not None:
+            assert isinstance(items, list)
+            good = bool(items) and all(isinstance(item, inner) for item in items)
+        if not good:
+            of = f" of {inner.__name__}, not empty" if inner else ""
+            raise SpecError(f"{path}: {key} = {value!r} is not a {kind.__name__}{of}")
+
+
+def command(
+    spec: Spec, job: Sequence[Training], data_dir: Path | None, out: Path
+) -> list[str]:
+    """Return the command line of a job that writes its rows to ``out``."""
+    seed, rate = job[0].seed, job[0].rate
+    training = ["-m", "experiments.train", "--task", spec.task]
+    training += ["--methods", *(t.method for t in job), "--steps", str(spec.steps)]
+    training += ["--seeds", "1", "--first-seed", str(seed), "--out", str(out)]
+    training += ["--data-dir", str(data_dir)] if data_dir else []
+    if rate == LOOPBACK:
+        start = ["torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(spec.ranks)]
+    else:
+        start = ["launch.netlab", "--hosts", str(spec.ranks), "--rate", rate, "--"]
+    return [sys.executable, "-m", *start, *training]
+
+
+def run_job(
+    spec: Spec,
+    job: Sequence[Training],
+    data_dir: Path | None,
+    folder: Path,
+    ended: Callable[[int], None],
+) -> str | None:
+    """Train the methods of a job, until all have ended or one fails.
+
+    Args:
+        spec: the experiment.
+        job: trainings of one seed and rate.
+        data_dir: where the task's data is.
+        folder: where rows are kept, each training's as soon as it has ended.
+        ended: is called with the number of trainings that have.
+
+    Returns:
+        ``None``, or how the first training without rows failed.
+    """
+    out, log = folder / "running.csv", folder / "running.log"
+    out.unlink(missing_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // spec.ranks)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command(spec, job, data_dir, out),
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            cwd=RESULTS.parents[1],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_S)
+                ended(_keep(job, out, folder))
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            ended(_keep(job, out, folder))
+    if not process.returncode:
+        log.unlink()
+        return None
+    tail = "\n".join(log.read_text().splitlines()[-_LOG_LINES:])
+    return f"exit status {process.returncode}\n{tail}"
+
+
+def _keep(job: Sequence[Training], out: Path, folder: Path) -> int:
+    """Keep the rows of trainings that have ended; return how many have."""
+    rows = read_csv(out) if out.exists() else []
+    done = 0
+    for training in job:
+        mine = [row for row in rows if row["method"] == training.method]
+        if mine:
+            done += 1
+            kept = training.kept(folder)
+            if not kept.exists():
+                write_csv(kept, [{"rate": training.rate, **row} for row in mine])
+    return done
+
+
+def prepare(spec: Spec, folder: Path) -> None:
+    """Make the experiment's folder, or see that it is this experiment's.
+
+    Raises:
+        SpecError: it holds rows of another description.
+    """
+    described = folder / "spec.json"
+    text = json.dumps(asdict(spec), indent=1)
+    if described.exists():
+        old, new = json.loads(described.read_text()), json.loads(text)
+        for key in new:
+            # More seeds, methods or rates only add jobs.
+            if key in ("seeds", "more_seeds", "methods", "rates"):
+                continue
+            if old.get(key) != new[key]:
+                raise SpecError(
+                    f"{folder} holds runs with {key} = {old.get(key)!r}, the file says "
+                    f"{new[key]!r}; give another --out or remove the folder"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    described.write_text(text)
+
+
+def run(
+    spec: Spec, folder: Path, data_dir: Path | None, console: Console
+) -> list[Training]:
+    """Train what is not there yet and join all rows; return what failed."""
+    trainings = spec.trainings()
+    failed: list[Training] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(spec.name, total=len(trainings))
+        for seed, rate in dict.fromkeys((t.seed, t.rate) for t in trainings):
+            while job := [
+                t
+                for t in trainings
+                if (t.seed, t.rate) == (seed, rate)
+                and t not in failed
+                and not t.kept(folder).exists()
+            ]:
+                progress.update(
+                    bar, description=f"{spec.name}: seed {seed}, {rate or 'loopback'}"
+                )
+                before = len(trainings) - _missing(trainings, failed, folder)
+
+                def ended(count: int, before: int = before) -> None:
+                    progress.update(bar, completed=before + count)
+
+                why = run_job(spec, job, data_dir, folder, ended)
+                if why is not None:
+                    bad = next(t for t in job if not t.kept(folder).exists())
+                    failed.append(bad)
+                    log = bad.kept(folder).with_suffix(".log")
+                    (folder / "running.log").replace(log)
+                    console.print(f"{bad.method}, seed {seed}, {rate} failed: {why}")
+                    console.print(f"all of its output is in {log}")
+    (folder / "running.csv").unlink(missing_ok=True)
+    rows: list[dict[str, str]] = []
+    for training in trainings:
+        if training not in failed:
+            rows += read_csv(training.kept(folder))
+    if rows:
+        write_csv(folder / "results.csv", rows)
+    return failed
+
+
+def _missing(
+    trainings: Sequence[Training], failed: Sequence[Training], folder: Path
+) -> int:
+    return sum(t not in failed and not t.kept(folder).exists() for t in trainings)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line, with ``specs`` read; a bad one ends the program."""
+    parser = argparse.ArgumentParser(prog="experiments.run", description=__doc__)
+    parser.add_argument("toml", nargs="+", type=Path, help="one file per experiment")
+    parser.add_argument("--data-dir", type=Path, help="where the task's data is")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "local", help="a folder per experiment"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        options.specs = [read_spec(path) for path in options.toml]
+        for spec in options.specs:
+            prepare(spec, options.out / spec.name)
+    except SpecError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every experiment; 1 if some job failed, after all the others."""
+    options = parse(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    failed = 0
+    for spec in options.specs:
+        folder = options.out / spec.name
+        if spec.rates and (reason := netlab.missing()):
+            console.print(f"{spec.name}: {reason}. Running over loopback instead:")
+            console.print("step times at each rate are then computed, not measured")
+            spec = Spec(**{**asdict(spec), "rates": []})
+        data_dir = options.data_dir.resolve() if options.data_dir else None
+        try:
+            failures = run(spec, folder, data_dir, console)
+        except KeyboardInterrupt:
+            console.print("stopped; what has ended is kept, the same command goes on")
+            return 130
+        failed += len(failures)
+        console.print(f"{spec.name}: {folder / 'results.csv'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Experiments from TOML: what is refused, what is kept, what a report says."""
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments import paper, record, report, run
+from experiments.record import ResultError
+
+ROOT = Path(__file__).parents[1]
+GOOD = 'task = "digits"\nmethods = ["float32"]\nsteps = 20\n'
+QUIET = Console(quiet=True)
+
+
+def spec_of(tmp_path: Path, text: str) -> run.Spec:
+    path = tmp_path / "some.toml"
+    path.write_text(text)
+    return run.read_spec(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("task = ", "cannot be read as TOML"),
+        (GOOD + "step = 1\n", "'step'; an experiment has task, methods, steps"),
+        (GOOD.replace("digits", "mnist"), "task 'mnist' is unknown; there are digits"),
+        (GOOD.replace("float32", "4LC"), "method '4LC' is unknown; there are float32"),
+        (GOOD.replace('["float32"]', "[]"), "is not a list of str, not empty"),
+        (GOOD.replace("20", '"20"'), "steps = '20' is not a int"),
+        (GOOD.replace("20", "0"), "steps = 0 must be 1 or more"),
+        (GOOD + "ranks = 1\n", "ranks = 1 must be 2 or more"),
+        (GOOD + 'rates = ["fast"]\n', "'fast' is not a rate"),
+        (GOOD.replace("steps = 20", ""), "has no 'steps'"),
+    ],
+)
+def test_a_bad_description_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(run.SpecError, match=r"some\.toml") as caught:
+        spec_of(tmp_path, text)
+    assert words in str(caught.value)
+
+
+def test_every_committed_description_can_be_read() -> None:
+    found = sorted((ROOT / "experiments/configs").glob("*.toml"))
+    assert len(found) >= 4
+    for path in found:
+        assert run.read_spec(path).trainings()
+
+
+def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run.prepare(spec_of(tmp_path, GOOD), folder)
+    run.prepare(spec_of(tmp_path, GOOD + "seeds = 2\n"), folder)
+    before = (folder / "spec.json").read_text()
+    with pytest.raises(run.SpecError, match=r"holds runs with steps = 20.*says 40"):
+        run.prepare(spec_of(tmp_path, GOOD.replace("20", "40")), folder)
+    assert (folder / "spec.json").read_text() == before
+
+
+@pytest.mark.timeout(200)
+def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
+    """Killed after the first method; the second start trains the second only."""
+    text = GOOD.replace('"float32"', '"float32", "3LC s=1.00"').replace("20", "100")
+    spec = spec_of(tmp_path, text)
+    folder = tmp_path / "out" / "some"
+    command = [sys.executable, "-m", "experiments.run", str(tmp_path / "some.toml")]
+    command += ["--out", str(tmp_path / "out")]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    kept = spec.trainings()[0].kept(folder)
+    deadline = time.monotonic() + 90
+    while not kept.exists():
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(30) in (0, 130)  # 0: it had ended already
+    before = kept.stat().st_mtime_ns
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, timeout=90, check=False
+    )
+    assert done.returncode == 0
+    assert kept.stat().st_mtime_ns == before
+    rows = record.read_csv(folder / "results.csv", report.COLUMNS)
+    assert {row["method"] for row in rows} == {"float32", "3LC s=1.00"}
+    assert not list(folder.glob("running*"))
+    page = tmp_path / "page"
+    report.main([str(folder / "results.csv"), "--page", str(page)])
+    html, text = (page / "index.html").read_text(), (page / "report.md").read_text()
+    assert html.count("data:image/png;base64,") == 3
+    for title in ("Comparison", "Time of a step", "Speed-up", "Beside the paper"):
+        assert f"<h2>{title}</h2>" in html
+        assert f"## {title}\n" in text
+
+
+@pytest.mark.timeout(200)
+def test_a_failing_method_leaves_the_others(tmp_path: Path) -> None:
+    """Local steps end apart unless their number is a multiple of H."""
+    methods = '"float32", "local H=16", "3LC s=1.00"'
+    spec = spec_of(tmp_path, GOOD.replace('"float32"', methods))
+    run.prepare(spec, tmp_path / "out")
+    failed = run.run(spec, tmp_path / "out", None, QUIET)
+    assert [training.method for training in failed] == ["local H=16"]
+    (log,) = (tmp_path / "out").glob("*.log")
+    assert "different parameters after training" in log.read_text()
+    rows = record.read_csv(tmp_path / "out" / "results.csv")
+    assert {row["method"] for row in rows} == {"float32", "3LC s=1.00"}
+
+
+def test_result_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = record.read_csv(ROOT / "experiments/results/digits.csv")
+    for content, words in (
+        (b"", "empty, or was cut off"),
+        (b"a,b\n1\n", "empty, or was cut off"),
+        (b"\x89PNG\xff\xfe", "is not a result file"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ResultError, match=words):
+            record.read_csv(path)
+    with pytest.raises(ResultError, match="is not a result file"):
+        record.read_csv(tmp_path / "none.csv")
+    old = [{k: v for k, v in row.items() if k != "frame_bits"} for row in rows]
+    record.write_csv(path, old)
+    with pytest.raises(
+        ResultError, match=r"no column 'frame_bits': it is of lc3 0.1.0"
+    ):
+        record.read_csv(path, report.COLUMNS)
+    with pytest.raises(SystemExit):
+        report.main([str(path)])
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk's."""
+    path = tmp_path / "a.csv"
+    record.write_csv(path, [{"a": 1}])
+    before = path.read_bytes()
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+        try:
+            record.write_csv(path, [{"a": "x" * 4096}])
+        except ResultError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    said = os.read(reader, 4096).decode()
+    os.close(reader)
+    assert "could not be written" in said
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_the_paper_is_quoted_as_recalled() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/digits.csv")
+    lines = paper.lines(rows)
+    assert [line[0] for line in lines] == [m for m in paper.PAPER if "3LC" in m]
+    assert "as recalled" in paper.markdown(rows)
+    with (ROOT / "experiments/results/digits.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
