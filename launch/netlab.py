@@ -80,6 +80,11 @@ def rate_bits(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def burst_bytes(rate: int) -> int:
+    """Return how many bytes a link of ``rate`` bits per second lets pass at once."""
+    return max(16_384, int(rate / 8 * BURST_S))
+
+
 class Lab:
     """The hosts. Made inside the namespaces that ``main`` enters first.
 
@@ -112,8 +117,8 @@ class Lab:
         _run(*self.on(host, "ip", "link", "set", "lo", "up"))
         _run(*self.on(host, "ip", "addr", "add", f"{address(host)}/24", "dev", "eth0"))
         _run(*self.on(host, "ip", "link", "set", "eth0", "up"))
-        burst = max(16_384, int(rate / 8 * BURST_S))
-        limit = ["root", "tbf", "rate", f"{rate}bit", "burst", str(burst)]
+        burst = str(burst_bytes(rate))
+        limit = ["root", "tbf", "rate", f"{rate}bit", "burst", burst]
         limit += ["latency", f"{LATENCY_MS}ms"]
         _run(*self.on(host, "tc", "qdisc", "add", "dev", "eth0", *limit))
         _run("tc", "qdisc", "add", "dev", port, *limit)
