@@ -96,20 +96,30 @@ class Engine:
         if self.exchange.world == 1 or not any(pieces):
             return
         with self.exchanging(grads, step, bucket):
-            owned = pieces[self.exchange.rank]
-            means = self.reduce_scatter(pieces, grads, step, bucket)
-            residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
-            pulled = self.all_gather(pieces, means, residuals, step, bucket)
-            with self.meter.stage("decode"):
-                self.keep_residuals(pieces, pulled, grads)
-                for piece, values in self._views(pieces, grads):
-                    if piece.coded:
-                        values.zero_()
-                self.apply(pieces, pulled, grads)
-                mine = pulled[self.exchange.rank]
-                for residual, mean, chunk in zip(residuals, means, mine, strict=True):
-                    if residual is not None and not is_nan_frame(chunk):
-                        residual.copy_(mean)
+            self.push_and_pull(pieces, grads, step, bucket)
+
+    def push_and_pull(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+    ) -> None:
+        """Do what ``all_reduce`` does, at any world size; see there."""
+        owned = pieces[self.exchange.rank]
+        means = self.reduce_scatter(pieces, grads, step, bucket)
+        residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
+        pulled = self.all_gather(pieces, means, residuals, step, bucket)
+        with self.meter.stage("decode"):
+            self.keep_residuals(pieces, pulled, grads)
+            for piece, values in self._views(pieces, grads):
+                if piece.coded:
+                    values.zero_()
+            self.apply(pieces, pulled, grads)
+            mine = pulled[self.exchange.rank]
+            for residual, mean, chunk in zip(residuals, means, mine, strict=True):
+                if residual is not None and not is_nan_frame(chunk):
+                    residual.copy_(mean)
 
     def pieces(self, names: Iterable[str]) -> list[list[Piece]]:
         """Return the pieces of some parameters by owner, in plan order."""

@@ -27,6 +27,9 @@ BELOW = {
         *("codec", "config", "engine", "errors", "exchange", "handshake", "lane"),
         *("meter", "plan", "version"),
     },
+    "measure": {"codec", "config", "engine", "errors", "exchange", "meter", "plan"},
+    "doctor": {"codec", "config", "exchange", "measure", "version", "workers"},
+    "__main__": {"config", "doctor", "errors", "measure"},
     "engine": {
         *("codec", "config", "entropy", "errors", "exchange", "format", "message"),
         *("meter", "plan", "residual", "workers"),

@@ -1,0 +1,140 @@
+"""``python -m lc3 measure`` and ``doctor``: what they say, and what they refuse."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lc3
+from lc3 import __main__ as command
+from lc3 import measure
+from tests.oracle import Oracle
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+print("arguments", sys.argv[1:], __name__)
+for step in range(int(sys.argv[2])):
+    x = torch.randn(32, 64)
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(x), x).backward()
+    optimizer.step()
+print("the script ended by itself")
+"""
+
+
+def lc3_command(
+    *arguments: str, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *(launcher or ("-m", "lc3")), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("made", "measured"), [(100, 20), (7, 7)])
+def test_measure_runs_a_script_as_it_is(
+    tmp_path: Path, made: int, measured: int
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    done = lc3_command("measure", "--steps", "20", str(script), "--steps", str(made))
+    assert done.returncode == 0, done.stderr
+    assert f"arguments ['--steps', '{made}'] __main__" in done.stdout
+    assert ("ended by itself" in done.stdout) == (made == measured)
+    assert f"{measured} steps, 33,088 gradient elements" in done.stdout
+    found = re.findall(r"^ +(1\.\d\d) +([\d.]+) ", done.stdout, re.MULTILINE)
+    assert [s for s, _ in found] == ["1.00", "1.50", "1.75", "1.90"]
+    fewer = [float(ratio) for _, ratio in found]
+    assert 10 < fewer[0] < fewer[1] < fewer[2] < fewer[3] < 300
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_measured_bytes_are_those_of_both_hops() -> None:
+    """One rank that talks to itself: the oracle's bytes, before the entropy stage."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(40, 50))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    config = lc3.Config(entropy="none")
+    recorder = measure.Recorder(100, [1.0, 1.75], config)
+    oracles = [
+        Oracle([("parameter 0", (40, 50))], 1, lc3.Config(sparsity=s))
+        for s in (1.0, 1.75)
+    ]
+    for _ in range(5):
+        weight.grad = torch.randn(40, 50) ** 3
+        recorder(optimizer)
+        for oracle in oracles:
+            oracle.step([{"parameter 0": weight.grad.numpy().reshape(-1).copy()}])
+    (engines,) = recorder._engines.values()
+    for engine, oracle in zip(engines, oracles, strict=True):
+        ours, theirs = engine.residuals, oracle
+        assert (ours.sent["parameter 0"].numpy() == theirs.sent[0]["parameter 0"]).all()
+        assert (ours.owned["parameter 0"].numpy() == theirs.owned["parameter 0"]).all()
+    first, second = (figures.bytes_per_step(5) for figures in recorder.figures)
+    assert second < first < 2 * 2000 / 5 + 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["measure", "nowhere.py"], "'nowhere.py' is not a file"),
+        (["measure", "-s", "2", "x.py"], "outside [1, 2)"),
+        (["measure", "-s", "much", "x.py"], "could not convert string to float"),
+        (["measure", "--ranks", "1", "x.py"], "'1' is not an integer from 2 up"),
+        (["doctor", "--elements", "0"], "'0' is not an integer from 1 up"),
+        ([], "required: command"),
+    ],
+)
+def test_bad_command_lines(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = command.main(arguments)
+    except SystemExit as error:
+        status = int(str(error.code))
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_script_without_a_step_is_said(tmp_path: Path) -> None:
+    script = tmp_path / "nothing.py"
+    script.write_text("print('nothing')")
+    done = lc3_command("measure", str(script))
+    assert done.returncode == 2
+    assert "ended without a step of a torch optimizer" in done.stderr
+
+
+def test_a_scripts_own_failure_is_its_own(tmp_path: Path) -> None:
+    script = tmp_path / "bad.py"
+    script.write_text("raise SystemExit(3)")
+    assert lc3_command("measure", str(script)).returncode == 3
+
+
+def test_the_doctor_knows_this_machine() -> None:
+    done = lc3_command("doctor", "--elements", "1000000", "--compute-ms", "20")
+    assert done.returncode == 0, done.stderr
+    assert f"lc3 {lc3.__version__}" in done.stdout
+    assert re.search(r"encode \d+\.\d\d GB/s of float32, decode \d+\.\d\d", done.stdout)
+    assert re.search(r"10 Mbit/s +float32 .* compress\n", done.stdout)
+    assert "break-even" in done.stdout
+
+
+def test_the_doctor_measures_the_link() -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = lc3_command("-m", "lc3", "doctor", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("MB/s") == 1
+    assert "2 ranks: " in done.stdout
+    assert "this link" in done.stdout
