@@ -244,8 +244,8 @@ def report(recorder: Recorder, world: int) -> str:
     even = 8 * saved / best.codec_s(steps)
     lines += [
         "",
-        f"With s = {best.sparsity:g}, links below {even / 1e9:.1f} Gbit/s are worth "
-        "compressing for, if nothing overlaps.",
+        f"With s = {best.sparsity:g} compressing pays on links below "
+        f"{even / 1e9:.1f} Gbit/s, if nothing overlaps.",
         "Times of 3LC are of one process of this machine, and the pull is of its own",
         "gradient: a mean over ranks is denser. A residual of many times the gradient",
         "means that much of it arrives late; a larger s then needs longer training.",
