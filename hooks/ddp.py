@@ -11,10 +11,13 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
-from lc3.errors import AttachError, StateError
+from lc3.errors import AttachError
+from lc3.owners import flat_view
 from lc3.session import session_for
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ def attach(
     model: DistributedDataParallel,
     config: Config = Config(),  # noqa: B008  # frozen
     *,
+    scaler: GradScaler | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> "State":
     """Compress the gradients of ``model`` from its next backward pass on.
@@ -36,6 +40,9 @@ def attach(
         model: wrapped in DistributedDataParallel, on the CPU, without a hook of
             its own.
         config: what to compress, and how much.
+        scaler: that multiplies the loss. Residuals follow its scale, and a step that it
+            skips for one tensor's overflow is undone for all of them; that takes one
+            more copy of the residuals.
         group: a process group that nobody else uses, over the ranks of the model's.
             Default: lc3 makes one, which it can only if the model is on all ranks.
 
@@ -48,7 +55,7 @@ def attach(
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    state = State(model, config, group=group)
+    state = State(model, config, scaler=scaler, group=group)
     model.register_comm_hook(state, lc3_hook)
     return state
 
@@ -75,6 +82,7 @@ class State:
         model: DistributedDataParallel,
         config: Config = Config(),  # noqa: B008  # frozen
         *,
+        scaler: GradScaler | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.session = session_for(model, config, group)
@@ -83,6 +91,10 @@ class State:
         self.engine = self.session.engine
         self._said: set[str] = set()
         self._wide = torch.empty(0)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        self._before: list[Tensor] = []
+        self._overflowed = False
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -101,6 +113,16 @@ class State:
             through uncompressed a tensor like it.
         """
         self.meter.steps = step + 1
+        if bucket == 0 and self._scaler is not None:
+            self._begin()
+        reduced = self._reduce(buffer, names, step, bucket)
+        if self._scaler is not None and not _finite(reduced):
+            self._overflowed = True
+        return reduced
+
+    def _reduce(
+        self, buffer: Tensor, names: list[str], step: int, bucket: int
+    ) -> Tensor:
         if buffer.layout != torch.strided or buffer.dtype not in _CODED_DTYPES:
             self._say_once(
                 f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
@@ -118,6 +140,32 @@ class State:
         self.engine.all_reduce(grads, step, bucket)
         return buffer if flat is buffer else buffer.copy_(flat)
 
+    def _begin(self) -> None:
+        """Bring the residuals into the units of this step's gradients, and keep them.
+
+        A scaler multiplies the loss, and changes by what. Powers of two are exact.
+        """
+        assert self._scaler is not None
+        self._settle()
+        residuals = self.engine.residuals
+        scale = self._scaler.get_scale()
+        if scale != self._scale:
+            for buffer in residuals.buffers():
+                buffer *= scale / self._scale
+            self._scale = scale
+        if not self._before:
+            self._before = [torch.empty_like(b) for b in residuals.buffers()]
+        for kept, buffer in zip(self._before, residuals.buffers(), strict=True):
+            kept.copy_(buffer)
+
+    def _settle(self) -> None:
+        """Undo a step that the scaler skips: what it had sent is owed again."""
+        if self._overflowed:
+            now = self.engine.residuals.buffers()
+            for kept, buffer in zip(self._before, now, strict=True):
+                buffer.copy_(kept)
+            self._overflowed = False
+
     def _widened(self, buffer: Tensor) -> Tensor:
         """Return float32[numel] of a half-precision bucket, in memory used again."""
         if self._wide.numel() < buffer.numel():
@@ -130,29 +178,65 @@ class State:
             self._said.add(kind)
             log.warning("lc3: %s", what)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return residuals and step of this rank: tensors, strings, integers only.
+    def pending(self) -> dict[str, Tensor]:
+        """Return what gradients still owe the parameters; collective.
 
-        Every rank saves its own; load it into the same rank of an equal run.
+        By coded parameter float32[numel] in memory order, the same on every rank: the
+        mean over ranks of the residuals, in the units of the gradients.
         """
-        return {
-            "step": self.session.step,
-            "residuals": self.engine.residuals.state_dict(),
-        }
+        owed: dict[str, Tensor] = {}
+
+        def ask() -> Tensor:
+            self._settle()
+            owed.update(self.engine.pending())
+            return torch.empty(0)
+
+        self.session.lane.submit(ask).wait()
+        return owed
+
+    def flush(self) -> None:
+        """Add what is pending to the gradients, densely, and owe nothing; collective.
+
+        For the last ``optimizer.step()`` before the model is handed over. Call it after
+        ``backward()``, on every rank.
+        """
+        owed = self.pending()
+        for buffer in self.engine.residuals.buffers():
+            buffer.zero_()
+        for parameter, name in self.session.names.items():
+            if name in owed:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                flat_view(parameter.grad).add_(owed[name].to(parameter.dtype))
+
+    def _parts(self) -> Parts:
+        residuals = self.engine.residuals
+        counters = {"step": self.session.step, "scale": self._scale}
+        return Parts(counters, residuals.sent, {"owned": residuals.owned})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return residuals and step of this rank: tensors, strings, numbers only.
+
+        Every rank saves its own. The same rank of an equal run continues from it bit
+        for bit; ``lc3.merge_states`` of all ranks' fits any number of ranks.
+        """
+        self._settle()
+        rank = self.engine.exchange.rank
+        return save("ddp", self.engine.plan, rank, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this rank.
+        """Continue from a ``state_dict`` of this rank, or from merged ones.
 
         Raises:
             StateError: it does not fit; nothing was changed.
         """
-        if set(state) != {"step", "residuals"}:
-            raise StateError(
-                f"state has the keys {sorted(state)}, expected ['residuals', 'step']; "
-                "is this what state.state_dict() returned?"
-            )
-        self.engine.residuals.load_state_dict(state["residuals"])
-        self.session.begin_step(int(state["step"]))
+        mine = self._parts()
+        rank = self.engine.exchange.rank
+        found = load(state, "ddp", self.engine.plan, rank, mine)
+        mine.copy_from(found)
+        self._overflowed = False
+        self._scale = float(found.counters["scale"])
+        self.session.begin_step(int(found.counters["step"]))
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
@@ -163,3 +247,8 @@ class State:
             "an lc3 State holds a process group and cannot be pickled; save "
             "state.state_dict(), and save model.module, not the DDP wrapper"
         )
+
+
+def _finite(values: Tensor) -> bool:
+    dense = values.coalesce().values() if values.is_sparse else values
+    return bool(dense.isfinite().all())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
@@ -31,7 +32,7 @@ def attach(
     optimizer: Optimizer | Sequence[Optimizer],
     config: Config = DEFAULT,
     *,
-    every: int = 8,
+    every: int | None = 8,
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
     delay: int = 0,
@@ -40,15 +41,17 @@ def attach(
     """Let every rank train ``model`` by itself, and average every ``every`` steps.
 
     Collective: every rank calls it with the same arguments. Parameters and buffers of
-    rank 0 are copied to all ranks. The training loop stays as it is, without DDP; every
-    rank must make the same number of steps, and ``state.sync()`` ends the training.
+    rank 0 are copied to all ranks. The training loop stays as it is, without DDP, and
+    ``state.sync()`` ends the training. Every rank must make the same number of steps;
+    where it cannot (a rank without data, a GradScaler that skips a step on one rank),
+    say ``every=None`` and call ``state.exchange()`` on every rank.
 
     Args:
         model: a plain module, not wrapped, its parameters on the CPU.
         optimizer: that trains it, or several that are stepped one after the other; the
             last one counts the steps. Their state stays local.
         config: what to compress; a density suits what local steps change.
-        every: H, local steps between two exchanges.
+        every: H, local steps between two exchanges. ``None``: none by itself.
         outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
         outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
             is a momentum already: it helps uncoded exchanges, not coded ones.
@@ -93,7 +96,7 @@ class State:
         optimizers: list[Optimizer],
         config: Config,
         *,
-        every: int,
+        every: int | None,
         outer_lr: float,
         outer_momentum: float,
         delay: int,
@@ -129,13 +132,14 @@ class State:
         self._seen = {name: flat.clone() for name, flat in replica.items() if delay}
         self._pending: torch.futures.Future[Tensor] | None = None
         self._buffers = torch.empty(0)
-        self.steps = self.exchanges = 0
+        self.steps = self.exchanges = self._unsent = 0
         self._handle = optimizers[-1].register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: object) -> None:
         self.steps += 1
         self.meter.steps += 1
-        if self.engine.exchange.world == 1:
+        self._unsent += 1
+        if self.engine.exchange.world == 1 or self._every is None:
             return
         since = self.steps % self._every
         if self._pending is not None and since == self._delay:
@@ -144,6 +148,21 @@ class State:
             self._start()
             if self._delay == 0:
                 self._finish()
+
+    def exchange(self) -> None:
+        """Exchange now: average what the ranks have moved; collective.
+
+        For loops that count themselves (``every=None``): ranks may have made any number
+        of steps since the last exchange, none too, as a rank without data or one whose
+        GradScaler has skipped a step.
+        """
+        if self.engine.exchange.world == 1:
+            return
+        if self._pending is not None:
+            self._finish()
+        self._start()
+        if self._delay == 0:
+            self._finish()
 
     def sync(self) -> None:
         """Exchange now and make every replica equal to the masters, exactly.
@@ -166,6 +185,7 @@ class State:
             if self._delay:
                 self._seen[name].copy_(flat)
         self._buffers = _flat_buffers(self._model)
+        self._unsent_then, self._unsent = self._unsent, 0
         self._pending = self._session.lane.submit(self._exchange)
 
     def _finish(self) -> None:
@@ -209,8 +229,9 @@ class State:
                 averaged = self._buffers
         world = self.engine.exchange.world
         elements = sum(flat.numel() for flat in self._flat.values())
-        # ``exchanging`` has counted one all-reduce; each of the other steps had one.
-        self.meter.dense_bytes += (self._every - 1) * 8 * elements * (world - 1) / world
+        # ``exchanging`` has counted one all-reduce; every step would have had one.
+        others = self._unsent_then - 1
+        self.meter.dense_bytes += others * 8 * elements * (world - 1) / world
         self.exchanges += 1
         return averaged
 
@@ -236,41 +257,35 @@ class State:
         """
         if self._pending is not None:
             raise StateError("an exchange is under way; call state.sync() first")
-        return {
-            "steps": self.steps,
-            "exchanges": self.exchanges,
-            "residuals": self.engine.residuals.state_dict(),
-            "masters": {n: m.clone() for n, m in self.owners.masters.items()},
-            "replica": {n: r.clone() for n, r in self.owners.replica.items()},
-            "velocity": {n: v.clone() for n, v in self._velocity.items()},
-        }
+        rank = self.engine.exchange.rank
+        return save("local_sgd", self.engine.plan, rank, self._parts())
+
+    def _parts(self) -> Parts:
+        shares: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
+        if self._velocity:
+            shares["velocity"] = self._velocity
+        return Parts(
+            {"steps": self.steps, "exchanges": self.exchanges},
+            self.engine.residuals.sent,
+            shares,
+            {"replica": dict(self.owners.replica)},
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this rank. The model is loaded beside it.
+        """Continue from a ``state_dict`` of this rank, or from merged ones.
+
+        The model is loaded beside it: on every rank its own, or on more ranks than
+        before any of them. The optimizer inside is each rank's own affair.
 
         Raises:
             StateError: it does not fit; nothing was changed.
         """
-        sides = {
-            "masters": self.owners.masters,
-            "replica": self.owners.replica,
-            "velocity": self._velocity,
-        }
-        if set(state) != {"steps", "exchanges", "residuals", *sides}:
-            raise StateError(f"state has the keys {sorted(state)}; of another hook?")
-        for side, mine in sides.items():
-            shapes = [{n: t.shape for n, t in s.items()} for s in (mine, state[side])]
-            if shapes[0] != shapes[1]:
-                raise StateError(
-                    f"{side} are of {list(shapes[1])[:3]}…, expected those of "
-                    f"{list(shapes[0])[:3]}…, each of its shape; same model, ranks and "
-                    "outer_momentum?"
-                )
-        self.engine.residuals.load_state_dict(state["residuals"])
-        for side, mine in sides.items():
-            for name, tensor in mine.items():
-                tensor.copy_(state[side][name])
-        self.steps, self.exchanges = int(state["steps"]), int(state["exchanges"])
+        mine = self._parts()
+        rank = self.engine.exchange.rank
+        found = load(state, "local_sgd", self.engine.plan, rank, mine)
+        mine.copy_from(found)
+        self.steps = int(found.counters["steps"])
+        self.exchanges = int(found.counters["exchanges"])
 
     def close(self) -> None:
         """Stop counting steps; end the lane and the group it made."""
@@ -287,7 +302,7 @@ class State:
 def _check(
     model: nn.Module,
     optimizers: list[Optimizer],
-    every: int,
+    every: int | None,
     outer_lr: float,
     outer_momentum: float,
     delay: int,
@@ -298,14 +313,17 @@ def _check(
         )
     if not optimizers:
         raise AttachError("no optimizer was given, so there are no steps to count")
-    for knob, value, least, below in (
-        ("every", every, 1, float("inf")),
-        ("delay", delay, 0, every),
-    ):
+    for knob, value, least in (("every", every, 1), ("delay", delay, 0)):
+        if knob == "every" and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{knob}={value!r} must be an integer from {least} up")
-        if value >= below:
-            raise ConfigError(f"{knob}={value!r} must be less than every={every}")
+    if delay >= (1 if every is None else every):
+        raise ConfigError(
+            f"delay={delay!r} must be less than every={every}"
+            if every is not None
+            else f"delay={delay!r} counts steps, so it needs every to be a number"
+        )
     if not 0 < outer_lr <= 2 or not 0 <= outer_momentum < 1:
         raise ConfigError(
             f"outer_lr={outer_lr!r} must be in (0, 2], outer_momentum="

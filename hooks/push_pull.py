@@ -16,10 +16,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
@@ -36,6 +38,7 @@ def attach(
     *,
     params: Iterable[Parameter] | Iterable[dict[str, Any]] | None = None,
     max_norm: float | None = None,
+    scaler: GradScaler | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> "PushPull":
     """Return the optimizer that trains ``model``, whose ``step()`` pulls deltas.
@@ -52,6 +55,8 @@ def attach(
         config: what to compress, and how much.
         params: parameters or groups of them, as for any optimizer. Default: all.
         max_norm: clips the gradient by its global norm, the true one of the mean.
+        scaler: that multiplies the loss; ``scaler.step`` and ``scaler.update`` are
+            called as usual. Residuals follow its scale.
         group: a process group that nobody else uses. Default: lc3 makes one.
 
     Raises:
@@ -62,7 +67,7 @@ def attach(
     """
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
-    optimizer = PushPull(model, make_optimizer, config, params, max_norm, group)
+    optimizer = PushPull(model, make_optimizer, config, params, max_norm, scaler, group)
     model.register_comm_hook(optimizer, push_pull_hook)
     return optimizer
 
@@ -78,8 +83,9 @@ class PushPull(Optimizer):
     """An optimizer whose step works on this rank's share. Made by ``attach``.
 
     Learning rates and other options are read from ``param_groups`` at every step, so
-    schedulers work as usual. ``zero_grad`` has nothing to do. Gradients of half
-    precision are not unscaled: train in bfloat16, without a GradScaler.
+    schedulers work as usual. ``zero_grad`` has nothing to do. The model's own gradients
+    are 0 after backward, or nan on every rank if one was not finite, which is what a
+    GradScaler looks for.
 
     Attributes:
         meter: bytes and seconds so far, on this rank.
@@ -97,6 +103,7 @@ class PushPull(Optimizer):
         config: Config,
         params: Iterable[Parameter] | Iterable[dict[str, Any]] | None,
         max_norm: float | None,
+        scaler: GradScaler | None,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.session = session_for(model, config, group)
@@ -135,6 +142,9 @@ class PushPull(Optimizer):
         self._values = {n: torch.empty_like(r) for n, r in replica.items()}
         self._pushed: set[str] = set()
         self._max_norm = max_norm
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        self._overflowed = False
         self.grad_norm = math.nan
         self.skipped = 0
 
@@ -157,6 +167,8 @@ class PushPull(Optimizer):
                 f"the gradient of {names[0]!r} came twice before step(); put all "
                 "backward passes but the last under model.no_sync()"
             )
+        if not self._pushed and self._scaler is not None:
+            self._follow(self._scaler.get_scale())
         sizes = [self._values[name].numel() for name in names]
         for name, gradient in zip(names, torch.split(buffer, sizes), strict=True):
             self._values[name].copy_(gradient)
@@ -172,7 +184,23 @@ class PushPull(Optimizer):
             with self.engine.exchanging(values, step, bucket, hops=1):
                 self.owners.push(values, step, bucket)
         self._pushed.update(names)
-        return buffer.zero_()
+        if len(self._pushed) < len(self._parameters):
+            return buffer.zero_()
+        self._find_norm()
+        self._overflowed = not math.isfinite(self.grad_norm)
+        if not self._overflowed:
+            return buffer.zero_()
+        # This step never was: the pushes' residuals are kept by the pull only.
+        self._pushed.clear()
+        self.skipped += 1
+        return buffer.fill_(math.nan)
+
+    def _follow(self, scale: float) -> None:
+        """Bring the residuals into the units of gradients of a loss times ``scale``."""
+        if scale != self._scale:
+            for buffer in self.engine.residuals.sent.values():
+                buffer *= scale / self._scale
+            self._scale = scale
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -185,21 +213,22 @@ class PushPull(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._overflowed:
+            self._overflowed = False
+            super().zero_grad(set_to_none=False)  # nan would stay in them
+            return loss
         if not self._pushed:
             raise AttachError(
                 "step() without a synchronised backward pass since the last one; a "
                 "pass under no_sync() pushes nothing"
             )
         self._pushed.clear()
-        self.session.lane.submit(self._find_norm).wait()
-        if not math.isfinite(self.grad_norm):
-            self.skipped += 1
-            return loss
         for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: mine[key] for key in mine if key != "params"})
         shrink = 1.0
         if self._max_norm is not None:
             shrink = min(1.0, self._max_norm / (self.grad_norm + 1e-6))
+        shrink /= self._scale
         for name, master in self._masters.items():
             mean = self.engine.means[name]
             # Unused on every rank: no gradient, as DDP has it.
@@ -212,14 +241,14 @@ class PushPull(Optimizer):
             flat.copy_(self.owners.replica[name])
         return loss
 
-    def _find_norm(self) -> Tensor:
+    def _find_norm(self) -> None:
         """Let all ranks know the norm of the mean gradient, finite or not."""
         means = self.engine.means.values()
         mine = torch.tensor([sum(float(m.double().square().sum()) for m in means)])
         everybody = self.engine.exchange.all_gather(mine.double().view(torch.uint8))
         squares = [float(data.clone().view(torch.float64)) for data in everybody]
-        self.grad_norm = math.sqrt(sum(squares)) if sum(squares) >= 0 else math.nan
-        return mine
+        total = math.sqrt(sum(squares)) if sum(squares) >= 0 else math.nan
+        self.grad_norm = total / self._scale
 
     def _pull(self) -> Tensor:
         step, bucket = self.meter.steps - 1, _PULL_BUCKET
@@ -245,45 +274,92 @@ class PushPull(Optimizer):
             for name, parameter in self._parameters.items()
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what this rank has to keep beside the model; every rank its own."""
-        return {
-            "step": self.session.step,
-            "inner": self.inner.state_dict(),
-            "residuals": self.engine.residuals.state_dict(),
-            "masters": {n: m.clone() for n, m in self.owners.masters.items()},
-            "replica": {n: self.owners.replica[n].clone() for n in self._flat},
+    def _parts(self) -> Parts:
+        """Return what is kept; optimizer state by parameter, not by its number."""
+        shares: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
+        scalars: dict[str, Any] = {
+            "": [
+                {key: group[key] for key in group if key != "params"}
+                for group in self.inner.param_groups
+            ]
         }
+        for name, master in self._masters.items():
+            for key, value in self.inner.state.get(master, {}).items():
+                if isinstance(value, Tensor) and value.shape == master.shape:
+                    shares.setdefault(OPTIONAL + key, {})[name] = value
+                else:
+                    scalars.setdefault(name, {})[key] = value
+        return Parts(
+            {"step": self.session.step, "scale": self._scale},
+            self.engine.residuals.sent,
+            shares,
+            {"replica": {n: self.owners.replica[n] for n in self._flat}},
+            scalars,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this rank has to keep beside the model; every rank its own.
+
+        The same rank of an equal run continues from it bit for bit;
+        ``lc3.merge_states`` of all ranks' fits any number of ranks, masters and
+        optimizer state exactly.
+        """
+        rank = self.engine.exchange.rank
+        return save("push_pull", self.engine.plan, rank, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this rank. The model is loaded beside it.
+        """Continue from a ``state_dict`` of this rank, or from merged ones.
+
+        The model is loaded beside it.
 
         Raises:
             StateError: it does not fit; nothing was changed.
         """
-        if set(state) != {"step", "inner", "residuals", "masters", "replica"}:
-            raise StateError(f"state has the keys {sorted(state)}; of another hook?")
-        sides = (
-            ("masters", self.owners.masters),
-            ("replica", {n: self.owners.replica[n] for n in self._flat}),
-        )
-        for side, mine in sides:
-            shapes = [{n: t.shape for n, t in s.items()} for s in (mine, state[side])]
-            if shapes[0] != shapes[1]:
-                raise StateError(
-                    f"{side} differ from this run's in names or shapes; load each "
-                    "rank's own file into the same model, Config and number of ranks"
-                )
-        self.engine.residuals.load_state_dict(state["residuals"])
-        for side, mine in sides:
-            for name, tensor in mine.items():
-                tensor.copy_(state[side][name])
-        self.inner.load_state_dict(state["inner"])
-        for mine_, inner in zip(
+        mine = self._parts()
+        rank = self.engine.exchange.rank
+        found = load(state, "push_pull", self.engine.plan, rank, mine)
+        groups = found.scalars.pop("")
+        if len(groups) != len(self.inner.param_groups):
+            raise StateError(
+                f"the state has {len(groups)} parameter groups, this optimizer "
+                f"{len(self.inner.param_groups)}"
+            )
+        mine.shares = {"masters": self.owners.masters}
+        mine.copy_from(found)
+        self._load_optimizer(found, groups)
+        self._scale = float(found.counters["scale"])
+        self.session.begin_step(int(found.counters["step"]))
+
+    def _load_optimizer(self, found: Parts, groups: Groups) -> None:
+        states: dict[str, dict[str, Any]] = {
+            name: dict(found.scalars.get(name, {})) for name in self._masters
+        }
+        for kind, named in found.shares.items():
+            if kind.startswith(OPTIONAL):
+                for name, value in named.items():
+                    shaped = value.view(self._masters[name].shape)
+                    states[name][kind.removeprefix(OPTIONAL)] = shaped.clone()
+        numbers = self.inner.state_dict()["param_groups"]
+        by_number = {
+            number: states[name]
+            for mine, theirs in zip(self.inner.param_groups, numbers, strict=True)
+            for number, name in zip(
+                theirs["params"], map(self._name_of, mine["params"]), strict=True
+            )
+            if states[name]
+        }
+        loaded = [
+            {**group, "params": mine["params"]}
+            for group, mine in zip(groups, numbers, strict=True)
+        ]
+        self.inner.load_state_dict({"state": by_number, "param_groups": loaded})
+        for outer, inner in zip(
             self.param_groups, self.inner.param_groups, strict=True
         ):
-            mine_.update({key: inner[key] for key in inner if key != "params"})
-        self.session.begin_step(int(state["step"]))
+            outer.update({key: inner[key] for key in inner if key != "params"})
+
+    def _name_of(self, master: Tensor) -> str:
+        return next(name for name, m in self._masters.items() if m is master)
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""

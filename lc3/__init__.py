@@ -1,5 +1,6 @@
 """lc3: 3LC gradient compression for PyTorch, for training over slow links."""
 
+from lc3.checkpoint import merge as merge_states
 from lc3.codec import decode, encode
 from lc3.config import Config
 from lc3.errors import (
@@ -29,4 +30,5 @@ __all__ = [
     "__version__",
     "decode",
     "encode",
+    "merge_states",
 ]

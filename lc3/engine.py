@@ -7,7 +7,7 @@ finite, so a step that fails, or overflows on any rank, leaves all residuals as 
 were.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -291,6 +291,41 @@ class Engine:
             else:
                 view.copy_(_floats(chunk))
         self.workers.run(jobs)
+
+    def gather(
+        self, shares: Mapping[str, Tensor], names: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Return whole parameters from every rank's shares of them; collective.
+
+        Args:
+            shares: by parameter name float32[slice], of the slices that this rank owns.
+            names: of the parameters, the same on every rank.
+
+        Returns:
+            By name float32[numel], the same on every rank.
+        """
+        mine = self.plan.slices_of(names, self.exchange.rank)
+        parts = [shares[slice_.name].reshape(-1) for slice_ in mine]
+        message = torch.cat([torch.empty(0), *parts]).view(torch.uint8)
+        whole = {name: torch.zeros(self.plan.numel[name]) for name in names}
+        for owner, data in enumerate(self.exchange.all_gather(message)):
+            slices = list(self.plan.slices_of(names, owner))
+            values = data.clone().view(torch.float32)
+            split = torch.split(values, [slice_.numel for slice_ in slices])
+            for slice_, part in zip(slices, split, strict=False):
+                whole[slice_.name][slice_.start : slice_.stop] = part
+        return whole
+
+    def pending(self) -> dict[str, Tensor]:
+        """Return what gradients still owe the parameters, as a mean; collective.
+
+        By coded parameter float32[numel], the same on every rank: the mean over ranks
+        of what their pushes did not carry yet, plus what pulls did not.
+        """
+        owed = self.gather(self.residuals.owned, self.plan.coded)
+        for name, sent in self.residuals.sent.items():
+            owed[name] += self.exchange.all_reduce_mean(sent.clone())
+        return owed
 
     def close(self) -> None:
         """End the threads. Calling it again does nothing."""

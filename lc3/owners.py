@@ -8,7 +8,6 @@ difference, so it needs no residual of its own, and replicas stay bit-identical.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from lc3.engine import Engine
@@ -107,16 +106,7 @@ class Owners:
 
     def export(self) -> dict[str, Tensor]:
         """Return everybody's masters, by parameter name float32[numel]; collective."""
-        whole = {name: flat.clone() for name, flat in self.replica.items()}
-        mine = [self.master(piece).view(torch.uint8) for piece in self.owned]
-        message = torch.cat(mine) if mine else torch.empty(0, dtype=torch.uint8)
-        arrived = self.engine.exchange.all_gather(message)
-        for owned, data in zip(self.pieces, arrived, strict=True):
-            sizes = [4 * piece.numel for piece in owned]
-            for piece, chunk in zip(owned, torch.split(data, sizes), strict=True):
-                place = whole[piece.name][piece.start : piece.stop]
-                place.copy_(chunk.clone().view(torch.float32))
-        return whole
+        return self.engine.gather(self.masters, list(self.replica))
 
     def flush(self) -> None:
         """Make every replica equal to the masters, exactly; collective."""

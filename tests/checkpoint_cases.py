@@ -1,0 +1,222 @@
+"""What the ranks of ``test_checkpoint`` do: each function runs on every rank."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lc3
+from lc3.hooks import ddp, local_sgd, push_pull
+from tests.ddp_cases import hash_of
+from tests.push_pull_cases import CODED, KINDS, small_net
+
+HOOKS = ("ddp", "push_pull", "local_sgd")
+
+
+class Run:
+    """A small model in training under one of the hooks."""
+
+    def __init__(self, hook: str, dtype: torch.dtype = torch.float32) -> None:
+        self.hook = hook
+        self.net = small_net().to(dtype)
+        self.model: nn.Module = self.net
+        self.state: Any
+        self.optimizer: Any
+        if hook == "local_sgd":
+            self.optimizer = KINDS["adamw"](self.net.parameters())
+            config = lc3.Config(density=0.1, min_numel=64, min_share=500)
+            self.state = local_sgd.attach(
+                self.net, self.optimizer, config, every=2, outer_momentum=0.5
+            )
+            return
+        self.model = DistributedDataParallel(self.net)
+        if hook == "push_pull":
+            self.optimizer = push_pull.attach(self.model, KINDS["adamw"], CODED)
+            self.state = self.optimizer
+        else:
+            self.optimizer = KINDS["adamw"](self.net.parameters())
+            self.state = ddp.attach(self.model, CODED)
+
+    def train(self, rank: int, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(1000 * step + rank)
+            x = torch.randn(8, 30, dtype=next(self.net.parameters()).dtype)
+            self.optimizer.zero_grad()
+            self.model(x).float().square().mean().backward()
+            self.optimizer.step()
+
+    def masters(self) -> dict[str, Tensor]:
+        if self.hook == "ddp":
+            return {n: p.detach().clone() for n, p in self.net.named_parameters()}
+        if self.hook == "push_pull":
+            return dict(self.state.export())
+        exported: dict[str, Tensor] = self.state.owners.export()
+        return exported
+
+    def pending(self) -> dict[str, Tensor]:
+        if self.hook == "ddp":
+            pending: dict[str, Tensor] = self.state.pending()
+            return pending
+        engine = self.state.engine
+        return {
+            name: engine.exchange.all_reduce_mean(sent.clone())
+            for name, sent in engine.residuals.sent.items()
+        }
+
+
+def save(rank: int, world: int, hook: str, folder: str, bfloat16: bool) -> Any:
+    """Train a while and save; return what any other number of ranks must find."""
+    run = Run(hook, torch.bfloat16 if bfloat16 else torch.float32)
+    run.train(rank, range(6))
+    saved = {"model": run.net.state_dict(), "lc3": run.state.state_dict()}
+    torch.save(saved, Path(folder) / f"{rank}.pt")
+    found = run.masters(), run.pending(), optimizer_state(run, world)
+    run.state.close()
+    return found
+
+
+def optimizer_state(run: Run, world: int) -> dict[str, Tensor]:
+    """Return exp_avg of the whole model, whoever owns it."""
+    if run.hook != "push_pull":
+        return {}
+    engine = run.state.engine
+    shares = {
+        name: run.state.inner.state[master]["exp_avg"].reshape(-1)
+        for name, master in run.state._masters.items()
+    }
+    whole: dict[str, Tensor] = engine.gather(shares, list(engine.plan.numel))
+    return whole
+
+
+def load(
+    rank: int, world: int, hook: str, folder: str, files: int, bfloat16: bool
+) -> Any:
+    """Load on another number of ranks; return what is found, then train on."""
+    run = Run(hook, torch.bfloat16 if bfloat16 else torch.float32)
+    states = [
+        torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(files)
+    ]
+    run.net.load_state_dict(states[0]["model"])
+    run.state.load_state_dict(lc3.merge_states([state["lc3"] for state in states]))
+    found = run.masters(), run.pending(), optimizer_state(run, world)
+    run.train(rank, range(6, 10))
+    digest = hash_of(run.net)
+    run.state.close()
+    return (*found, digest)
+
+
+def flushes(rank: int, world: int) -> tuple[float, float, float]:
+    """What is pending becomes gradient, and nothing is owed; return three norms."""
+    run = Run("ddp")
+    run.train(rank, range(5))
+    owed = run.pending()
+    run.optimizer.zero_grad()
+    run.state.flush()
+    grads = {
+        name: p.grad.reshape(-1)
+        for name, p in run.net.named_parameters()
+        if p.grad is not None
+    }
+    apart = max(float((grads[name] - owed[name]).abs().max()) for name in owed)
+    before = sum(float(values.norm()) for values in owed.values())
+    after = sum(float(values.norm()) for values in run.pending().values())
+    run.state.close()
+    return before, apart, after
+
+
+def through_dcp(rank: int, world: int, folder: str) -> bool:
+    """Save and load with torch.distributed.checkpoint, a part of it for each rank."""
+    run = Run("ddp")
+    run.train(rank, range(5))
+    mine = f"lc3-{rank}"
+    dcp.save({mine: run.state.state_dict()}, checkpoint_id=folder)
+    run.train(rank, range(5, 8))
+    straight = hash_of(run.net)
+    run.state.close()
+    run = Run("ddp")
+    run.train(rank, range(5))  # the model itself; the residuals are overwritten
+    for buffer in run.state.engine.residuals.buffers():
+        buffer.zero_()
+    wanted = {mine: run.state.state_dict()}
+    dcp.load(wanted, checkpoint_id=folder)
+    run.state.load_state_dict(wanted[mine])
+    run.train(rank, range(5, 8))
+    run.state.close()
+    return hash_of(run.net) == straight
+
+
+def with_a_scaler(rank: int, world: int, hook: str, bad: dict[int, int]) -> Any:
+    """Overflows on some ranks in some steps; then a run in which they never were.
+
+    Args:
+        rank: this one.
+        world: of all.
+        hook: ddp or push_pull.
+        bad: by step, the rank that overflows in one tensor.
+    """
+    digests, scales, skipped = [], set(), 0
+    for scaled in (True, False):
+        net = small_net()
+        model = DistributedDataParallel(net, bucket_cap_mb=0.002)
+        scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**8, growth_interval=3, enabled=scaled
+        )
+        optimizer: Any
+        if hook == "ddp":
+            optimizer = KINDS["sgd"](net.parameters())
+            state: Any = ddp.attach(model, CODED, scaler=scaler)
+        else:
+            state = optimizer = push_pull.attach(
+                model, KINDS["sgd"], CODED, scaler=scaler
+            )
+        overflow = False
+
+        def spoil(grad: Tensor) -> Tensor:
+            return grad * torch.inf if overflow else grad  # noqa: B023
+
+        net.get_parameter("2.weight").register_hook(spoil)
+        for step in range(30):
+            if not scaled and step in bad:
+                continue
+            overflow = bad.get(step) == rank
+            optimizer.zero_grad()
+            torch.manual_seed(1000 * step + rank)
+            loss = model(torch.randn(8, 30)).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.add(scaler.get_scale())
+        digests.append(hash_of(net))
+        if scaled and hook == "push_pull":
+            skipped = state.skipped
+        state.close()
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, digests)
+    return digests, everyone, sorted(scales), skipped
+
+
+def uneven_local_steps(rank: int, world: int) -> tuple[str, float]:
+    """Each rank makes another number of steps, the last one none; uncoded."""
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    state = local_sgd.attach(net, optimizer, lc3.Config(raw=("*",)), every=None)
+    apart = 0.0
+    for round_ in range(4):
+        for step in range(world - 1 - rank):
+            optimizer.zero_grad()
+            torch.manual_seed(1000 * round_ + 10 * step + rank)
+            net(torch.randn(8, 30)).square().mean().backward()
+            optimizer.step()
+        everyone: list[Any] = [None] * world
+        mine = {n: p.detach().clone() for n, p in net.named_parameters()}
+        dist.all_gather_object(everyone, mine)
+        state.exchange()
+        for name, parameter in net.named_parameters():
+            mean = torch.stack([theirs[name] for theirs in everyone]).mean(dim=0)
+            apart = max(apart, float((parameter.detach() - mean).abs().max()))
+    state.close()
+    return hash_of(net), apart

@@ -1,0 +1,165 @@
+"""Nothing is lost: across restarts, other numbers of ranks, and a scaler's skips."""
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lc3
+from lc3 import checkpoint
+from lc3.checkpoint import Parts
+from lc3.engine import Engine
+from lc3.exchange import Loopback
+from tests import checkpoint_cases
+from tests.ranks import Ranks
+from tests.test_engine import SMALL, engine_of, run
+
+pytestmark = pytest.mark.timeout(240)
+Pools = Callable[[int], Ranks]
+
+
+def parts_of(engine: Engine) -> Parts:
+    return Parts({"step": 3}, engine.residuals.sent, {"owned": engine.residuals.owned})
+
+
+def states() -> list[dict[str, Any]]:
+    """The states of two ranks after three steps."""
+    return [
+        checkpoint.save("ddp", engine.plan, rank, parts_of(engine))
+        for rank, engine in enumerate(run(2, 3, SMALL))
+    ]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3)])
+@pytest.mark.parametrize("hook", checkpoint_cases.HOOKS)
+def test_another_number_of_ranks(
+    ranks: Pools, tmp_path: Path, hook: str, before: int, after: int, bfloat16: bool
+) -> None:
+    """Masters and optimizer state exactly; what is pending up to one division."""
+    folder = str(tmp_path)
+    saved = ranks(before).run(checkpoint_cases.save, hook, folder, bfloat16)
+    loaded = ranks(after).run(checkpoint_cases.load, hook, folder, before, bfloat16)
+    masters, pending, state = saved[0]
+    for found in loaded:
+        for wanted, mine in zip((masters, state), (found[0], found[2]), strict=True):
+            assert set(wanted) == set(mine)
+            for name, tensor in wanted.items():
+                assert torch.equal(mine[name], tensor), name
+        for name, tensor in pending.items():
+            apart = (found[1][name] - tensor).norm()
+            assert apart <= 1e-6 * tensor.norm(), name
+    assert any(tensor.any() for tensor in pending.values())
+    assert len({found[3] for found in loaded}) == 1
+
+
+def test_flush_makes_gradient_of_what_is_pending(ranks: Pools) -> None:
+    for before, apart, after in ranks(2).run(checkpoint_cases.flushes):
+        assert before > 0
+        assert apart == 0
+        assert after == 0
+
+
+def test_torchs_distributed_checkpoint(ranks: Pools, tmp_path: Path) -> None:
+    assert all(ranks(2).run(checkpoint_cases.through_dcp, str(tmp_path / "dcp")))
+
+
+@pytest.mark.parametrize("hook", ["ddp", "push_pull"])
+def test_steps_that_a_scaler_skips_never_were(ranks: Pools, hook: str) -> None:
+    """One tensor overflows on one rank; the others' tensors lose nothing either."""
+    bad = {4: 1, 5: 0, 11: 1, 12: 1, 20: 0}
+    for digests, everyone, scales, skipped in ranks(2).run(
+        checkpoint_cases.with_a_scaler, hook, bad
+    ):
+        assert digests[0] == digests[1]
+        assert all(theirs == digests for theirs in everyone)
+        assert len(scales) > 3  # it grew, and backed off
+        assert skipped == (len(bad) if hook == "push_pull" else 0)
+
+
+def test_ranks_with_other_numbers_of_local_steps(ranks: Pools) -> None:
+    reports = ranks(3).run(checkpoint_cases.uneven_local_steps)
+    assert len({digest for digest, _ in reports}) == 1
+    for _, apart in reports:
+        assert apart < 1e-6
+
+
+def test_a_state_comes_back() -> None:
+    engine = run(2, 3, SMALL)[1]
+    state = checkpoint.save("ddp", engine.plan, 1, parts_of(engine))
+    fresh = engine_of(Loopback(2).ranks[1])
+    mine = parts_of(fresh)
+    mine.copy_from(checkpoint.load(state, "ddp", fresh.plan, 1, mine))
+    pairs = zip(fresh.residuals.buffers(), engine.residuals.buffers(), strict=True)
+    for new, old in pairs:
+        assert torch.equal(new, old)
+        assert old.any()
+
+
+WRONG_SENT = {"a": torch.zeros(2000), "c": torch.zeros(2700)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 1}, "has format 1, this lc3 reads 2"),
+        ({"hook": "push_pull"}, "saved with hook 'push_pull', this run has 'ddp'"),
+        ({"rank": 0}, "saved with rank 0, this run has 1"),
+        ({"world": 3}, "saved with world 3, this run has 2"),
+        ({"plan": 1}, "saved with plan 1,"),
+        ({"numel": {"a": 5}}, "a model with 5 elements of 'a', this run's has 2000"),
+        ({"extra": 1}, r"\['extra'\] too many or too few"),
+        ({"counters": {}}, "the state counts .* this run"),
+        ({"shares": {}}, r"has shares \[\], this run \['owned'\]"),
+        ({"sent": {}}, "'a' is only on one side"),
+        ({"sent": {**WRONG_SENT, "a": torch.zeros(1999)}}, "1999"),
+        ({"sent": {**WRONG_SENT, "a": torch.zeros(2000).double()}}, "float64"),
+        ({"sent": {**WRONG_SENT, "a": torch.full((2000,), torch.nan)}}, "nan"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    change: dict[str, Any], words: str
+) -> None:
+    engine = run(2, 3, SMALL)[1]
+    before = [buffer.clone() for buffer in engine.residuals.buffers()]
+    mine = parts_of(engine)
+    state = checkpoint.save("ddp", engine.plan, 1, mine)
+    with pytest.raises(lc3.StateError, match=words):
+        checkpoint.load({**state, **change}, "ddp", engine.plan, 1, mine)
+    for old, new in zip(before, engine.residuals.buffers(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda both: [], "no states to merge"),
+        (lambda both: both[:1], r"1 states of the ranks \[0\].* had 2 ranks"),
+        (lambda both: [both[0], both[0]], r"2 states of the ranks \[0\]"),
+        (
+            lambda both: [both[0], {**both[1], "counters": {"step": 4}}],
+            r"rank 1 has counters \{'step': 4\}, rank 0",
+        ),
+        (lambda both: [lc3.merge_states(both)], "merged already"),
+        (lambda both: [{"model": 1}], r"keys \['model'\] is not what"),
+        (lambda both: [torch.zeros(3)], "keys Tensor is not what"),
+    ],
+)
+def test_states_that_are_not_of_one_run(
+    spoil: Callable[[list[Any]], list[Any]], words: str
+) -> None:
+    with pytest.raises(lc3.StateError, match=words):
+        lc3.merge_states(spoil(states()))
+
+
+def test_states_are_plain_and_files_are_read_as_such() -> None:
+    buffer = io.BytesIO()
+    torch.save(states(), buffer)
+    whole = buffer.getvalue()
+    assert len(torch.load(io.BytesIO(whole), weights_only=True)) == 2
+    with pytest.raises((RuntimeError, ValueError, pickle.UnpicklingError)):
+        torch.load(io.BytesIO(whole[: len(whole) // 2]), weights_only=True)
