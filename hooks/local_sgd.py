@@ -20,7 +20,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
-from lc3.session import Session
+from lc3.session import session_beside
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class State:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
-        self._session = Session(trained, config, dist.group.WORLD, group)
+        self._session = session_beside(trained, config, dist.group.WORLD, group)
         self.config = config
         self.meter = self._session.meter
         self.engine = self._session.engine

@@ -280,7 +280,7 @@ class PushPull(Optimizer):
         scalars: dict[str, Any] = {
             "": [
                 {key: group[key] for key in group if key != "params"}
-                for group in self.inner.param_groups
+                for group in self.param_groups  # a scheduler changes these
             ]
         }
         for name, master in self._masters.items():

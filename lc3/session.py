@@ -15,7 +15,7 @@ from lc3.codec import codec_for, warm_up
 from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import AttachError
-from lc3.exchange import GroupExchange
+from lc3.exchange import Exchange, GroupExchange
 from lc3.handshake import agree, threads_for
 from lc3.lane import Lane
 from lc3.meter import Meter
@@ -37,8 +37,8 @@ class Session:
     Args:
         parameters: (name, parameter), the trainable ones, in the model's order.
         config: what to compress, and how much.
-        beside: the group whose ranks train the model; others use it too.
-        group: a group of the same ranks that nobody else uses. Default: one is made.
+        exchange: between the ranks, that nobody else uses.
+        leave: what to do when the session ends.
 
     Attributes:
         names: the name of each parameter.
@@ -59,16 +59,13 @@ class Session:
         self,
         parameters: Iterable[tuple[str, Parameter]],
         config: Config,
-        beside: dist.ProcessGroup,
-        group: dist.ProcessGroup | None,
+        exchange: Exchange,
+        leave: Callable[[], None],
     ) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in parameters}
-        for parameter, name in self.names.items():
-            _check_device(name, parameter)
         self.config = config
         self.meter = Meter()
-        self._group, self._group_is_mine = _group_for(beside, group)
-        exchange = GroupExchange(self._group, _CPU)
+        self._leave = leave
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
 
         def build() -> Engine:
@@ -82,7 +79,7 @@ class Session:
             threads = threads_for(exchange, config)
             self.engine = agree(exchange, __version__, config, shapes, build)
         except BaseException:
-            self._leave_group()
+            leave()
             raise
         self.lane = Lane(f"lc3-rank{exchange.rank}")
         self.begin_step(0)
@@ -145,11 +142,37 @@ class Session:
         """End the lane, the threads, and the group it made. Again: does nothing."""
         if self.lane.close(_CLOSE_TIMEOUT_S):
             self.engine.close()
-            self._leave_group()
+            self._leave()
 
-    def _leave_group(self) -> None:
-        if self._group_is_mine:
-            dist.destroy_process_group(self._group)
+
+def session_beside(
+    parameters: Iterable[tuple[str, Parameter]],
+    config: Config,
+    beside: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+) -> Session:
+    """Return a session over a process group.
+
+    Args:
+        parameters: see ``Session``.
+        config: see ``Session``.
+        beside: the group whose ranks train the model; others use it too.
+        group: a group of the same ranks that nobody else uses. Default: one is made.
+
+    Raises:
+        AttachError: a parameter is not on the CPU, or the group is no such group; and
+            what ``Session`` raises.
+    """
+    named = list(parameters)
+    for name, parameter in named:
+        check_device(name, parameter)
+    own, is_mine = _group_for(beside, group)
+
+    def leave() -> None:
+        if is_mine:
+            dist.destroy_process_group(own)
+
+    return Session(named, config, GroupExchange(own, _CPU), leave)
 
 
 def session_for(
@@ -178,10 +201,11 @@ def session_for(
         for name, parameter in model.module.named_parameters()
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
-    return Session(trained, config, model.process_group, group)
+    return session_beside(trained, config, model.process_group, group)
 
 
-def _check_device(name: str, parameter: Tensor) -> None:
+def check_device(name: str, parameter: Tensor) -> None:
+    """Raise ``AttachError`` unless a parameter is where lc3 can exchange."""
     if parameter.device != _CPU:
         raise AttachError(
             f"parameter {name!r} is on {parameter.device}; in this version lc3 "

@@ -189,6 +189,8 @@ def resumes(rank: int, world: int, folder: str, dtype: torch.dtype) -> bool:
             torch.manual_seed(1000 * step + rank)
             model(torch.randn(8, 30).to(dtype)).float().square().mean().backward()
             optimizer.step()
+            for group in optimizer.param_groups:  # as a scheduler does
+                group["lr"] *= 0.9
 
     path = Path(f"{folder}-{rank}")
     net, wrapped, optimizer = fresh()

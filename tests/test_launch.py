@@ -1,0 +1,117 @@
+"""The script that launchers start: every method, every restart, every complaint."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import ranks
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(world: int, *arguments: str, restarts: int = 0) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(world), "--max-restarts", str(restarts)]
+    return [*command, "-m", "launch.train", *arguments]
+
+
+def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def parameters(output: str) -> str:
+    found = re.search(r"parameters ([0-9a-f]{16})", output)
+    assert found is not None, output
+    return found[1]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("method", ["3lc", "push-pull", "local"])
+def test_it_goes_on_where_it_stopped(tmp_path: Path, method: str) -> None:
+    """Bit for bit on as many ranks; on another number it goes on, too."""
+    options = ["--method", method, "--steps", "48", "--save-every", "16"]
+    straight = run(torchrun(2, *options))
+    assert straight.returncode == 0, straight.stderr
+    folder = tmp_path / "checkpoints"
+    kept = [*options, "--checkpoints", str(folder)]
+    process = subprocess.Popen(
+        torchrun(2, *kept), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 100
+    while not list(folder.glob("step-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    (saved,) = folder.glob("step-*")
+    again = run(torchrun(2, *kept))
+    assert again.returncode == 0, again.stderr
+    assert f"2 ranks, from step {saved.name[5:]}" in again.stdout
+    assert parameters(again.stdout) == parameters(straight.stdout)
+    other = run(torchrun(3, *kept))
+    assert other.returncode == 0, other.stderr
+    assert "3 ranks, from step 48" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "no launcher has started this process"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+            "mpirun has not said where rank 0 is; set MASTER_ADDR",
+        ),
+        (
+            {
+                "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "warp0",
+            },
+            "there is no interface 'warp0' here",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(variables: dict[str, str], words: str) -> None:
+    known = {
+        *(name for names in ranks.LAUNCHERS.values() for name in names),
+        *("OMPI_COMM_WORLD_LOCAL_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME"),
+    }
+    clean = {k: v for k, v in os.environ.items() if k not in known}
+    if "OMPI_COMM_WORLD_RANK" in variables:
+        variables = {**variables, "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", "--steps", "1"],
+        cwd=ROOT,
+        env={**clean, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
+def test_several_interfaces_need_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    two = {"eth0": "10.0.0.2", "eth1": "192.168.0.2"}
+    monkeypatch.setattr(ranks, "interfaces", lambda: two)
+    ranks.check_interface("127.0.0.1")
+    with pytest.raises(ranks.LaunchError, match=r"eth0 10\.0\.0\.2, eth1 192"):
+        ranks.check_interface("10.0.0.1")
+    monkeypatch.setattr(ranks, "interfaces", lambda: {"eth0": "10.0.0.2"})
+    ranks.check_interface("10.0.0.1")
