@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench evaluate fuzz test-install clean
+.PHONY: demo test check bench evaluate fuzz test-install test-horovod test-launch clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -38,8 +38,27 @@ fuzz: $(READY)
 test-install: $(READY)
 	$(BIN)/python -m tests.install
 
+# Real Horovod ranks, in an environment of its own; the first build takes minutes.
+test-horovod: .venv-horovod/ready
+	.venv-horovod/bin/python -m pytest tests/test_horovod.py tests/test_launchers.py -k horovod
+
+# The launchers by their own tools: Ray, Kubeflow's and SkyPilot's schemas, linters.
+test-launch: .venv-launch/ready
+	.venv-launch/bin/python -m pytest tests/test_launchers.py
+
+.venv-horovod/ready: pyproject.toml constraints.txt launch/install_horovod.sh
+	$(PYTHON) -m venv .venv-horovod
+	.venv-horovod/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test]"
+	launch/install_horovod.sh .venv-horovod/bin/python
+	@touch $@
+
+.venv-launch/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-launch
+	.venv-launch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test,launch]"
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-horovod .venv-launch build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lc3 needs Python 3.11 or newer, this is %d.%d; say make PYTHON=python3.11" % v[:2])'

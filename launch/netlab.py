@@ -141,19 +141,35 @@ class Lab:
 
     def torchrun(self, arguments: Sequence[str], ranks: int) -> int:
         """Run a torchrun job, one node a host; return the first bad exit status."""
+        start = [sys.executable, "-m", "torch.distributed.run"]
+        start += ["--nnodes", str(len(self.holders)), "--nproc-per-node", str(ranks)]
+        start += ["--master-addr", address(0), "--master-port", str(PORT)]
+        return self._run(
+            [
+                [*start, "--node-rank", str(host), *arguments]
+                for host in range(len(self.holders))
+            ]
+        )
+
+    def each(self, command: Sequence[str]) -> int:
+        """Run a command on every host; return the first bad exit status."""
+        return self._run([list(command)] * len(self.holders))
+
+    def _run(self, commands: Sequence[Sequence[str]]) -> int:
+        """Run each host's command, with what launch/torchrun_nodes.sh wants to know."""
+        known = {"HEAD": address(0), "NODES": str(len(commands)), "INTERFACE": "eth0"}
         nodes = [
             subprocess.Popen(
-                self.on(
-                    host,
-                    *(sys.executable, "-m", "torch.distributed.run"),
-                    *("--nnodes", str(len(self.holders)), "--node-rank", str(host)),
-                    *("--nproc-per-node", str(ranks), "--master-addr", address(0)),
-                    *("--master-port", str(PORT), *arguments),
-                ),
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0"},
+                self.on(host, *command),
+                env={
+                    **os.environ,
+                    **known,
+                    "HOST": str(host),
+                    "GLOO_SOCKET_IFNAME": "eth0",
+                },
                 stdout=None if host == 0 else subprocess.DEVNULL,
             )
-            for host in range(len(self.holders))
+            for host, command in enumerate(commands)
         ]
         statuses = [node.wait() for node in nodes]
         return next((status for status in statuses if status), 0)
@@ -199,6 +215,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hosts", type=int, default=2, help="2 to 64")
     parser.add_argument("--ranks", type=int, default=1, help="per host")
     parser.add_argument("--rate", default="100mbit", help="of each link, both ways")
+    parser.add_argument(
+        "--each",
+        action="store_true",
+        help="run the job as a command on every host; HOST, HEAD and NODES are set",
+    )
     parser.add_argument("--report", type=Path, help="JSON file for the traffic")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("job", nargs=argparse.REMAINDER, metavar="-- SCRIPT …")
@@ -226,7 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         lab = Lab(options.hosts, options.rate)
         start = time.perf_counter()
-        status = lab.torchrun(options.job, options.ranks)
+        if options.each:
+            status = lab.each(options.job)
+        else:
+            status = lab.torchrun(options.job, options.ranks)
         seconds = time.perf_counter() - start
         traffic = lab.traffic()
     except LabError as error:

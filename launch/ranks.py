@@ -39,6 +39,8 @@ def init(backend: str = "gloo") -> str:
         LaunchError: no launcher has started this process, it does not say where rank 0
             is, or there are several interfaces and none was chosen.
     """
+    if dist.is_initialized():
+        return "ray"  # or another that joins by itself
     launcher = next(
         (name for name, known in LAUNCHERS.items() if known[0] in os.environ), None
     )

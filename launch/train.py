@@ -117,9 +117,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and say on rank 0 how well."""
-    options = parse()
+    options = parse(arguments)
     try:
         launcher = ranks.init()
     except ranks.LaunchError as error:
@@ -154,7 +154,8 @@ def main() -> None:
         print(f"test accuracy {100 * accuracy:.2f} %, {sent}parameters {digest}")
     if state:
         state.close()
-    dist.destroy_process_group()
+    if launcher != "ray":  # which leaves the group itself
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

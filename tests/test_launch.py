@@ -78,8 +78,11 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, method: str) -> None:
         ),
         (
             {
-                "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "warp0",
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "LOCAL_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "GLOO_SOCKET_IFNAME": "warp0",
             },
             "there is no interface 'warp0' here",
         ),

@@ -1,0 +1,186 @@
+"""The files that start jobs, each checked by its own tool: ``make test-launch``.
+
+What a machine lacks is said by the skip's reason; ``make test-launch`` makes an
+environment that has everything but Slurm and OpenMPI, which come from the system.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import netlab
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci/run"]
+TRAIN = ("--steps", "32", "--method", "3lc", "--save-every", "16")
+pytestmark = pytest.mark.timeout(280)
+
+
+def tool(name: str) -> str | None:
+    """Return the path of a program beside this Python, or on the path."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def needs_program(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(tool(name) is None, reason=f"there is no {name} here")
+
+
+def needs_module(name: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(missing, reason=f"{name} is not installed here")
+
+
+def run(*command: str, **variables: str) -> str:
+    """Return what a command prints; it must succeed."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **given, **variables},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def loaded(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text())
+
+
+@needs_program("shellcheck")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    run(str(tool("shellcheck")), str(script))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_can_be_run(script: Path) -> None:
+    run("bash", "-n", str(script))
+    assert os.access(script, os.X_OK)
+
+
+def test_torchrun_on_one_machine(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints")
+    said = run(str(LAUNCH / "torchrun.sh"), *TRAIN, CHECKPOINTS=checkpoints, RANKS="2")
+    assert "torchrun: 2 ranks, from step 0" in said
+    said = run(str(LAUNCH / "torchrun.sh"), *TRAIN, CHECKPOINTS=checkpoints, RANKS="2")
+    assert "2 ranks, from step 32" in said
+
+
+@pytest.mark.skipif(netlab.missing() is not None, reason=str(netlab.missing()))
+@pytest.mark.parametrize("static", [False, True], ids=["c10d", "static"])
+def test_torchrun_on_two_hosts_of_two_ranks(tmp_path: Path, static: bool) -> None:
+    script = str(LAUNCH / "torchrun_nodes.sh")
+    node = "NODE=$HOST " if static else ""
+    said = run(
+        *(sys.executable, "-m", "launch.netlab", "--hosts", "2", "--rate", "1gbit"),
+        *("--each", "--", "sh", "-c", f"{node}exec {script} {' '.join(TRAIN)}"),
+        CHECKPOINTS=str(tmp_path / "checkpoints"),
+        RANKS="2",
+    )
+    if static:
+        assert "torchrun: 4 ranks, from step 0" in said
+    saved = list((tmp_path / "checkpoints/step-32").glob("*.pt"))
+    assert len(saved) == 4
+
+
+@needs_program("mpirun")
+def test_mpirun(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints")
+    said = run(str(LAUNCH / "mpirun.sh"), *TRAIN, CHECKPOINTS=checkpoints)
+    assert "mpirun: 2 ranks, from step 0" in said
+
+
+@needs_program("horovodrun")
+def test_horovodrun(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints")
+    said = run(str(LAUNCH / "horovodrun.sh"), *TRAIN, CHECKPOINTS=checkpoints)
+    assert "horovodrun: 2 ranks, from step 0" in said
+
+
+@needs_module("ray")
+def test_ray_train(tmp_path: Path) -> None:
+    said = run(
+        *(sys.executable, "-m", "launch.ray_train", "--storage", str(tmp_path), "--"),
+        *TRAIN,
+        RAY_TRAIN_V2_ENABLED="1",
+    )
+    assert "ray: 2 ranks, from step 0" in said
+
+
+@needs_module("kubeflow_trainer_api")
+def test_the_trainjob_fits_the_published_api() -> None:
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    given = loaded(LAUNCH / "kubeflow_trainjob.yaml")
+    job = TrainerV1alpha1TrainJob.from_dict(given)
+    assert job is not None
+    # Fields that the API does not know are dropped: nothing may be missing.
+    assert json.loads(job.to_json()) == given
+
+
+@needs_module("kubeflow")
+def test_the_pytorchjob_fits_the_published_api() -> None:
+    from kubeflow.training import KubeflowOrgV1PyTorchJob
+    from kubeflow.training.api_client import ApiClient
+
+    given = loaded(LAUNCH / "kubeflow_pytorchjob.yaml")
+
+    class Response:
+        data = json.dumps(given)
+
+    client = ApiClient()
+    job = client.deserialize(Response(), KubeflowOrgV1PyTorchJob)
+    assert client.sanitize_for_serialization(job) == given
+
+
+@needs_module("sky")
+def test_the_sky_file_fits_skypilots_schema() -> None:
+    import sky
+
+    task = sky.Task.from_yaml_config(
+        {k: v for k, v in loaded(LAUNCH / "skypilot.yaml").items() if k != "workdir"}
+    )
+    assert task.num_nodes == 4
+    assert "launch/torchrun_nodes.sh" in str(task.run)
+
+
+@needs_program("hadolint")
+def test_the_dockerfile_is_linted() -> None:
+    run(str(tool("hadolint")), str(LAUNCH / "Dockerfile"))
+
+
+def test_the_dockerfile_copies_what_there_is() -> None:
+    for line in (LAUNCH / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            for name in line.split()[1:-1]:
+                assert (ROOT / name).exists(), name
+
+
+@needs_program("sbatch")
+def test_slurm_takes_the_script() -> None:
+    """Where slurmctld runs; otherwise the directives are read by sbatch alone."""
+    done = subprocess.run(
+        ["sbatch", "--test-only", str(LAUNCH / "slurm.sbatch")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    bad = ("invalid option", "unrecognized option", "Invalid directive")
+    assert not any(words in done.stderr for words in bad), done.stderr
