@@ -38,6 +38,7 @@ class Run:
     steps: int
     compute_ms: float
     progress: Progress
+    lr_factor: float = 1.0
 
     def train(self, method: str, seed: int) -> list[dict[str, object]]:
         """Train once; collective.
@@ -54,6 +55,10 @@ class Run:
         torch.manual_seed(seed)
         module = self.task.make_model()
         given = self.task.make_optimizers(module)
+        for optimizer in given:
+            for group in optimizer.param_groups:
+                group["lr"] *= self.lr_factor
+            optimizer.defaults["lr"] *= self.lr_factor
         model, optimizers, traffic = METHODS[method](module, given)
         schedules = [schedule(optimizer, self.steps) for optimizer in optimizers]
         every = math.ceil(self.steps / EVALUATIONS)
@@ -70,7 +75,10 @@ class Run:
             if step % every == 0 or step == self.steps:
                 on_link += interface_bytes() - since
                 measured = self._measure(model, traffic, torch.stack(losses), step)
-                which = {"task": self.task.name, "method": method, "seed": seed}
+                name = method
+                if self.lr_factor != 1:
+                    name += f", lr × {self.lr_factor:g}"
+                which = {"task": self.task.name, "method": name, "seed": seed}
                 rows.append({**which, **measured, **timed(seconds / step, on_link)})
                 losses.clear()
                 dist.barrier()
@@ -271,6 +279,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=at_least(1), default=500)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
+    parser.add_argument(
+        "--lr-factor", type=float, default=1.0, help="times the task's learning rate"
+    )
     parser.add_argument("--first-seed", type=at_least(0), default=0)
 
 
@@ -305,7 +316,8 @@ def main() -> None:
     )
     rows: list[dict[str, object]] = []
     with Progress(*columns, console=console, transient=True) as progress:
-        run = Run(task, options.steps, measure_compute_ms(task), progress)
+        compute_ms = measure_compute_ms(task)
+        run = Run(task, options.steps, compute_ms, progress, options.lr_factor)
         everything = progress.add_task(
             "all runs", total=options.seeds * len(options.methods)
         )

@@ -150,6 +150,7 @@ def test_the_pytorchjob_fits_the_published_api() -> None:
 
 
 @needs_module("sky")
+@pytest.mark.filterwarnings("default")  # SkyPilot's own
 def test_the_sky_file_fits_skypilots_schema() -> None:
     import sky
 
