@@ -6,6 +6,7 @@ Any launcher that sets torchrun's environment starts it; rank 0 writes the CSV:
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import time
@@ -25,6 +26,12 @@ from torch.utils.data import DistributedSampler, TensorDataset
 from experiments.methods import DEMO, METHODS, Traffic
 from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
+from launch import ranks
+
+if importlib.util.find_spec("horovod") is not None:
+    from experiments import horovod_methods
+
+    METHODS.update(horovod_methods.METHODS)
 
 WARM_UP = 0.05
 EVALUATIONS = 10
@@ -256,13 +263,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_run_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
-    options = parser.parse_args(arguments)
-    if "RANK" not in os.environ:
-        parser.error(
-            "there is no RANK in the environment; start this with torchrun, for "
-            "example: torchrun --nproc-per-node 2 -m experiments.train --task digits"
-        )
-    return options
+    return parser.parse_args(arguments)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -301,7 +302,10 @@ def at_least(low: int) -> Callable[[str], int]:
 def main() -> None:
     """Train every method with every seed and write the rows."""
     options = parse()
-    dist.init_process_group("gloo")
+    try:
+        ranks.init()
+    except ranks.LaunchError as error:
+        raise SystemExit(f"experiments.train: {error}") from error
     first = dist.get_rank() == 0
     try:
         task = TASKS[options.task](options.data_dir)
