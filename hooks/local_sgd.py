@@ -191,7 +191,8 @@ class State:
     def _finish(self) -> None:
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        averaged = pending.wait()
+        with self.meter.stage("wait"):
+            averaged = pending.wait()
         if self._delay == 0:
             self._copy_replica()
         else:  # what this rank moved while the exchange was under way is kept

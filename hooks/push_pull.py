@@ -236,7 +236,8 @@ class PushPull(Optimizer):
         self.inner.step()
         for master in self._masters.values():
             master.grad = None  # its memory is the pull's from here on
-        self.session.lane.submit(self._pull).wait()
+        with self.meter.stage("wait"):
+            self.session.lane.submit(self._pull).wait()
         for name, flat in self._flat.items():
             flat.copy_(self.owners.replica[name])
         return loss

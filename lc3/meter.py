@@ -69,7 +69,8 @@ class Meter:
         passed_through_bytes: the part of ``sent_bytes`` that is sparse and float64
             gradients, which are not compressed.
         push, pull: the two directions.
-        seconds: wall-clock by stage: encode, exchange, decode.
+        seconds: wall-clock by stage: encode, exchange, decode on the worker lane, and
+            wait, which is what training stood still for them: what was not hidden.
     """
 
     steps: int = 0

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -103,8 +104,12 @@ class Session:
         # DDP would cast an exception to a tensor. Waiting at the end of backward,
         # before DDP does, raises it. Outside of backward (Join) nobody but DDP can.
         with suppress(RuntimeError):
-            Variable._execution_engine.queue_callback(future.wait)  # type: ignore[arg-type]
+            Variable._execution_engine.queue_callback(partial(self._wait, future))
         return future
+
+    def _wait(self, future: torch.futures.Future[Tensor]) -> None:
+        with self.meter.stage("wait"):
+            future.wait()
 
     def begin_step(self, step: int) -> None:
         """Let the next bucket be the first of ``step``."""

@@ -171,8 +171,11 @@ def resumes(rank: int, world: int, folder: str) -> bool:
 
 
 def a_delay_hides_a_slow_exchange(rank: int, world: int) -> tuple[float, float]:
-    """Return seconds of 40 steps with an exchange slowed by hand, waited for or not."""
-    seconds = []
+    """Return how long 40 steps stood still for exchanges slowed by hand, over compute.
+
+    Each exchange takes two to three steps; waited for, and with a delay of three.
+    """
+    shares = []
     for delay in (0, 3):
         net = make_net(1)
         optimizer = make_optimizer(net, "sgd")
@@ -190,10 +193,12 @@ def a_delay_hides_a_slow_exchange(rank: int, world: int) -> tuple[float, float]:
         for step in range(40):
             train_step(net, optimizer, rank, step)
             time.sleep(0.05)  # a step's compute that leaves the processor alone
-        seconds.append(time.perf_counter() - start - 40 * 0.05)
+        whole = time.perf_counter() - start
+        wait = state.meter.seconds["wait"]
+        shares.append(wait / (whole - wait))
         state.sync()
         state.close()
-    return seconds[0], seconds[1]
+    return shares[0], shares[1]
 
 
 def refused(rank: int, world: int, what: str) -> str:
