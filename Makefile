@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench evaluate fuzz test-install test-horovod test-launch clean
+.PHONY: demo test check bench evaluate fuzz test-install test-horovod test-launch soak clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -34,6 +34,10 @@ evaluate: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 tests/test_codec.py tests/test_plan.py tests/test_engine.py
 	$(BIN)/python -m tests.fuzz --mutations 10000000
+
+# 10 000 steps with faults beside the oracle, and 30 workers killed: half an hour.
+soak: $(READY)
+	$(BIN)/python -m tests.soak
 
 test-install: $(READY)
 	$(BIN)/python -m tests.install

@@ -194,6 +194,10 @@ class State:
         self.session.lane.submit(ask).wait()
         return owed
 
+    def check_replicas(self) -> None:
+        """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
+        self.session.check_replicas()
+
     def flush(self) -> None:
         """Add what is pending to the gradients, densely, and owe nothing; collective.
 

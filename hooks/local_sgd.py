@@ -179,6 +179,10 @@ class State:
         self._session.lane.submit(self._flush).wait()
         self._copy_replica()
 
+    def check_replicas(self) -> None:
+        """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
+        self._session.check_replicas()
+
     def _start(self) -> None:
         for name, flat in self._flat.items():
             torch.sub(self.owners.replica[name], flat, out=self._moved[name])

@@ -275,6 +275,10 @@ class PushPull(Optimizer):
             for name, parameter in self._parameters.items()
         }
 
+    def check_replicas(self) -> None:
+        """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
+        self.session.check_replicas()
+
     def _parts(self) -> Parts:
         """Return what is kept; optimizer state by parameter, not by its number."""
         shares: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}

@@ -12,6 +12,7 @@ from lc3.errors import (
     Lc3Error,
     PeerError,
     PlanMismatch,
+    ReplicasDiffer,
     StateError,
 )
 from lc3.version import __version__
@@ -26,6 +27,7 @@ __all__ = [
     "Lc3Error",
     "PeerError",
     "PlanMismatch",
+    "ReplicasDiffer",
     "StateError",
     "__version__",
     "decode",

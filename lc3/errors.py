@@ -8,6 +8,7 @@
     ├── AttachError    (RuntimeError)  a model or a use of it that cannot be compressed
     ├── FormatError    (ValueError)    received bytes are not what is due in format 1
     ├── PlanMismatch   (RuntimeError)  ranks disagree on what they are training
+    ├── ReplicasDiffer (RuntimeError)  ranks hold different parameters
     ├── StateError     (ValueError)    a state_dict does not fit this run
     ├── ExchangeError  (RuntimeError)  a dead rank, a cut link, a timeout
     └── PeerError      (RuntimeError)  another rank failed inside lc3 and said so
@@ -36,6 +37,10 @@ class FormatError(Lc3Error, ValueError):
 
 class PlanMismatch(Lc3Error, RuntimeError):  # noqa: N818  # reads as what it is
     """Ranks disagree on the model, world size, configuration or version."""
+
+
+class ReplicasDiffer(Lc3Error, RuntimeError):  # noqa: N818  # reads as what it is
+    """Ranks that should hold the same parameters do not."""
 
 
 class StateError(Lc3Error, ValueError):

@@ -1,5 +1,6 @@
 """What every hook needs for one model: names, a group of its own, an engine, a lane."""
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3.codec import codec_for, warm_up
 from lc3.config import Config
 from lc3.engine import Engine
-from lc3.errors import AttachError
+from lc3.errors import AttachError, ReplicasDiffer
 from lc3.exchange import Exchange, GroupExchange
 from lc3.handshake import agree, threads_for
 from lc3.lane import Lane
@@ -110,6 +111,42 @@ class Session:
     def _wait(self, future: torch.futures.Future[Tensor]) -> None:
         with self.meter.stage("wait"):
             future.wait()
+
+    def check_replicas(self) -> None:
+        """Compare a checksum of every parameter over the ranks; collective.
+
+        Four bytes a parameter travel. For every few hundred steps of a run whose code
+        is not trusted to keep replicas alike: a parameter changed on one rank only, an
+        optimizer that is not deterministic, broken memory.
+
+        Raises:
+            ReplicasDiffer: the same on every rank; names the first parameter and what
+                ranks hold.
+        """
+
+        def compare() -> Tensor:
+            mine = [
+                zlib.crc32(p.detach().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer since 3.12
+                for p in self.names
+            ]
+            message = torch.tensor(mine, dtype=torch.int64).view(torch.uint8)
+            everybody = [
+                data.clone().view(torch.int64).tolist()
+                for data in self.engine.exchange.all_gather(message)
+            ]
+            sums = zip(*everybody, strict=True)
+            for name, held in zip(self.names.values(), sums, strict=True):
+                if len(set(held)) > 1:
+                    usual = max(held, key=held.count)
+                    others = [r for r, value in enumerate(held) if value != usual]
+                    raise ReplicasDiffer(
+                        f"parameter {name!r} is another on the ranks {others} than on "
+                        f"the others after {self.step} steps; load a checkpoint from "
+                        "before, and look at what changes parameters on one rank only"
+                    )
+            return message
+
+        self.lane.submit(compare).wait()
 
     def begin_step(self, step: int) -> None:
         """Let the next bucket be the first of ``step``."""

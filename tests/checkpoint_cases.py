@@ -220,3 +220,21 @@ def uneven_local_steps(rank: int, world: int) -> tuple[str, float]:
             apart = max(apart, float((parameter.detach() - mean).abs().max()))
     state.close()
     return hash_of(net), apart
+
+
+def a_replica_drifts(rank: int, world: int, hook: str) -> str:
+    """One bit of one parameter changes on rank 1; return what is said."""
+    run = Run(hook)
+    run.train(rank, range(4))
+    run.state.check_replicas()
+    with torch.no_grad():
+        if rank == 1:
+            bits = run.net.get_parameter("2.weight").view(-1).view(torch.int32)
+            bits[7] ^= 1
+    try:
+        run.state.check_replicas()
+    except lc3.ReplicasDiffer as error:
+        return str(error)
+    finally:
+        run.state.close()
+    return "nothing"

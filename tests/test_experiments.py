@@ -141,6 +141,25 @@ def test_insert_needs_its_markers(text: str) -> None:
         report.insert(text, "x", "")
 
 
+DOCS = (ROOT / "docs/results.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["chars", "chars-muon"])
+def test_the_tables_in_the_docs_are_the_committed_results(name: str) -> None:
+    rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
+    assert report.insert(DOCS, name, report.markdown(rows, times=False)) == DOCS
+
+
+def test_horovod_gives_what_ddp_gives() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/horovod.csv")
+    assert report.insert(DOCS, "horovod", report.markdown(rows)) == DOCS
+    of = {summary.method: summary for summary in report.summarise(rows)}
+    for method in ("float32", "3LC s=1.00"):
+        ours, theirs = of[method], of[f"Horovod {method}"]
+        assert ours.accuracy == theirs.accuracy
+        assert ours.push_bits == theirs.push_bits
+
+
 @pytest.mark.parametrize("name", ["chars", "chars-muon"])
 def test_the_tables_of_text_are_the_committed_results(name: str) -> None:
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")

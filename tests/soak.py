@@ -1,0 +1,219 @@
+"""Long runs with faults: ``make soak``. CI runs a short form of each.
+
+``steps`` trains three ranks in one process beside the oracle, with inf, nan, silent
+ranks and slow ones, and checks every step bit for bit, residuals included. ``kills``
+kills workers of a torchrun job at random moments until it has got through anyway.
+"""
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from lc3 import Config
+from lc3.codec import codec_for
+from lc3.engine import Engine
+from lc3.exchange import Loopback
+from lc3.meter import Meter
+from lc3.plan import make_plan
+from tests.oracle import Oracle
+
+ROOT = Path(__file__).parents[1]
+WORLD = 3
+SHAPES = [("a", (50, 40)), ("bias", (30,)), ("b", (1, 3000)), ("c", (7, 11, 13))]
+CONFIG = Config(min_numel=64, min_share=900, threads=1)
+GROWTH_FROM = 0.3  # of the run; before it, allocators are still warming up
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files() -> int:
+    """Return how many file descriptors this process holds."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def steps(count: int, seed: int) -> dict[str, float]:
+    """Run ``count`` steps with faults; return what was seen.
+
+    Raises:
+        AssertionError: a mean or a residual is not the oracle's, to the bit.
+    """
+    chance = random.Random(seed)
+    generator = np.random.default_rng(seed)
+    plan = make_plan(SHAPES, WORLD, CONFIG)
+    codec = codec_for(torch.device("cpu"))
+    engines = [
+        Engine(plan, CONFIG, exchange, codec, Meter())
+        for exchange in Loopback(WORLD).ranks
+    ]
+    oracle = Oracle(SHAPES, WORLD, CONFIG)
+    seen = {"steps": 0.0, "non-finite": 0.0, "silent": 0.0, "slow": 0.0}
+    memory = threads = files = 0
+    with ThreadPoolExecutor(WORLD) as pool, np.errstate(all="ignore"):
+        for step in track(range(count), "soak", transient=True):
+            scale = np.float32(2.0 ** chance.randint(-8, 8))  # a scaler, a new rate
+            grads = [
+                {
+                    name: (generator.standard_normal(n) ** 3 * scale).astype(np.float32)
+                    for name, n in plan.numel.items()
+                }
+                for _ in range(WORLD)
+            ]
+            fault = chance.choices(
+                ("none", "non-finite", "silent", "slow"), (90, 4, 4, 2)
+            )[0]
+            bad = grads[chance.randrange(WORLD)]
+            name = chance.choice(list(bad))
+            if fault == "non-finite":
+                at = chance.randrange(plan.numel[name])
+                bad[name][at] = chance.choice((np.inf, -np.inf, np.nan))
+            elif fault == "silent":
+                bad[name][:] = 0
+            late = chance.randrange(WORLD) if fault == "slow" else None
+            if fault != "none":
+                seen[fault] += 1
+            expected = oracle.step([{k: v.copy() for k, v in g.items()} for g in grads])
+
+            def reduce(
+                rank: int, step: int = step, late: int | None = late
+            ) -> dict[str, torch.Tensor]:
+                if rank == late:
+                    time.sleep(0.005)
+                mine = {k: torch.from_numpy(v) for k, v in grads[rank].items()}  # noqa: B023
+                engines[rank].all_reduce(mine, step, 0)
+                return mine
+
+            for means in pool.map(reduce, range(WORLD)):
+                for key, mean in means.items():
+                    np.testing.assert_array_equal(mean.numpy(), expected[key])
+            for rank, engine in enumerate(engines):
+                for key, residual in engine.residuals.sent.items():
+                    np.testing.assert_array_equal(
+                        residual.numpy(), oracle.sent[rank][key]
+                    )
+            seen["steps"] += 1
+            if step == int(GROWTH_FROM * count):
+                memory, threads, files = (
+                    *(resident_bytes(), threading.active_count()),
+                    open_files(),
+                )
+        seen["memory growth, %"] = 100 * (resident_bytes() / memory - 1)
+        seen["more threads"] = threading.active_count() - threads
+        seen["more files"] = open_files() - files
+    for engine in engines:
+        engine.close()
+    return seen
+
+
+def torchrun(folder: Path, world: int, count: int, restarts: int) -> list[str]:
+    """Return the command of a job that saves often."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(world), "--max-restarts", str(restarts)]
+    command += [
+        "--monitor-interval",
+        "0.2",
+        "-m",
+        "launch.train",
+        "--steps",
+        str(count),
+    ]
+    return [*command, "--checkpoints", str(folder), "--save-every", "8"]
+
+
+def run(command: list[str], kill: int = 0, seed: int = 0) -> tuple[str, int]:
+    """Run a job, killing ``kill`` of its workers on the way; return output, kills.
+
+    Raises:
+        RuntimeError: the job failed.
+    """
+    chance = random.Random(seed)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        killed = 0
+        while job.poll() is None:
+            time.sleep(0.02)
+            if killed < kill and (workers := children(job.pid)):
+                # Some die while they start, some in training, some while they save.
+                time.sleep(chance.uniform(0.0, 14.0))
+                if victim := chance.choice(children(job.pid) or [0]):
+                    os.kill(victim, signal.SIGKILL)
+                    killed += 1
+                    while set(children(job.pid)) & set(workers) and job.poll() is None:
+                        time.sleep(0.02)
+        output.seek(0)
+        text = output.read()
+    if job.returncode:
+        raise RuntimeError(f"the job failed after {killed} kills:\n{text[-3000:]}")
+    return text, killed
+
+
+def children(pid: int) -> list[int]:
+    """Return the Python processes that a process has started."""
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(child) for child in found]
+
+
+def parameters(text: str) -> str:
+    """Return the digest of the trained parameters that rank 0 has printed."""
+    (found,) = re.findall(r"parameters ([0-9a-f]{16})", text)
+    return str(found)
+
+
+def kills(wanted: int, count: int, seed: int) -> dict[str, float]:
+    """Kill workers until ``wanted`` have died; the parameters are those of no kill.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        straight, _ = run(torchrun(Path(folder) / "straight", 2, count, 0))
+        expected = parameters(straight)
+        done = jobs = 0
+        while done < wanted:
+            place = Path(folder) / str(jobs)
+            command = torchrun(place, 2, count, restarts=wanted)
+            text, killed = run(command, min(5, wanted - done), seed + jobs)
+            assert parameters(text) == expected, (jobs, text[-2000:])
+            done, jobs = done + killed, jobs + 1
+            print(f"{done} of {wanted} killed, parameters {expected} each time")
+    return {"killed": done, "jobs": jobs}
+
+
+def main() -> None:
+    """Run what is asked for and print what was seen."""
+    parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--train", type=int, default=400, help="steps of a killed job")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.steps:
+        print(steps(options.steps, options.seed))
+    if options.kills:
+        print(kills(options.kills, options.train, options.seed))
+
+
+if __name__ == "__main__":
+    main()

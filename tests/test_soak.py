@@ -1,0 +1,18 @@
+"""A short form of ``make soak``."""
+
+import pytest
+
+from tests import soak
+
+
+def test_steps_with_faults_equal_the_oracle() -> None:
+    seen = soak.steps(400, seed=1)
+    assert seen["steps"] == 400
+    assert min(seen["non-finite"], seen["silent"], seen["slow"]) > 3
+    assert seen["more threads"] <= 0
+    assert seen["more files"] <= 0
+
+
+@pytest.mark.timeout(280)
+def test_a_killed_worker_costs_nothing() -> None:
+    assert soak.kills(1, 80, seed=3)["killed"] == 1
