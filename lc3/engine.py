@@ -405,7 +405,7 @@ class Engine:
     def _telling_others(self, step: int, bucket: int) -> Iterator[None]:
         """Answer the next exchange with an abort message if this rank fails on its own.
 
-        Both directions move bytes by the same two rounds, so the abort fits whatever
+        Both directions move messages in the same way, so the abort fits whatever
         the others are waiting in: this bucket's push, its pull, or the next bucket's
         push.
         """

@@ -17,6 +17,7 @@ from torch import Tensor
 from lc3.errors import ExchangeError
 
 _SIZE_BYTES = 8
+_ROOM_BYTES, _ROOMS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 
 
 class Exchange(Protocol):
@@ -47,8 +48,8 @@ class Exchange(Protocol):
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """Send ``message``, uint8[*], to every rank; return what came, by rank.
 
-        The same two rounds as ``all_to_all``, so that a rank that has failed may answer
-        either with an abort message.
+        Moved as ``all_to_all`` moves its messages, so that a rank that has failed may
+        answer either with an abort message.
         """
         ...
 
@@ -60,10 +61,11 @@ class Exchange(Protocol):
 class GroupExchange:
     """An ``Exchange`` over a process group that nobody else uses.
 
-    Works for any backend with ``all_to_all_single`` for the messages' device (gloo on
-    the CPU, NCCL on CUDA). A ragged all_gather is an all_to_all of one message to
-    everybody: gloo's own all_gather refuses uneven sizes, and the bytes on the wire are
-    the same.
+    On gloo a message travels in one round: a receive may be longer than what comes, so
+    nobody has to announce sizes first. What does not fit into the room of a receive
+    follows in a second message between just those two ranks. Other backends (NCCL)
+    exchange sizes, then bytes, by ``all_to_all_single``. Both move the same bytes. A
+    ragged all_gather is an all_to_all of one message to everybody.
 
     Args:
         group: the process group.
@@ -76,24 +78,66 @@ class GroupExchange:
         self.sent_bytes = 0
         self._group = group
         self._device = device
+        self._peers = [r for r in range(self.world) if r != self.rank]
+        self._one_round = dist.get_backend(group) == "gloo"
+        room = min(_ROOM_BYTES, _ROOMS_BYTES // self.world)
+        self._rooms = torch.empty(len(self._peers), room, dtype=torch.uint8)
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
     ) -> list[Tensor]:
-        """See ``Exchange.all_to_all``. Two rounds: the sizes, then the bytes."""
+        """See ``Exchange.all_to_all``."""
         if self.world == 1:
             return list(messages)
-        payload = torch.cat([m for r, m in enumerate(messages) if r != self.rank])
+        with _transport_errors():
+            if self._one_round:
+                arrived = self._pairwise(messages, timeout_s)
+            else:
+                arrived = self._sizes_then_bytes(messages, timeout_s)
+        sizes = (messages[peer].numel() for peer in self._peers)
+        self.sent_bytes += sum(sizes) + _SIZE_BYTES * (self.world - 1)
+        return arrived
+
+    def _pairwise(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        """Send and receive with every peer at once; the rest of long ones after that."""
+        rooms = dict(zip(self._peers, self._rooms, strict=True))
+        receiving = {peer: self._receive(room, peer) for peer, room in rooms.items()}
+        sending: list[Any] = []
+        prefixed: dict[int, Tensor] = {}  # all_gather: one for everybody
+        for peer, room in rooms.items():
+            message = messages[peer]
+            if id(message) not in prefixed:
+                size = torch.tensor([message.numel()]).view(torch.uint8)
+                prefixed[id(message)] = torch.cat([size, message])
+            parts = torch.split(prefixed[id(message)], _parts(message.numel(), room))
+            sending += [self._send(part, peer) for part in parts]
+        arrived = list(messages)
+        for peer, room in rooms.items():
+            self._wait(receiving[peer], timeout_s)
+            numel = int(room[:_SIZE_BYTES].view(torch.int64))
+            first, *rest = _parts(numel, room)
+            arrived[peer] = torch.empty(numel, dtype=torch.uint8)
+            here = first - _SIZE_BYTES
+            arrived[peer][:here] = room[_SIZE_BYTES:first]
+            if rest:
+                sending.append(self._receive(arrived[peer][here:], peer))
+        for work in sending:
+            self._wait(work, timeout_s)
+        return arrived
+
+    def _sizes_then_bytes(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        payload = torch.cat([messages[peer] for peer in self._peers])
         outgoing = [0 if r == self.rank else m.numel() for r, m in enumerate(messages)]
         announced = torch.tensor(outgoing, dtype=torch.int64, device=self._device)
         sizes = torch.empty(self.world, dtype=torch.int64, device=self._device)
-        with _transport_errors():
-            self._wait(self._start(sizes, announced), timeout_s)
+        self._wait(self._start(sizes, announced), timeout_s)
         incoming = sizes.tolist()
         received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
-        with _transport_errors():
-            self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
-        self.sent_bytes += sum(outgoing) + _SIZE_BYTES * (self.world - 1)
+        self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
         arrived = list(torch.split(received, incoming))
         arrived[self.rank] = messages[self.rank]
         return arrived
@@ -109,6 +153,12 @@ class GroupExchange:
         values = tensor._values() if tensor.is_sparse else tensor
         self.sent_bytes += 2 * (self.world - 1) * values.nbytes // self.world
         return tensor / self.world
+
+    def _send(self, data: Tensor, peer: int) -> Any:
+        return dist.isend(data, group=self._group, group_dst=peer)
+
+    def _receive(self, room: Tensor, peer: int) -> Any:
+        return dist.irecv(room, group=self._group, group_src=peer)
 
     def _start(
         self,
@@ -126,6 +176,13 @@ class GroupExchange:
             work.wait()
         elif not work.wait(timedelta(seconds=timeout_s)):
             raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
+
+
+def _parts(numel: int, room: Tensor) -> list[int]:
+    """Return the bytes of each part of a message of ``numel``, its size before it."""
+    whole = _SIZE_BYTES + numel
+    first = min(whole, room.numel())
+    return [first] if first == whole else [first, whole - first]
 
 
 class Loopback:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import AttachError, Config, Lc3Error
 from lc3.codec import Encoded, cpu
+from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
 from tests.oracle import Oracle
 
@@ -443,3 +444,26 @@ def in_a_group_of_one(rank: int, world: int) -> bool:
 
 
 CaseFunction = Callable[..., Any]
+
+
+def messages_of_every_length(rank: int, world: int) -> int:
+    """Messages around the room of a receive arrive whole; return how many went."""
+    exchange = GroupExchange(dist.new_group(), torch.device("cpu"))
+    room = exchange._rooms.shape[1] - 8
+    lengths = [0, 1, 7, 1000, room - 1, room, room + 1, 2 * room, 2 * room + 9]
+    count = 0
+    for shift in range(len(lengths)):
+        mine = [
+            torch.full((lengths[(shift + 3 * rank + peer) % len(lengths)],), 1 + rank)
+            for peer in range(world)
+        ]
+        arrived = exchange.all_to_all([m.to(torch.uint8) for m in mine])
+        for peer, data in enumerate(arrived):
+            n = lengths[(shift + 3 * peer + rank) % len(lengths)]
+            assert data.tolist() == [1 + peer] * n
+            count += 1
+        one = torch.arange(lengths[(shift + rank) % len(lengths)]).to(torch.uint8)
+        for peer, data in enumerate(exchange.all_gather(one)):
+            n = lengths[(shift + peer) % len(lengths)]
+            assert torch.equal(data, torch.arange(n).to(torch.uint8))
+    return count

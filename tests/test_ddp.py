@@ -219,3 +219,7 @@ def test_one_rank_trains_as_without_lc3(ranks: Pools) -> None:
 def test_a_state_is_not_pickled() -> None:
     with pytest.raises(TypeError, match=r"state\.state_dict"):
         ddp.State.__reduce__(object.__new__(ddp.State))
+
+
+def test_messages_of_every_length_arrive(ranks: Pools) -> None:
+    assert ranks(3).run(ddp_cases.messages_of_every_length) == [27] * 3
