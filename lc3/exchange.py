@@ -101,7 +101,7 @@ class GroupExchange:
     def _pairwise(
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
-        """Send and receive with every peer at once; the rest of long ones after that."""
+        """Send and receive with every peer at once; the rest of long ones after it."""
         rooms = dict(zip(self._peers, self._rooms, strict=True))
         receiving = {peer: self._receive(room, peer) for peer, room in rooms.items()}
         sending: list[Any] = []
