@@ -45,28 +45,30 @@ class Pattern:
     """How a method talks.
 
     Attributes:
-        hops: exchanges of a message with everybody, sizes and bytes being two, a step.
+        hops: exchanges of a message with everybody, in a step in which there are some.
         rings: all-reduces of a step, 2 (W − 1) rounds of one message each.
+        every: how many steps share what is sent in one of them.
     """
 
-    hops: float = 0.0
+    hops: int = 0
     rings: int = 0
+    every: int = 1
 
     def rounds(self, world: int) -> float:
         """Return how often a rank waits for others in a step."""
-        return self.hops + self.rings * 2 * (world - 1)
+        return self.hops / self.every + self.rings * 2 * (world - 1)
 
     def messages(self, world: int) -> float:
         """Return how many messages a rank sends in a step."""
-        return (self.hops + 2 * self.rings) * (world - 1)
+        return (self.hops / self.every + 2 * self.rings) * (world - 1)
 
 
 PATTERNS = {
     **{m: Pattern(rings=1) for m in ("float32", "fp16", "bf16")},
-    **{m: Pattern(hops=4) for m in ("8-bit int", "top-k 1%", "MQE 1-bit int")},
-    **{f"3LC s={s:.2f}": Pattern(hops=4) for s in (1.0, 1.5, 1.75, 1.9)},
-    "push-pull s=1.00": Pattern(hops=6),
-    **{f"local H={every}": Pattern(hops=4 / every) for every in (8, 16, 32)},
+    **{m: Pattern(hops=2) for m in ("8-bit int", "top-k 1%", "MQE 1-bit int")},
+    **{f"3LC s={s:.2f}": Pattern(hops=2) for s in (1.0, 1.5, 1.75, 1.9)},
+    "push-pull s=1.00": Pattern(hops=3),
+    **{f"local H={every}": Pattern(hops=2, every=every) for every in (8, 16, 32)},
 }
 
 
@@ -90,7 +92,8 @@ class Point:
     def wire_ms(self) -> float:
         """Return how long the bytes beyond the burst take at the link's rate."""
         bit_s = netlab.rate_bits(self.rate)
-        beyond = max(0.0, self.bytes - netlab.burst_bytes(bit_s))
+        every = PATTERNS[self.method].every
+        beyond = max(0.0, every * self.bytes - netlab.burst_bytes(bit_s)) / every
         return beyond * 8e3 / bit_s
 
     def terms(self) -> list[float]:
@@ -221,7 +224,7 @@ class Job:
         sent = payload * PACKET_BYTES / PAYLOAD_BYTES
         sent += MESSAGE_BYTES * messages
         code = 0.0 if pattern.rings else self.elements * 4 / (self.codec_gb_s * 1e6)
-        return self.compute_ms + code * pattern.hops / 4 + talk + sent * 8e3 / bit_s
+        return self.compute_ms + code * pattern.hops / 2 + talk + sent * 8e3 / bit_s
 
     def two_level_ms(self, method: str, bits: float, world: int, bit_s: float) -> float:
         """Return the same with ``per_node`` ranks a machine, which share its link.

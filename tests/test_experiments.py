@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_codec, record, report
+from experiments import alpha_beta, bench_codec, record, report
 from experiments.methods import DEMO, METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +148,23 @@ DOCS = (ROOT / "docs/results.md").read_text()
 def test_the_tables_in_the_docs_are_the_committed_results(name: str) -> None:
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
     assert report.insert(DOCS, name, report.markdown(rows, times=False)) == DOCS
+
+
+def test_the_model_of_step_times_is_checked_against_the_lab() -> None:
+    """12 points and more that were not fitted are within 15 %."""
+    rows = [
+        row
+        for name in ("links", "links2")
+        for row in record.read_csv(ROOT / f"experiments/results/{name}.csv")
+    ]
+    fitted, others = alpha_beta.split(alpha_beta.points(rows))
+    costs = alpha_beta.fit(fitted)
+    checked = alpha_beta.check_table(costs, others)
+    assert report.insert(DOCS, "model-check", checked) == DOCS
+    wins = alpha_beta.extrapolation(alpha_beta.Job(), alpha_beta.bits_of(rows))
+    assert report.insert(DOCS, "model-wins", wins) == DOCS
+    errors = alpha_beta.errors(costs, others)
+    assert sum(abs(error) <= 0.15 for error in errors) >= 20
 
 
 def test_horovod_gives_what_ddp_gives() -> None:

@@ -22,13 +22,13 @@ REASON = netlab.missing()
 lab = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # What gloo and TCP add to a message for one peer: three control messages of 48 bytes,
 # each of them, the data and the answers in packets with 66 bytes of headers.
-PER_ROUND = 450
-ROUNDS = {  # of a step, where they are not sizes and bytes of push and pull
-    "push-pull s=1.00": 6,
-    "2 local steps": 2,
-    "local H=8": 4 / 8,
-    "local H=16": 4 / 16,
-    "local H=32": 4 / 32,
+PER_MESSAGE = 450
+MESSAGES = {  # of a step, where they are not one of a push and one of a pull
+    "push-pull s=1.00": 3,
+    "2 local steps": 2 / 2,
+    "local H=8": 2 / 8,
+    "local H=16": 2 / 16,
+    "local H=32": 2 / 32,
     "float32": 6,
     "fp16": 6,
     "bf16": 6,  # a ring, in segments
@@ -163,7 +163,7 @@ def test_rates() -> None:
 @lab
 @pytest.mark.timeout(280)
 def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> None:
-    """Within 3 %, plus what every round adds."""
+    """Within 3 %, plus what every message adds."""
     methods = list(METHODS)
     spec = run.Spec("all", "digits", methods, steps=32, rates=["1gbit"])
     assert run.run(spec, tmp_path, None, Console(quiet=True)) == []
@@ -172,6 +172,6 @@ def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> Non
     assert list(last) == methods
     for method, row in last.items():
         sent, on_link = int(row["sent_bytes"]), int(row["link_bytes"])
-        most = 1.03 * sent + PER_ROUND * 32 * ROUNDS.get(method, 4)
+        most = 1.03 * sent + PER_MESSAGE * 32 * MESSAGES.get(method, 2)
         assert 0.97 * sent < on_link < most, (method, sent, on_link)
         assert float(row["step_ms"]) > 1
