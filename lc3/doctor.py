@@ -69,11 +69,11 @@ def link(exchange: GroupExchange) -> tuple[float, float]:
     """
     small = torch.zeros(1, dtype=torch.uint8)
     exchange.all_gather(small)
-    round_s = _seconds(lambda: exchange.all_gather(small)) / 2  # sizes, then bytes
+    round_s = _seconds(lambda: exchange.all_gather(small))
     large = torch.zeros(_LINK_BYTES // (exchange.world - 1), dtype=torch.uint8)
     whole_s = _seconds(lambda: exchange.all_gather(large), repeats=3)
     sent = large.numel() * (exchange.world - 1)
-    return round_s, sent / max(whole_s - 2 * round_s, 1e-9)
+    return round_s, sent / max(whole_s - round_s, 1e-9)
 
 
 def versions() -> list[str]:
@@ -128,7 +128,7 @@ def report(elements: int, compute_ms: float) -> None:
             _predict(
                 elements,
                 compute_ms,
-                codec_s + 4 * round_s,
+                codec_s + 2 * round_s,
                 world,
                 {"this link": 8 * rate},
             )
