@@ -1,4 +1,4 @@
-"""PyTorch's PowerSGD hook with several buckets on gloo: does it get through?
+"""Does PyTorch's PowerSGD hook get through with several buckets on gloo.
 
     timeout 60 torchrun --nproc-per-node 2 -m experiments.powersgd_buckets
 
