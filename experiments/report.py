@@ -49,6 +49,7 @@ class Summary:
         test_loss: on the test data.
         accuracy: on the test data, 0 to 1.
         spread: largest minus smallest accuracy of a seed.
+        seeds: how many.
         compute_ms: one step without communication.
         codec_ms: encoding and decoding of one step.
     """
@@ -61,6 +62,7 @@ class Summary:
     test_loss: float
     accuracy: float
     spread: float
+    seeds: int
     compute_ms: float
     codec_ms: float
 
@@ -93,6 +95,7 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
             test_loss=over_seeds("test_loss"),
             accuracy=mean(accuracies),
             spread=max(accuracies) - min(accuracies),
+            seeds=len(last),
             compute_ms=over_seeds("compute_ms"),
             codec_ms=over_seeds("codec_ms"),
         )
@@ -103,11 +106,13 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
 def cells(summaries: Sequence[Summary]) -> list[list[str]]:
     """Return the table's rows as text, one cell per header."""
     baseline = next((s for s in summaries if s.method == BASELINE), None)
+    most = max(s.seeds for s in summaries)
 
     def of(s: Summary) -> list[str]:
         fewer = baseline.bytes_per_step / s.bytes_per_step if baseline else float("nan")
+        some = "" if s.seeds == most else f" ({s.seeds} of {most} seeds)"
         return [
-            s.method,
+            s.method + some,
             f"{s.bytes_per_step:,.0f}",
             f"{fewer:.1f} ×",
             f"{64 / (s.push_bits + s.pull_bits):.1f} ×",
@@ -150,11 +155,12 @@ def caption(rows: Sequence[Row]) -> str:
     """Return what the figures are of, and what was computed instead of measured."""
     row = rows[0]
     seeds = len({row["seed"] for row in rows})
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     return (
         f"Task {row['task']}: {row['ranks']} ranks on one machine, "
         f"{row['steps']} steps, mean of {seeds} {'seed' if seeds == 1 else 'seeds'}; "
         f"the baseline is plain DDP in float32. {row['machine']}, {row['cores']} "
-        f"cores; lc3 {row['lc3']} at commit {row['commit']}, torch {row['torch']}, "
+        f"cores; lc3 {row['lc3']} at commit {commits}, torch {row['torch']}, "
         f"numpy {row['numpy']}, numba {row['numba']}, Python {row['python']}. "
         "Bytes are counted where they are sent (for the two all-reduces: a ring's "
         "bytes, 2 (W − 1) / W of the buffer). *Computed, not measured: measured "

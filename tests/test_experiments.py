@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import alpha_beta, bench_codec, record, report
+from experiments import alpha_beta, bench_codec, paper, record, report
 from experiments.methods import DEMO, METHODS
+from experiments.report import BASELINE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -165,6 +166,13 @@ def test_the_model_of_step_times_is_checked_against_the_lab() -> None:
     assert report.insert(DOCS, "model-wins", wins) == DOCS
     errors = alpha_beta.errors(costs, others)
     assert sum(abs(error) <= 0.15 for error in errors) >= 20
+
+
+def test_the_reproduction_is_the_committed_result() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/reproduction.csv")
+    assert report.insert(DOCS, "paper", paper.markdown(rows)) == DOCS
+    assert report.insert(DOCS, "reproduction", report.markdown(rows)) == DOCS
+    assert {s.method for s in report.summarise(rows)} >= {BASELINE, *paper.PAPER}
 
 
 def test_horovod_gives_what_ddp_gives() -> None:
