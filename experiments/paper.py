@@ -6,6 +6,7 @@ not read, with about 75 % confidence for 3LC's and 65 % for the others'. ResNet-
 CIFAR-10, ten GPU workers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
         result.append(
             [
                 method,
-                f"{mine.frame_bits / 2:.3f}",
+                "–" if math.isnan(mine.frame_bits) else f"{mine.frame_bits / 2:.3f}",
                 "" if said.bits is None else f"{said.bits:.3f}",
                 f"{points:+.2f}",
                 f"{said.accuracy:+.2f}",

@@ -123,7 +123,11 @@ def cells(summaries: Sequence[Summary]) -> list[list[str]]:
             *(f"{s.step_ms(mbit_s):,.1f} ms" for mbit_s in LINKS_MBIT_S),
         ]
 
-    return [of(summary) for summary in summaries]
+    # What a method cannot tell: the coder inside PyTorch's hook, bits of a raw tensor.
+    return [
+        ["–" if "nan" in cell else cell for cell in of(summary)]
+        for summary in summaries
+    ]
 
 
 def step_ms_by_link(rows: Sequence[Row]) -> tuple[dict[str, dict[str, float]], bool]:
