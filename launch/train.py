@@ -150,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if first:
         flat = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
         digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
-        sent = f"{state.meter.ratio:.0f} times fewer bytes, " if state else ""
+        saved = state is not None and dist.get_world_size() > 1
+        sent = f"{state.meter.ratio:.0f} times fewer bytes, " if saved else ""
         print(f"test accuracy {100 * accuracy:.2f} %, {sent}parameters {digest}")
     if state:
         state.close()
