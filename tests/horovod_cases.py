@@ -5,6 +5,7 @@ Rank 0 prints the results of all cases as one line of JSON.
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -268,6 +269,13 @@ def refusals() -> list[str]:
             hook.DistributedOptimizer(plain, named, **options)
         except lc3.AttachError as error:
             said.append(str(error))
+    os.environ["WORLD_SIZE"] = "7"  # as if torchrun had started this
+    try:
+        hook.DistributedOptimizer(plain, named)
+    except lc3.AttachError as error:
+        said.append(str(error))
+    finally:
+        del os.environ["WORLD_SIZE"]
     try:
         hook.Compression.lc3.compress(torch.zeros(1))
     except lc3.AttachError as error:
