@@ -145,7 +145,7 @@ def test_insert_needs_its_markers(text: str) -> None:
 DOCS = (ROOT / "docs/results.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["chars", "chars-muon"])
+@pytest.mark.parametrize("name", ["chars", "chars-muon", "forms"])
 def test_the_tables_in_the_docs_are_the_committed_results(name: str) -> None:
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
     assert report.insert(DOCS, name, report.markdown(rows, times=False)) == DOCS
