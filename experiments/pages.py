@@ -270,6 +270,13 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
 
 
+def time_markdown(rows: Sequence[Row]) -> str:
+    """Return measured time to accuracy by method and rate, as Markdown."""
+    part = _time_to_accuracy(curves(rows))
+    table = [part.headers, ["---", *["---:"] * (len(part.headers) - 1)], *part.lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) + f"\n\n{part.text}\n"
+
+
 def to_html(title: str, parts: Sequence[Section]) -> str:
     """Return one HTML page that needs no other file."""
     template = Environment(autoescape=True).from_string(_HTML)

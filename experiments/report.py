@@ -278,11 +278,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="Markdown file with markers")
     parser.add_argument("--marker", help="in it (default: the name of the file)")
     parser.add_argument(
-        "--table", choices=("all", "traffic", "links", "paper"), default="all"
+        "--table", choices=("all", "traffic", "links", "paper", "time"), default="all"
     )
     options = parser.parse_args(arguments)
     try:
-        timed = ["step_ms"] if options.page or options.table == "links" else []
+        timed = (
+            ["step_ms"] if options.page or options.table in ("links", "time") else []
+        )
         rows = read_csv(options.csv, [*COLUMNS, *timed])
     except ResultError as error:
         parser.error(str(error))
@@ -303,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "traffic": lambda rows: markdown(rows, times=False),
             "links": links_markdown,
             "paper": paper.markdown,
+            "time": pages.time_markdown,
         }[options.table](rows)
         marker = options.marker or options.csv.stem
         old = options.readme.read_text()

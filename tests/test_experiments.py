@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import alpha_beta, bench_codec, paper, record, report, scale
+from experiments import alpha_beta, bench_codec, pages, paper, record, report, scale
 from experiments.methods import DEMO, METHODS
 from experiments.report import BASELINE
 
@@ -173,6 +173,11 @@ def test_the_reproduction_is_the_committed_result() -> None:
     assert report.insert(DOCS, "paper", paper.markdown(rows)) == DOCS
     assert report.insert(DOCS, "reproduction", report.markdown(rows)) == DOCS
     assert {s.method for s in report.summarise(rows)} >= {BASELINE, *paper.PAPER}
+
+
+def test_the_table_of_time_to_accuracy_is_the_committed_result() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/evaluate.csv")
+    assert report.insert(DOCS, "evaluate", pages.time_markdown(rows)) == DOCS
 
 
 def test_the_table_of_world_sizes_is_the_committed_result() -> None:
