@@ -153,7 +153,7 @@ def run(command: list[str], kill: int = 0, seed: int = 0) -> tuple[str, int]:
             time.sleep(0.02)
             if killed < kill and (workers := children(job.pid)):
                 # Some die while they start, some in training, some while they save.
-                time.sleep(chance.uniform(0.0, 14.0))
+                time.sleep(chance.uniform(0.0, 8.0))
                 if victim := chance.choice(children(job.pid) or [0]):
                     os.kill(victim, signal.SIGKILL)
                     killed += 1

@@ -15,4 +15,4 @@ def test_steps_with_faults_equal_the_oracle() -> None:
 
 @pytest.mark.timeout(280)
 def test_a_killed_worker_costs_nothing() -> None:
-    assert soak.kills(1, 80, seed=3)["killed"] == 1
+    assert soak.kills(1, 240, seed=3)["killed"] == 1
