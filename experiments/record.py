@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, object]
 
 
-class ResultError(Exception):
+class ResultError(ValueError):
     """A result file that cannot be read or written, and why."""
 
 

@@ -170,7 +170,8 @@ class State:
 
     def reduced(self, parameter: Parameter) -> Tensor:
         """Return a parameter's averaged gradient, when it has arrived."""
-        self._futures[self._bucket_of[parameter]].wait()
+        with self.meter.stage("wait"):
+            self._futures[self._bucket_of[parameter]].wait()
         assert parameter.grad is not None
         return parameter.grad
 

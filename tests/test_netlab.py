@@ -173,5 +173,5 @@ def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> Non
     for method, row in last.items():
         sent, on_link = int(row["sent_bytes"]), int(row["link_bytes"])
         most = 1.03 * sent + PER_MESSAGE * 32 * MESSAGES.get(method, 2)
-        assert 0.97 * sent < on_link < most, (method, sent, on_link)
+        assert sent < on_link < most, (method, sent, on_link)
         assert float(row["step_ms"]) > 1
