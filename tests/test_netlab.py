@@ -112,6 +112,8 @@ def test_a_killed_lab_leaves_nothing_behind(tmp_path: Path) -> None:
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # A shell without job control makes what it starts with & ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         time.sleep(chance.uniform(0.1, 2.5))
         process.send_signal(
