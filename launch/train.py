@@ -75,7 +75,7 @@ def save(folder: Path, step: int, module: nn.Module, kept: Sequence[Any]) -> Non
     dist.barrier()
     parts = [part.state_dict() for part in kept]
     file = unfinished / f"{rank}-of-{world}.pt"
-    torch.save({"model": module.state_dict(), "kept": parts}, file)
+    lc3.save_checkpoint({"model": module.state_dict(), "kept": parts}, file)
     dist.barrier()
     if rank == 0:
         older = list(folder.glob("step-*"))
@@ -93,7 +93,7 @@ def load(folder: Path, module: nn.Module, kept: Sequence[Any], state: Any) -> in
     files = sorted(found[-1].glob("*-of-*.pt"), key=lambda p: int(p.name.split("-")[0]))
     if files and not files[0].name.endswith(f"-of-{len(files)}.pt"):
         raise SystemExit(f"launch.train: {found[-1]} is not whole: {len(files)} files")
-    saved = [torch.load(file, weights_only=True) for file in files]
+    saved = [lc3.load_checkpoint(file) for file in files]
     mine = saved[rank if len(saved) == world else 0]
     module.load_state_dict(mine["model"])
     for index, part in enumerate(kept):

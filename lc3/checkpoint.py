@@ -8,8 +8,12 @@ ranks can load: masters and optimizer state stay exact, and what was not sent ye
 kept as the mean over ranks, so that its sum is the same up to one division.
 """
 
+import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +65,57 @@ class Parts:
         theirs = {(kind, name): tensor for kind, name, tensor in other.tensors()}
         for kind, name, tensor in self.tensors():
             tensor.copy_(theirs[kind, name].view(tensor.shape))
+
+
+def save_checkpoint(value: object, path: str | os.PathLike[str]) -> None:
+    """Save what ``torch.save`` takes to a file that appears whole or not at all.
+
+    A crash, a kill or a full disk on the way leaves an earlier file as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    whole = Path(path)
+    unfinished = whole.with_name(f".{whole.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(whole)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Return what ``save_checkpoint`` or ``torch.save`` saved, on the CPU.
+
+    No code of the file is run.
+
+    Raises:
+        StateError: the file is cut off, is no checkpoint, or holds more than tensors,
+            numbers, strings and containers of them.
+        OSError: there is none, or it cannot be read.
+    """
+    with Path(path).open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on old pickles; what is wrong raises
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if type(error).__name__ == "UnpicklingError":
+                found = re.search(r"GLOBAL (\S+)", str(error))
+                named = f" ({found[1]})" if found else ""
+                reason = (
+                    f"holds more than tensors and numbers{named}, or is no checkpoint, "
+                    "and loading it could run foreign code; save state_dict()s"
+                )
+            else:
+                size = Path(path).stat().st_size
+                reason = (
+                    f"of {size} bytes is cut off, damaged or no checkpoint; take an "
+                    "earlier one"
+                )
+            raise StateError(f"{path} {reason}") from error
 
 
 def save(hook: str, plan: Plan, rank: int, parts: Parts) -> dict[str, Any]:

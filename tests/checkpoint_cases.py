@@ -1,5 +1,8 @@
 """What the ranks of ``test_checkpoint`` do: each function runs on every rank."""
 
+import random
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +152,24 @@ def through_dcp(rank: int, world: int, folder: str) -> bool:
     return hash_of(run.net) == straight
 
 
-def with_a_scaler(rank: int, world: int, hook: str, bad: dict[int, int]) -> Any:
-    """Overflows on some ranks in some steps; then a run in which they never were.
+# By step: the rank that overflows, or None where the sum does; the tensor; the value.
+Overflows = dict[int, tuple[int | None, str, float]]
 
-    Args:
-        rank: this one.
-        world: of all.
-        hook: ddp or push_pull.
-        bad: by step, the rank that overflows in one tensor.
-    """
+
+def overflows(count: int, steps: int, world: int, seed: int) -> Overflows:
+    """Return ``count`` random ones; on the way back when the owner's sum overflows."""
+    chance = random.Random(seed)
+    names = [name for name, _ in small_net().named_parameters()]
+    found: Overflows = {}
+    for step in sorted(chance.sample(range(1, steps), count)):
+        value = chance.choice((torch.inf, -torch.inf, torch.nan, 3e38))
+        rank = None if value == 3e38 else chance.randrange(world)
+        found[step] = rank, chance.choice(names), value
+    return found
+
+
+def with_a_scaler(rank: int, world: int, hook: str, steps: int, bad: Overflows) -> Any:
+    """Train with overflows; then a run in which those steps never were."""
     digests, scales, skipped = [], set(), 0
     for scaled in (True, False):
         net = small_net()
@@ -173,16 +185,19 @@ def with_a_scaler(rank: int, world: int, hook: str, bad: dict[int, int]) -> Any:
             state = optimizer = push_pull.attach(
                 model, KINDS["sgd"], CODED, scaler=scaler
             )
-        overflow = False
+        fault: tuple[int | None, str, float] | None = None
 
-        def spoil(grad: Tensor) -> Tensor:
-            return grad * torch.inf if overflow else grad  # noqa: B023
+        def spoil(grad: Tensor, name: str) -> Tensor:
+            if fault and fault[1] == name and fault[0] in (None, rank):  # noqa: B023
+                return torch.full_like(grad, fault[2])  # noqa: B023
+            return grad
 
-        net.get_parameter("2.weight").register_hook(spoil)
-        for step in range(30):
+        for name, parameter in net.named_parameters():
+            parameter.register_hook(partial(spoil, name=name))
+        for step in range(steps):
             if not scaled and step in bad:
                 continue
-            overflow = bad.get(step) == rank
+            fault = bad.get(step)
             optimizer.zero_grad()
             torch.manual_seed(1000 * step + rank)
             loss = model(torch.randn(8, 30)).square().mean()
@@ -197,6 +212,50 @@ def with_a_scaler(rank: int, world: int, hook: str, bad: dict[int, int]) -> Any:
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, digests)
     return digests, everyone, sorted(scales), skipped
+
+
+STAGES = {  # methods of the engine, in which something goes wrong, and calls before
+    "_encode": 6,
+    "_pack": 9,
+    "_sum": 12,
+    "reduce_scatter": 3,
+    "all_gather": 3,
+    "keep_residuals": 3,
+    "apply": 3,
+}
+
+
+def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
+    """Raise somewhere on one rank; return where, when (monotonic), and what is said."""
+    chance = random.Random(seed)
+    hook, culprit = chance.choice(HOOKS), chance.randrange(world)
+    run = Run(hook)
+    engine = run.state.engine
+    stage = chance.choice([name for name in STAGES if name != "keep_residuals"])
+    if hook == "ddp":
+        stage = chance.choice(list(STAGES))
+    good, left, at = getattr(engine, stage), chance.randrange(STAGES[stage]), 0.0
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left, at
+        left -= 1
+        if left < 0:
+            at = at or time.monotonic()
+            raise RuntimeError(f"injected into {stage}")
+        return good(*args, **kwargs)
+
+    # In its second forward DDP has a collective of its own, to arrange its buckets. A
+    # rank that fails before and lives on, as none does but here, is waited for there.
+    run.train(rank, range(2))
+    if rank == culprit:
+        setattr(engine, stage, fail)
+    said = "nothing"
+    try:
+        run.train(rank, range(2, 40))
+    except Exception as error:  # noqa: BLE001  # the test looks at what it is
+        said, at = f"{type(error).__name__}: {error}", at or time.monotonic()
+    run.state.close()
+    return f"rank {culprit}, {hook}, {stage}", at, said
 
 
 def uneven_local_steps(rank: int, world: int) -> tuple[str, float]:

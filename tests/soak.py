@@ -1,8 +1,11 @@
 """Long runs with faults: ``make soak``. CI runs a short form of each.
 
 ``steps`` trains three ranks in one process beside the oracle, with inf, nan, silent
-ranks and slow ones, and checks every step bit for bit, residuals included. ``kills``
-kills workers of a torchrun job at random moments until it has got through anyway.
+ranks and slow ones, and checks every step bit for bit, residuals included.
+``overflows`` makes steps that a GradScaler skips, which must never have been.
+``raises`` lets some stage fail on some rank and looks how soon the others know.
+``kills`` kills workers of a torchrun job at random moments until it has got through
+anyway. ``worlds`` kills whole jobs, and goes on with other numbers of ranks.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,12 +27,15 @@ import torch
 from rich.progress import track
 
 from lc3 import Config
+from lc3.checkpoint import load_checkpoint, merge
 from lc3.codec import codec_for
 from lc3.engine import Engine
 from lc3.exchange import Loopback
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from tests import checkpoint_cases
 from tests.oracle import Oracle
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 WORLD = 3
@@ -121,6 +128,55 @@ def steps(count: int, seed: int) -> dict[str, float]:
     return seen
 
 
+def overflows(count: int, seed: int, pool: Ranks) -> dict[str, float]:
+    """Let a GradScaler skip ``count`` steps; the parameters are those without them.
+
+    Raises:
+        AssertionError: they are not, or ranks differ.
+    """
+    steps = 2 * count + 20
+    bad = checkpoint_cases.overflows(count, steps, pool.world, seed)
+    seen = set()
+    for hook in ("ddp", "push_pull"):
+        for digests, everyone, scales, skipped in pool.run(
+            checkpoint_cases.with_a_scaler, hook, steps, bad, timeout_s=600
+        ):
+            assert digests[0] == digests[1], hook
+            assert all(theirs == digests for theirs in everyone), hook
+            seen.update(scales)
+            assert skipped == (count if hook == "push_pull" else 0)
+    return {
+        "steps": 2 * steps,
+        "overflows": 2 * count,
+        "of the owner's sum": 2 * sum(rank is None for rank, *_ in bad.values()),
+        "scales": len(seen),
+    }
+
+
+def raises(count: int, seed: int, pool: Ranks) -> dict[str, float]:
+    """Let ``count`` stages fail; every other rank must name the rank that did.
+
+    Raises:
+        AssertionError: one does not, or not within 5 s.
+    """
+    delays = []
+    for trial in track(range(seed, seed + count), "raises", transient=True):
+        found = pool.run(checkpoint_cases.a_stage_fails, trial)
+        where = found[0][0]
+        culprit = int(where.split(",")[0].split()[1])
+        start = found[culprit][1]
+        assert "injected" in found[culprit][2], (where, found)
+        for rank, (_, at, said) in enumerate(found):
+            if rank != culprit:
+                assert said.startswith(f"PeerError: rank {culprit} stopped: "), (
+                    where,
+                    said,
+                )
+                delays.append(at - start)
+    assert max(delays) <= 5.0
+    return {"raises": count, "heard": len(delays), "longest delay, s": max(delays)}
+
+
 def torchrun(folder: Path, world: int, count: int, restarts: int) -> list[str]:
     """Return the command of a job that saves often."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -202,16 +258,86 @@ def kills(wanted: int, count: int, seed: int) -> dict[str, float]:
     return {"killed": done, "jobs": jobs}
 
 
+def worlds(sizes: Sequence[int], count: int, seed: int) -> dict[str, float]:
+    """Kill jobs whole, and go on with another number of ranks; the last one ends.
+
+    Returns:
+        accuracy: at the end, and without any kill, in percent.
+        pending: largest relative difference, over every change of world, between the
+            sum of what was not sent before and after.
+    """
+    chance = random.Random(seed)
+    apart = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        straight, _ = run(torchrun(Path(folder) / "straight", sizes[0], count, 0))
+        place = Path(folder) / "changing"
+        for number, world in enumerate(sizes[:-1], start=1):
+            _until_saved(torchrun(place, world, count, 0), place, count, number, chance)
+            (step,) = place.glob("step-*")
+            saved = [load_checkpoint(file) for file in sorted(step.glob("*.pt"))]
+            assert len(saved) == world
+            states = [state["kept"][-1] for state in saved]
+            merged = merge(states)
+            for name, mean in merged["sent"].items():
+                total = sum(state["sent"][name].double() for state in states)
+                left = (mean.double() * world - total).norm()
+                apart = max(apart, float(left / total.norm()))
+            print(f"{world} ranks killed after {step.name}; on with {sizes[number]}")
+        text, _ = run(torchrun(place, sizes[-1], count, 0))
+        assert "from step 0" not in text
+    accuracy = [
+        float(re.findall(r"accuracy ([0-9.]+)", said)[0]) for said in (text, straight)
+    ]
+    return {"accuracy": accuracy[0], "of no kill": accuracy[1], "pending": apart}
+
+
+def _until_saved(
+    command: list[str], place: Path, count: int, part: int, chance: random.Random
+) -> None:
+    """Run a job, and kill all of it some time after it has saved in its third."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        due = count * part // 4
+        while job.poll() is None:
+            saved = [int(path.name[5:]) for path in place.glob("step-*")]
+            if saved and max(saved) >= due:
+                time.sleep(chance.uniform(0.0, 0.5))
+                for pid in [job.pid, *children(job.pid)]:
+                    os.kill(pid, signal.SIGKILL)
+                job.wait()
+                return
+            time.sleep(0.02)
+        output.seek(0)
+        raise RuntimeError(f"the job ended by itself:\n{output.read()[-3000:]}")
+
+
 def main() -> None:
     """Run what is asked for and print what was seen."""
     parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--overflows", type=int, default=100, help="for each hook")
+    parser.add_argument("--raises", type=int, default=100)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--train", type=int, default=400, help="steps of a killed job")
+    parser.add_argument(
+        "--worlds", type=int, nargs="*", default=[4, 3, 4], help="numbers of ranks"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.steps:
         print(steps(options.steps, options.seed))
+    if options.overflows or options.raises:
+        pool = Ranks(WORLD)
+        if options.overflows:
+            print(overflows(options.overflows, options.seed, pool))
+        if options.raises:
+            print(raises(options.raises, options.seed, pool))
+        pool.close()
+    if options.worlds:
+        print(worlds(options.worlds, options.train, options.seed))
     if options.kills:
         print(kills(options.kills, options.train, options.seed))
 

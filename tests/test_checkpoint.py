@@ -71,9 +71,9 @@ def test_torchs_distributed_checkpoint(ranks: Pools, tmp_path: Path) -> None:
 @pytest.mark.parametrize("hook", ["ddp", "push_pull"])
 def test_steps_that_a_scaler_skips_never_were(ranks: Pools, hook: str) -> None:
     """One tensor overflows on one rank; the others' tensors lose nothing either."""
-    bad = {4: 1, 5: 0, 11: 1, 12: 1, 20: 0}
+    bad = checkpoint_cases.overflows(10, 40, 2, seed=1)
     for digests, everyone, scales, skipped in ranks(2).run(
-        checkpoint_cases.with_a_scaler, hook, bad
+        checkpoint_cases.with_a_scaler, hook, 40, bad
     ):
         assert digests[0] == digests[1]
         assert all(theirs == digests for theirs in everyone)
@@ -169,3 +169,58 @@ def test_states_are_plain_and_files_are_read_as_such() -> None:
     assert len(torch.load(io.BytesIO(whole), weights_only=True)) == 2
     with pytest.raises((RuntimeError, ValueError, pickle.UnpicklingError)):
         torch.load(io.BytesIO(whole[: len(whole) // 2]), weights_only=True)
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran-code"),)
+
+
+def spoiled(kind: str, path: Path) -> None:
+    """Write a file that is no whole checkpoint."""
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("accuracy 98 %")
+    elif kind == "code":
+        torch.save({"lc3": RunsCode()}, path)
+    elif kind == "plain pickle with code":
+        path.write_bytes(pickle.dumps(RunsCode()))
+    else:
+        lc3.save_checkpoint({"lc3": states()[0]}, path)
+        path.write_bytes(path.read_bytes()[: -path.stat().st_size // 3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("empty", "0 bytes is cut off, damaged or no"),
+        ("text", "13 bytes is cut off, damaged or no checkpoint"),
+        ("code", "could run foreign code"),
+        ("plain pickle with code", "could run foreign code"),
+        ("cut off", "is cut off, damaged or no"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named(
+    kind: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "step-8.pt"
+    spoiled(kind, path)
+    with pytest.raises(lc3.StateError, match=words) as caught:
+        lc3.load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # no advice to run it anyway
+    assert not (tmp_path / "ran-code").exists()
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "step-8.pt"
+    lc3.save_checkpoint({"lc3": states()[0]}, path)
+    before = path.read_bytes()
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        lc3.save_checkpoint({"lc3": lambda: None}, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(FileNotFoundError):
+        lc3.load_checkpoint(tmp_path / "none.pt")

@@ -1,8 +1,11 @@
 """A short form of ``make soak``."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tests import soak
+from tests.ranks import Ranks
 
 
 def test_steps_with_faults_equal_the_oracle() -> None:
@@ -16,3 +19,7 @@ def test_steps_with_faults_equal_the_oracle() -> None:
 @pytest.mark.timeout(280)
 def test_a_killed_worker_costs_nothing() -> None:
     assert soak.kills(1, 240, seed=3)["killed"] == 1
+
+
+def test_raises_reach_every_rank(ranks: Callable[[int], Ranks]) -> None:
+    assert soak.raises(12, 100, ranks(3))["heard"] == 24
