@@ -16,6 +16,7 @@ from rich.console import Console
 from experiments import record, report, run
 from experiments.methods import METHODS
 from launch import netlab
+from tests import cut_link
 
 ROOT = Path(__file__).parents[1]
 REASON = netlab.missing()
@@ -177,3 +178,28 @@ def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> Non
         most = 1.03 * sent + PER_MESSAGE * 32 * MESSAGES.get(method, 2)
         assert sent < on_link < most, (method, sent, on_link)
         assert float(row["step_ms"]) > 1
+
+
+@lab
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("hook", ["ddp", "local_sgd"])
+def test_a_cut_link_is_an_error_on_both_sides(tmp_path: Path, hook: str) -> None:
+    """Within the group's timeout and 5 s, no thread left, and the processes end."""
+    job = [sys.executable, "-m", "tests.cut_link", str(tmp_path), hook]
+    done = subprocess.run(
+        command("--hosts", "2", "--each", "--", *job),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert said["error"].startswith("ExchangeError: ")
+        assert "the link is down" in said["error"]
+        assert said["seconds"] < cut_link.TIMEOUT_S + 5
+        assert said["threads"] == []
+        assert said["finite"]
