@@ -128,7 +128,7 @@ class State:
                 f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
             )
-            return self.engine.pass_through(buffer)
+            return self.engine.pass_through(buffer, step, bucket)
         flat = buffer if buffer.dtype == torch.float32 else self._widened(buffer)
         sizes = [self.engine.plan.numel[name] for name in names]
         if sum(sizes) != flat.numel():

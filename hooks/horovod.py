@@ -101,17 +101,6 @@ class HorovodExchange:
         """See ``lc3.exchange.Exchange``."""
         return self.all_to_all([message] * self.world)
 
-    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """See ``lc3.exchange.Exchange``. Counted as a ring sends it."""
-        total: Tensor = self._wait(
-            lambda: hvd.allreduce_async(
-                tensor, name="lc3.mean", op=hvd.Sum, process_set=self._process_set
-            ),
-            None,
-        )
-        self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
-        return total / self.world
-
     def _wait(self, start: Callable[[], int], timeout_s: float | None) -> Any:
         try:
             handle = start()
@@ -192,7 +181,7 @@ class State:
                 grad = parameter.grad
                 assert grad is not None
                 if grad.layout != torch.strided or grad.dtype not in _CODED_DTYPES:
-                    parameter.grad = self._passed_through(name, grad)
+                    parameter.grad = self._passed_through(name, grad, step, index)
                 else:
                     # In the parameter's own order of memory, on every rank.
                     ordered = torch.empty_like(parameter).copy_(grad)
@@ -209,7 +198,9 @@ class State:
 
         return self.session.lane.submit(job)
 
-    def _passed_through(self, name: str, grad: Tensor) -> Tensor:
+    def _passed_through(
+        self, name: str, grad: Tensor, step: int, bucket: int
+    ) -> Tensor:
         if grad.layout != torch.strided:
             raise AttachError(
                 f"the gradient of {name!r} is sparse; make the embedding with "
@@ -217,7 +208,7 @@ class State:
             )
         if self.session.step == 0:
             log.warning("lc3: %s of %r passes through uncompressed", grad.dtype, name)
-        return self.engine.pass_through(grad)
+        return self.engine.pass_through(grad, step, bucket)
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals

@@ -229,7 +229,7 @@ class State:
                     self._outer_step(piece.name, piece.offset, master, mean)
             owners.pull(self._moved, step, 0)
             if self._buffers.numel():
-                averaged = self.engine.exchange.all_reduce_mean(self._buffers.clone())
+                averaged = self.engine.mean(self._buffers, step, 1)
             else:
                 averaged = self._buffers
         world = self.engine.exchange.world

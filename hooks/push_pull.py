@@ -246,7 +246,9 @@ class PushPull(Optimizer):
         """Let all ranks know the norm of the mean gradient, finite or not."""
         means = self.engine.means.values()
         mine = torch.tensor([sum(float(m.double().square().sum()) for m in means)])
-        everybody = self.engine.exchange.all_gather(mine.double().view(torch.uint8))
+        step, bucket = self.meter.steps - 1, _NORM_BUCKET
+        with self.engine.exchanging((), step, bucket):
+            everybody = self.engine.share(mine.double(), step, bucket)
         squares = [float(data.clone().view(torch.float64)) for data in everybody]
         total = math.sqrt(sum(squares)) if sum(squares) >= 0 else math.nan
         self.grad_norm = total / self._scale
@@ -377,7 +379,7 @@ class PushPull(Optimizer):
         )
 
 
-_PULL_BUCKET = 0xFFFFFFFF
+_PULL_BUCKET, _NORM_BUCKET = 0xFFFFFFFF, 0xFFFFFFFE
 
 
 def _groups(

@@ -19,7 +19,7 @@ from lc3.config import Config, EntropyStage
 from lc3.entropy import AUTO_MIN_BYTES
 from lc3.errors import ExchangeError, PeerError
 from lc3.exchange import Exchange
-from lc3.format import Tag, is_nan_frame, seal_abort
+from lc3.format import HEADER_BYTES, Tag, is_nan_frame, seal, seal_abort, unseal
 from lc3.message import pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Piece, Plan
@@ -27,6 +27,7 @@ from lc3.residual import Residuals
 from lc3.workers import Job, Workers
 
 _ABORT_TIMEOUT_S = 5.0
+_ASIDE_BUCKET = 0xFFFFFFFD
 _ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
     "auto": AUTO_MIN_BYTES,
     "zstd": 0,
@@ -74,6 +75,7 @@ class Engine:
             for slice_ in plan.slices_of(plan.numel, exchange.rank)
         }
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._asides = 0
         self._failure: BaseException | None = None
 
     def all_reduce(self, grads: Mapping[str, Tensor], step: int, bucket: int) -> None:
@@ -147,16 +149,88 @@ class Engine:
         self.meter.dense_bytes += hops * share * 4 * elements
         self.meter.sent_bytes += self.exchange.sent_bytes - sent_before
 
-    def pass_through(self, tensor: Tensor) -> Tensor:
-        """Return the plain mean over ranks of a tensor that lc3 does not code."""
-        sent_before = self.exchange.sent_bytes
-        mean = self.exchange.all_reduce_mean(tensor)
-        sent = self.exchange.sent_bytes - sent_before
+    def pass_through(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
+        """Return the plain mean over ranks of a tensor that lc3 does not code.
+
+        Args:
+            tensor: dense of any floating type, or sparse.
+            step: see ``all_reduce``.
+            bucket: see ``all_reduce``.
+        """
+        sent_before = self.meter.sent_bytes
+        with self.exchanging((), step, bucket):
+            mean_of = self._sparse_mean if tensor.is_sparse else self.mean
+            mean = mean_of(tensor, step, bucket)
+        sent = self.meter.sent_bytes - sent_before
         self.meter.buckets += 1
-        self.meter.sent_bytes += sent
         self.meter.dense_bytes += sent
         self.meter.passed_through_bytes += sent
         return mean
+
+    def share(self, data: Tensor, step: int, bucket: int) -> list[Tensor]:
+        """Send a tensor to every rank; return every rank's, uint8[*], by rank.
+
+        For what is no gradient, inside of ``exchanging``. In messages of their own
+        kind, since a rank that has failed may answer any exchange with an abort.
+
+        Args:
+            data: contiguous, on the CPU.
+            step: see ``all_reduce``.
+            bucket: the same on every rank, and no other exchange's in this step.
+        """
+        arrived = self.exchange.all_gather(self._sealed(data, step, bucket))
+        return self._unsealed(arrived, step, bucket)
+
+    def mean(self, values: Tensor, step: int, bucket: int) -> Tensor:
+        """Return the mean over ranks of a dense tensor, the same bits everywhere.
+
+        Inside of ``exchanging``. Every rank adds up its share of the elements, in rank
+        order, and sends it to all: as many bytes as a ring, in two rounds.
+
+        Args:
+            values: of a floating type, on the CPU, the same shape on every rank.
+            step: see ``all_reduce``.
+            bucket: see ``share``.
+        """
+        parts = values.reshape(-1).tensor_split(self.exchange.world)
+        messages = [self._sealed(part, step, bucket) for part in parts]
+        arrived = self._unsealed(self.exchange.all_to_all(messages), step, bucket)
+        total, *others = [data.clone().view(values.dtype) for data in arrived]
+        for other in others:
+            total += other
+        total /= torch.tensor(float(self.exchange.world))
+        everybody = self.share(total, step, bucket)
+        whole = torch.cat([data.clone() for data in everybody]).view(values.dtype)
+        return whole.view(values.shape)
+
+    def _sparse_mean(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
+        """Return the mean of sparse tensors: everybody gets everybody's entries."""
+        mine = tensor.coalesce()
+        indices = self.share(mine.indices(), step, bucket)
+        values = self.share(mine.values(), step, bucket)
+        total = torch.sparse_coo_tensor(
+            torch.cat(
+                [
+                    i.clone().view(torch.int64).view(mine.sparse_dim(), -1)
+                    for i in indices
+                ],
+                dim=1,
+            ),
+            torch.cat(
+                [
+                    v.clone().view(mine.dtype).view(-1, *mine.values().shape[1:])
+                    for v in values
+                ]
+            ),
+            mine.shape,
+            check_invariants=True,  # the indices came from other ranks
+        ).coalesce()
+        return total / self.exchange.world
+
+    def aside(self) -> tuple[int, int]:
+        """Return (step, bucket) of an exchange that belongs to no step."""
+        self._asides += 1
+        return self._asides, _ASIDE_BUCKET
 
     def reduce_scatter(
         self,
@@ -306,9 +380,12 @@ class Engine:
         """
         mine = self.plan.slices_of(names, self.exchange.rank)
         parts = [shares[slice_.name].reshape(-1) for slice_ in mine]
-        message = torch.cat([torch.empty(0), *parts]).view(torch.uint8)
+        message = torch.cat([torch.empty(0), *parts])
         whole = {name: torch.zeros(self.plan.numel[name]) for name in names}
-        for owner, data in enumerate(self.exchange.all_gather(message)):
+        step, bucket = self.aside()
+        with self.exchanging((), step, bucket):
+            everybody = self.share(message, step, bucket)
+        for owner, data in enumerate(everybody):
             slices = list(self.plan.slices_of(names, owner))
             values = data.clone().view(torch.float32)
             split = torch.split(values, [slice_.numel for slice_ in slices])
@@ -323,8 +400,10 @@ class Engine:
         of what their pushes did not carry yet, plus what pulls did not.
         """
         owed = self.gather(self.residuals.owned, self.plan.coded)
-        for name, sent in self.residuals.sent.items():
-            owed[name] += self.exchange.all_reduce_mean(sent.clone())
+        step, bucket = self.aside()
+        with self.exchanging((), step, bucket):
+            for name, sent in self.residuals.sent.items():
+                owed[name] += self.mean(sent, step, bucket)
         return owed
 
     def close(self) -> None:
@@ -398,6 +477,20 @@ class Engine:
         shortest = _ENTROPY_MIN_BYTES[self.config.entropy]
         return pack(pieces, chunks, tag, shortest, direction)
 
+    def _sealed(self, data: Tensor, step: int, bucket: int) -> Tensor:
+        room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        body = data.contiguous().view(-1).view(torch.uint8)
+        message = torch.cat([room, body])
+        return seal(message, self._tag(self.exchange.rank, step, bucket))
+
+    def _unsealed(
+        self, arrived: Sequence[Tensor], step: int, bucket: int
+    ) -> list[Tensor]:
+        return [
+            unseal(message, self._tag(sender, step, bucket))[0]
+            for sender, message in enumerate(arrived)
+        ]
+
     def _tag(self, sender: int, step: int, bucket: int) -> Tag:
         return Tag(sender, step, bucket, self.plan.fingerprint)
 
@@ -405,9 +498,9 @@ class Engine:
     def _telling_others(self, step: int, bucket: int) -> Iterator[None]:
         """Answer the next exchange with an abort message if this rank fails on its own.
 
-        Both directions move messages in the same way, so the abort fits whatever
-        the others are waiting in: this bucket's push, its pull, or the next bucket's
-        push.
+        Everything moves sealed messages in the same way, so the abort fits whatever
+        the others are waiting in: this bucket's push, its pull, a norm, the next
+        bucket's push.
         """
         if self._failure is not None:
             raise ExchangeError(

@@ -53,10 +53,6 @@ class Exchange(Protocol):
         """
         ...
 
-    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean over ranks of a tensor that is not to be compressed."""
-        ...
-
 
 class GroupExchange:
     """An ``Exchange`` over a process group that nobody else uses.
@@ -146,14 +142,6 @@ class GroupExchange:
         """See ``Exchange.all_gather``."""
         return self.all_to_all([message] * self.world)
 
-    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """See ``Exchange.all_reduce_mean``. Counted as a ring sends it, values only."""
-        with _transport_errors():
-            dist.all_reduce(tensor, group=self._group)
-        values = tensor._values() if tensor.is_sparse else tensor
-        self.sent_bytes += 2 * (self.world - 1) * values.nbytes // self.world
-        return tensor / self.world
-
     def _send(self, data: Tensor, peer: int) -> Any:
         return dist.isend(data, group=self._group, group_dst=peer)
 
@@ -233,15 +221,6 @@ class LoopbackExchange:
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """See ``Exchange.all_gather``."""
         return self.all_to_all([message] * self.world)
-
-    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """See ``Exchange.all_reduce_mean``. Added in rank order."""
-        first, *others = self._loopback.swap(self.rank, tensor.clone(), None)
-        self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
-        total: Tensor = first
-        for other in others:
-            total = total + other
-        return total / self.world
 
 
 @contextmanager

@@ -129,11 +129,11 @@ class Session:
                 zlib.crc32(p.detach().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer since 3.12
                 for p in self.names
             ]
-            message = torch.tensor(mine, dtype=torch.int64).view(torch.uint8)
-            everybody = [
-                data.clone().view(torch.int64).tolist()
-                for data in self.engine.exchange.all_gather(message)
-            ]
+            sums_here = torch.tensor(mine, dtype=torch.int64)
+            step, bucket = self.engine.aside()
+            with self.engine.exchanging((), step, bucket):
+                shared = self.engine.share(sums_here, step, bucket)
+            everybody = [data.clone().view(torch.int64).tolist() for data in shared]
             sums = zip(*everybody, strict=True)
             for name, held in zip(self.names.values(), sums, strict=True):
                 if len(set(held)) > 1:
@@ -144,7 +144,7 @@ class Session:
                         f"the others after {self.step} steps; load a checkpoint from "
                         "before, and look at what changes parameters on one rank only"
                     )
-            return message
+            return sums_here
 
         self.lane.submit(compare).wait()
 

@@ -184,7 +184,7 @@ def a_delay_hides_a_slow_exchange(rank: int, world: int) -> tuple[float, float]:
         send = exchange.all_to_all
 
         def slow(*given: Any, send: Any = send, **named: Any) -> Any:
-            time.sleep(0.05)
+            time.sleep(0.03)
             return send(*given, **named)
 
         exchange.all_to_all = slow  # type: ignore[method-assign]

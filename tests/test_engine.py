@@ -410,9 +410,6 @@ def test_a_damaged_message_stops_every_rank() -> None:
         def all_gather(self, message: Tensor) -> Any:
             return self.all_to_all([message] * self.world)
 
-        def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-            return self.inner.all_reduce_mean(tensor)
-
     def job(rank: int, exchange: Exchange) -> None:
         engine = engine_of(Damaging(exchange))
         for step in range(3):
@@ -437,13 +434,32 @@ def test_ranks_out_of_step_stop_with_one_sentence() -> None:
     assert "ranks run different numbers of steps" in str(results[0])
 
 
+def test_sparse_tensors_pass_through() -> None:
+    def job(rank: int, exchange: Exchange) -> Any:
+        rows = [[], [0, 2, 2], [2]][rank]
+        sparse = torch.sparse_coo_tensor(
+            torch.tensor([rows], dtype=torch.int64),
+            torch.full((len(rows), 2), 3.0 * rank),
+            (4, 2),
+            check_invariants=True,
+        )
+        mean = engine_of(exchange).pass_through(sparse, 0, 0)
+        assert mean.is_sparse
+        return mean.to_dense().tolist()
+
+    assert in_threads(3, job) == [[[1, 1], [0, 0], [4, 4], [0, 0]]] * 3
+
+
 def test_dense_tensors_pass_through() -> None:
     def job(rank: int, exchange: Exchange) -> Any:
         engine = engine_of(exchange)
-        mean = engine.pass_through(torch.tensor([1.0, 2.0 * rank], dtype=torch.float64))
+        values = torch.tensor([[1.0, 3.0 * rank, 4.0]], dtype=torch.float64)
+        mean = engine.pass_through(values, 0, 0)
         return mean.tolist(), engine.meter.passed_through_bytes
 
-    assert in_threads(2, job) == [([1.0, 1.0], 16)] * 2
+    # Three values on three ranks: one goes each way, in messages of 40 + 8 bytes.
+    two_hops = 2 * 2 * (HEADER_BYTES + 8 + 8)
+    assert in_threads(3, job) == [([[1.0, 3.0, 4.0]], two_hops)] * 3
 
 
 @pytest.mark.parametrize(
