@@ -243,9 +243,36 @@ def _power_sgd(rank: int) -> Method:
     return _ddp(lambda model: PowerSgd(model, rank))
 
 
+def local_state(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    every: int,
+    config: lc3.Config,
+    delay: int = 0,
+) -> local_sgd.State:
+    """Let a module train by local steps."""
+    return local_sgd.attach(module, optimizers, config, every=every, delay=delay)
+
+
+def push_pull_optimizer(
+    module: nn.Module, optimizers: Sequence[Optimizer], config: lc3.Config
+) -> tuple[DistributedDataParallel, push_pull.PushPull]:
+    """Return the wrapped module and what steps it, in place of its one optimizer."""
+    (given,) = optimizers  # one, element by element
+
+    known = inspect.signature(type(given)).parameters
+    options = {k: v for k, v in given.defaults.items() if k in known}
+
+    def make(groups: list[dict[str, Any]]) -> Optimizer:
+        return type(given)(groups, **options)
+
+    model = _wrapped(module)
+    return model, push_pull.attach(model, make, config, params=given.param_groups)
+
+
 def _local(every: int, config: lc3.Config) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
-        state = local_sgd.attach(module, optimizers, config, every=every)
+        state = local_state(module, optimizers, every, config)
         return Training(module, optimizers, Metered(state.meter, state.close, every))
 
     return start
@@ -253,16 +280,7 @@ def _local(every: int, config: lc3.Config) -> Method:
 
 def _push_pull(config: lc3.Config) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
-        (given,) = optimizers  # one, element by element
-
-        known = inspect.signature(type(given)).parameters
-        options = {k: v for k, v in given.defaults.items() if k in known}
-
-        def make(groups: list[dict[str, Any]]) -> Optimizer:
-            return type(given)(groups, **options)
-
-        model = _wrapped(module)
-        optimizer = push_pull.attach(model, make, config, params=given.param_groups)
+        model, optimizer = push_pull_optimizer(module, optimizers, config)
         return Training(model, [optimizer], Metered(optimizer.meter, optimizer.close))
 
     return start

@@ -34,8 +34,10 @@ def states() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("before", "after", "bfloat16"),
+    [(3, 2, False), (3, 2, True), (2, 3, False), (2, 3, True), (4, 2, False)],
+)
 @pytest.mark.parametrize("hook", checkpoint_cases.HOOKS)
 def test_another_number_of_ranks(
     ranks: Pools, tmp_path: Path, hook: str, before: int, after: int, bfloat16: bool

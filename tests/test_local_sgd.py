@@ -11,17 +11,21 @@ from tests.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(240)
 Pools = Callable[[int], Ranks]
+CASES = [
+    (1, 0, "sgd", False),
+    (4, 0, "sgd", True),
+    (4, 0, "adamw", False),
+    (4, 1, "sgd", False),
+    (4, 3, "adamw", True),
+]
 
 
-@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
-    ("every", "delay", "kind", "channels_last"),
+    ("world", "every", "delay", "kind", "channels_last"),
     [
-        (1, 0, "sgd", False),
-        (4, 0, "sgd", True),
-        (4, 0, "adamw", False),
-        (4, 1, "sgd", False),
-        (4, 3, "adamw", True),
+        *((world, *case) for world in (2, 3) for case in CASES),
+        (4, 4, 0, "adamw", False),
+        (4, 4, 3, "sgd", False),
     ],
 )
 def test_local_steps_equal_the_servers(
