@@ -8,12 +8,17 @@ import fcntl
 import os
 import socket
 import struct
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=5)
+CONNECT_TIMEOUT_S = 120.0
 DEFAULT_PORT = "29500"
 _SIOCGIFADDR = 0x8915
 # Variables of (rank, world size, local rank), by launcher.
@@ -64,8 +69,36 @@ def init(backend: str = "gloo") -> str:
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
     check_interface(os.environ["MASTER_ADDR"])
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    with connecting():
+        dist.init_process_group(backend, timeout=TIMEOUT)
     return launcher
+
+
+@contextmanager
+def connecting(timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
+    """End this process, for its launcher to start it anew, if ranks do not connect.
+
+    Around what makes process groups. Gloo's listening side waits without any timeout
+    when the other rank dies at the wrong moment (pytorch/gloo#520); nothing in Python
+    can interrupt it.
+    """
+
+    def give_up() -> None:
+        print(
+            f"launch.ranks: the ranks did not connect within {timeout_s:g} s; one has "
+            "died, or cannot reach another's address. This one ends",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_interface(master: str) -> None:

@@ -128,9 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = TASKS[options.task](options.data_dir)
     torch.manual_seed(options.seed)
     module = task.make_model()
-    model, optimizers, state = METHODS[options.method](
-        module, task.make_optimizers(module)
-    )
+    given = task.make_optimizers(module)
+    with ranks.connecting():
+        model, optimizers, state = METHODS[options.method](module, given)
     rates = [schedule(optimizer, options.steps) for optimizer in optimizers]
     kept = [*dict.fromkeys([*optimizers, *rates, *([state] if state else [])])]
     start = load(options.checkpoints, module, kept, state) if options.checkpoints else 0

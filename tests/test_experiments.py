@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from experiments import alpha_beta, bench_codec, pages, paper, record, report, scale
+from experiments import (
+    alpha_beta,
+    bench_codec,
+    local_delay,
+    pages,
+    paper,
+    record,
+    replica_distance,
+    report,
+    scale,
+)
 from experiments.methods import DEMO, METHODS
 from experiments.report import BASELINE
 
@@ -178,6 +188,27 @@ def test_the_reproduction_is_the_committed_result() -> None:
 def test_the_table_of_time_to_accuracy_is_the_committed_result() -> None:
     rows = record.read_csv(ROOT / "experiments/results/evaluate.csv")
     assert report.insert(DOCS, "evaluate", pages.time_markdown(rows)) == DOCS
+
+
+def test_replicas_stay_near_the_masters() -> None:
+    path = ROOT / "experiments/results/replica-distance.csv"
+    table = replica_distance.table(path)
+    assert report.insert(DOCS, "replica-distance", table) == DOCS
+    rows = record.read_csv(path)
+    assert sum(row["form"] == "push-pull s=1.00" for row in rows) >= 1_000
+    assert all(float(row["distance"]) < 0.5 for row in rows)
+
+
+def test_a_delay_hides_an_exchange_that_takes_less() -> None:
+    path = ROOT / "experiments/results/local-delay.csv"
+    assert report.insert(DOCS, "local-delay", local_delay.table(path)) == DOCS
+    hidden = [
+        float(row["exposed"])
+        for row in record.read_csv(path)
+        if float(row["exchange_ms"]) < float(row["compute_ms"]) * int(row["delay"])
+    ]
+    assert len(hidden) >= 3
+    assert max(hidden) <= 0.02
 
 
 def test_the_table_of_world_sizes_is_the_committed_result() -> None:

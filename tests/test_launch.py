@@ -118,3 +118,11 @@ def test_several_interfaces_need_a_choice(monkeypatch: pytest.MonkeyPatch) -> No
         ranks.check_interface("10.0.0.1")
     monkeypatch.setattr(ranks, "interfaces", lambda: {"eth0": "10.0.0.2"})
     ranks.check_interface("10.0.0.1")
+
+
+def test_ranks_that_do_not_connect_end() -> None:
+    script = "import time; from launch import ranks\nwith ranks.connecting(0.5): "
+    done = run([sys.executable, "-c", script + "time.sleep(60)"])
+    assert done.returncode == 1
+    assert "the ranks did not connect within 0.5 s" in done.stderr
+    assert run([sys.executable, "-c", script + "time.sleep(0)"]).returncode == 0
