@@ -152,18 +152,23 @@ class Training(NamedTuple):
 Method = Callable[[nn.Module, Sequence[Optimizer]], Training]
 
 
-def _ddp(attach: Callable[[DistributedDataParallel], Traffic]) -> Method:
+def _ddp(
+    attach: Callable[[DistributedDataParallel], Traffic],
+    bucket_cap_mb: float | None = None,
+) -> Method:
     """Return a method that is a communication hook of DDP."""
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
-        model = _wrapped(module)
+        model = _wrapped(module, bucket_cap_mb)
         return Training(model, optimizers, attach(model))
 
     return start
 
 
-def _wrapped(module: nn.Module) -> DistributedDataParallel:
-    model = DistributedDataParallel(module)
+def _wrapped(
+    module: nn.Module, bucket_cap_mb: float | None = None
+) -> DistributedDataParallel:
+    model = DistributedDataParallel(module, bucket_cap_mb=bucket_cap_mb)
     # Statistics of batch norms are averaged where they are used, in evaluation, not
     # sent from rank 0 before every step.
     model.broadcast_buffers = False
@@ -240,7 +245,8 @@ class PowerSgd:
 
 
 def _power_sgd(rank: int) -> Method:
-    return _ddp(lambda model: PowerSgd(model, rank))
+    # One bucket: with several it fails on gloo, see experiments.powersgd_buckets.
+    return _ddp(lambda model: PowerSgd(model, rank), bucket_cap_mb=1e5)
 
 
 def local_state(

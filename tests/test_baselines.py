@@ -1,13 +1,17 @@
 """The methods lc3 is compared with do what they say, with the bytes they say."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.baselines import Baseline, Int8, Largest, OneBit, StochasticTernary
+from experiments.methods import METHODS
 from lc3.codec import decode_add
 from lc3.errors import FormatError
+from tests.ranks import Ranks
 
 CODECS = [
     Int8(),
@@ -78,3 +82,22 @@ def test_largest_are_sent_exactly() -> None:
         kept = np.argsort(-np.abs(x))[:40]
         assert np.count_nonzero(values) == 40
         assert (values[kept] == x[kept]).all()
+
+
+def train_with_power_sgd(rank: int, world: int) -> float:
+    """Train a model of several of DDP's usual buckets for 8 steps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(600, 600) for _ in range(3)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    training = METHODS["PowerSGD rank 2"](net, [optimizer])
+    torch.manual_seed(rank)
+    for _ in range(8):
+        optimizer.zero_grad()
+        training.model(torch.randn(8, 600)).square().mean().backward()
+        optimizer.step()
+    return float(sum(p.detach().double().sum() for p in net.parameters()))
+
+
+def test_power_sgd_gets_one_bucket(ranks: Callable[[int], Ranks]) -> None:
+    """With several it fails on gloo: experiments.powersgd_buckets."""
+    assert len(set(ranks(2).run(train_with_power_sgd))) == 1
