@@ -112,7 +112,7 @@ class State:
             What the hook's future must hold: ``buffer``, or for a gradient that passes
             through uncompressed a tensor like it.
         """
-        self.meter.steps = step + 1
+        self.meter.at_step(step + 1)
         if bucket == 0 and self._scaler is not None:
             self._begin()
         reduced = self._reduce(buffer, names, step, bucket)

@@ -74,7 +74,7 @@ class HorovodExchange:
     def __init__(self, process_set: Any) -> None:
         self.rank: int = process_set.rank()
         self.world: int = process_set.size()
-        self.sent_bytes = 0
+        self.sent_bytes = self.rounds = 0
         self._process_set = process_set
 
     def all_to_all(
@@ -93,6 +93,7 @@ class HorovodExchange:
             timeout_s,
         )
         self.sent_bytes += sum(outgoing) + _SPLIT_BYTES * (self.world - 1)
+        self.rounds += 1
         arrived = list(torch.split(received, incoming.tolist()))
         arrived[self.rank] = messages[self.rank]
         return arrived
@@ -168,7 +169,7 @@ class State:
         """Begin the next step; all gradients have arrived."""
         if len(self._futures) == len(self._buckets):
             self.session.begin_step(self.session.step + 1)
-            self.meter.steps = self.session.step
+            self.meter.at_step(self.session.step)
             self._begin()
 
     def _submit(self, index: int) -> torch.futures.Future[Tensor]:

@@ -137,7 +137,7 @@ class State:
 
     def _after_step(self, *_: object) -> None:
         self.steps += 1
-        self.meter.steps += 1
+        self.meter.at_step(self.steps)
         self._unsent += 1
         if self.engine.exchange.world == 1 or self._every is None:
             return

@@ -176,7 +176,7 @@ class PushPull(Optimizer):
             name: self._values[name] for name in names if self._values[name].numel()
         }
         self.meter.buckets += 1
-        self.meter.steps = step + 1
+        self.meter.at_step(step + 1)
         if self.engine.exchange.world == 1:
             for name, value in values.items():
                 self.engine.means[name].copy_(value)

@@ -36,6 +36,8 @@ class Config:
             shrink is sent as it is. "none": the paper's bytes.
         threads: that encode and decode on this rank; may differ between ranks.
             ``None``: the cores it may use, divided among the ranks on its machine.
+        log_every: steps between two lines about traffic and time in the log
+            ``lc3.meter``, on the first rank. ``None``: none.
     """
 
     sparsity: float = 1.0
@@ -49,6 +51,7 @@ class Config:
     block: int | None = None
     entropy: EntropyStage = "auto"
     threads: int | None = None
+    log_every: int | None = None
 
     def __post_init__(self) -> None:
         check_sparsity("sparsity", self.sparsity)
@@ -67,6 +70,8 @@ class Config:
             _check_count("block", self.block, 5)
         if self.threads is not None:
             _check_count("threads", self.threads, 1)
+        if self.log_every is not None:
+            _check_count("log_every", self.log_every, 1)
         if self.entropy not in ENTROPY_STAGES:
             raise ConfigError(
                 f"entropy={self.entropy!r} must be one of "

@@ -141,13 +141,14 @@ class Engine:
             bucket: see ``all_reduce``.
             hops: 2 for a push and a pull, 1 for one of them.
         """
-        sent_before = self.exchange.sent_bytes
+        sent_before, rounds_before = self.exchange.sent_bytes, self.exchange.rounds
         with self._telling_others(step, bucket):
             yield
         elements = sum(self.plan.numel[name] for name in names)
         share = (self.exchange.world - 1) / self.exchange.world
         self.meter.dense_bytes += hops * share * 4 * elements
         self.meter.sent_bytes += self.exchange.sent_bytes - sent_before
+        self.meter.rounds += self.exchange.rounds - rounds_before
 
     def pass_through(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
         """Return the plain mean over ranks of a tensor that lc3 does not code.

@@ -28,11 +28,13 @@ class Exchange(Protocol):
         world: number of ranks.
         sent_bytes: bytes given to the transport for other ranks so far, the sizes that
             announce them included. A rank's message to itself is never sent.
+        rounds: times this rank has waited for a message of every other.
     """
 
     rank: int
     world: int
     sent_bytes: int
+    rounds: int
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
@@ -71,7 +73,7 @@ class GroupExchange:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
-        self.sent_bytes = 0
+        self.sent_bytes = self.rounds = 0
         self._group = group
         self._device = device
         self._peers = [r for r in range(self.world) if r != self.rank]
@@ -92,6 +94,7 @@ class GroupExchange:
                 arrived = self._sizes_then_bytes(messages, timeout_s)
         sizes = (messages[peer].numel() for peer in self._peers)
         self.sent_bytes += sum(sizes) + _SIZE_BYTES * (self.world - 1)
+        self.rounds += 1 if self._one_round else 2
         return arrived
 
     def _pairwise(
@@ -204,7 +207,7 @@ class LoopbackExchange:
     def __init__(self, loopback: Loopback, rank: int, world: int) -> None:
         self.rank = rank
         self.world = world
-        self.sent_bytes = 0
+        self.sent_bytes = self.rounds = 0
         self._loopback = loopback
 
     def all_to_all(
@@ -216,6 +219,7 @@ class LoopbackExchange:
             self.rank, [message.clone() for message in messages], timeout_s
         )
         self.sent_bytes += outgoing + _SIZE_BYTES * (self.world - 1)
+        self.rounds += 1
         return [given[self.rank] for given in shown]
 
     def all_gather(self, message: Tensor) -> list[Tensor]:

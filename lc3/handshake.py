@@ -55,7 +55,8 @@ def agree(
     except Lc3Error as error:
         failure = error
     knobs = dataclasses.asdict(config)
-    del knobs["threads"]  # the one that is each rank's own affair
+    for own in ("threads", "log_every"):  # each rank's own affair
+        del knobs[own]
     mine = {
         "error": None if failure is None else str(failure),
         "lc3 version": version,

@@ -1,10 +1,15 @@
 """Bytes by direction and tensor, density, seconds: counted where they happen."""
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from torch.autograd import profiler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,6 +67,8 @@ class Meter:
     Attributes:
         steps: synchronised backward passes.
         buckets: exchanges of a bucket.
+        rounds: times that all ranks waited for a message of every other: a link's
+            latency counts that often.
         sent_bytes: bytes this rank gave to the transport for other ranks: messages with
             headers, the sizes that announce them, tensors passed through.
         dense_bytes: what a bandwidth-optimal float32 all-reduce of the same gradients
@@ -71,23 +78,42 @@ class Meter:
         push, pull: the two directions.
         seconds: wall-clock by stage: encode, exchange, decode on the worker lane, and
             wait, which is what training stood still for them: what was not hidden.
+            The lane's stages are ranges of torch.profiler, named ``lc3.encode`` and so
+            on, where it looks at all threads: ``experimental_config=torch.profiler.
+            _ExperimentalConfig(profile_all_threads=True)``.
+        log_every: steps between two lines in the log ``lc3.meter``; ``None``: no lines.
     """
 
     steps: int = 0
     buckets: int = 0
+    rounds: int = 0
     sent_bytes: int = 0
     dense_bytes: float = 0.0
     passed_through_bytes: int = 0
     push: Direction = field(default_factory=Direction)
     pull: Direction = field(default_factory=Direction)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    log_every: int | None = None
+
+    def at_step(self, steps: int) -> None:
+        """Note that ``steps`` were made or begun, and log a line when it is time."""
+        due = self.log_every is not None and steps // self.log_every > (
+            self.steps // self.log_every
+        )
+        self.steps = steps
+        if due:
+            log.info("%s", self.line())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to ``seconds[name]``."""
         start = time.perf_counter()
         try:
-            yield
+            if profiler._is_profiler_enabled:  # a range takes microseconds
+                with profiler.record_function(f"lc3.{name}"):
+                    yield
+            else:
+                yield
         finally:
             self.seconds[name] += time.perf_counter() - start
 
@@ -96,11 +122,26 @@ class Meter:
         """How many times fewer bytes left this rank than float32 would have sent."""
         return _ratio(self.dense_bytes, self.sent_bytes)
 
+    def line(self) -> str:
+        """Return what happened so far in one line."""
+        steps = max(self.steps, 1)
+        stages = ", ".join(
+            f"{stage} {1e3 * self.seconds[stage] / steps:.2f}"
+            for stage in ("encode", "exchange", "decode", "wait")
+        )
+        return (
+            f"step {self.steps:,}: {self.ratio:.1f} times fewer bytes "
+            f"({self.sent_bytes / steps:,.0f} a step), "
+            f"{self.push.bits_per_element:.3f} + {self.pull.bits_per_element:.3f} bits "
+            f"an element, {self.rounds / steps:.1f} rounds, ms a step: {stages}"
+        )
+
     def summary(self) -> dict[str, float]:
         """Return the main figures by name, for logs and tables."""
         return {
             "steps": self.steps,
             "buckets": self.buckets,
+            "rounds": self.rounds,
             "sent_bytes": self.sent_bytes,
             "ratio": self.ratio,
             "push_bits_per_element": self.push.bits_per_element,

@@ -66,7 +66,7 @@ class Session:
     ) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in parameters}
         self.config = config
-        self.meter = Meter()
+        self.meter = Meter(log_every=None if exchange.rank else config.log_every)
         self._leave = leave
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
 

@@ -395,7 +395,7 @@ def test_a_damaged_message_stops_every_rank() -> None:
         def __init__(self, exchange: Exchange) -> None:
             self.inner = exchange
             self.rank, self.world = exchange.rank, exchange.world
-            self.calls = self.sent_bytes = 0
+            self.calls = self.sent_bytes = self.rounds = 0
 
         def all_to_all(
             self, messages: Sequence[Tensor], timeout_s: float | None = None

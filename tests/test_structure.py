@@ -19,6 +19,7 @@ BELOW = {
     "residual": {"plan"},
     "checkpoint": {"errors", "plan"},
     "meter": set(),
+    "monitor": {"meter"},
     "message": {"codec", "entropy", "errors", "format", "meter", "plan"},
     "workers": set(),
     "lane": {"errors"},
