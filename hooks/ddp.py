@@ -164,6 +164,7 @@ class State:
             now = self.engine.residuals.buffers()
             for kept, buffer in zip(self._before, now, strict=True):
                 buffer.copy_(kept)
+            self.engine.owing.update(self.engine.residuals.sent)
             self._overflowed = False
 
     def _widened(self, buffer: Tensor) -> Tensor:
@@ -238,6 +239,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "ddp", self.engine.plan, rank, mine)
         mine.copy_from(found)
+        self.engine.owing.update(self.engine.residuals.sent)
         self._overflowed = False
         self._scale = float(found.counters["scale"])
         self.session.begin_step(int(found.counters["step"]))

@@ -20,7 +20,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
-from lc3.session import session_beside
+from lc3.session import check_mode, session_beside
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def attach(
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
+    check_mode(config, "local_sgd")
     return State(
         model,
         [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from lc3.errors import ConfigError
 
+Mode = Literal["3lc", "auto"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 EntropyStage = Literal["auto", "zstd", "none"]
 ENTROPY_STAGES: tuple[EntropyStage, ...] = get_args(EntropyStage)
 
@@ -34,6 +36,9 @@ class Config:
         entropy: a lossless stage over each message, both ways. "zstd" tries it on every
             message, "auto" on those that are long enough to gain; one that does not
             shrink is sent as it is. "none": the paper's bytes.
+        mode: "3lc": always. "auto": link and codec are measured at attach, and a bucket
+            that a plain all-reduce, float32 or bfloat16, should bring sooner travels
+            so; ``hooks.ddp`` only.
         threads: that encode and decode on this rank; may differ between ranks.
             ``None``: the cores it may use, divided among the ranks on its machine.
         log_every: steps between two lines about traffic and time in the log
@@ -50,6 +55,7 @@ class Config:
     min_share: int = 16_384
     block: int | None = None
     entropy: EntropyStage = "auto"
+    mode: Mode = "3lc"
     threads: int | None = None
     log_every: int | None = None
 
@@ -76,6 +82,10 @@ class Config:
             raise ConfigError(
                 f"entropy={self.entropy!r} must be one of "
                 f"{', '.join(map(repr, ENTROPY_STAGES))}"
+            )
+        if self.mode not in MODES:
+            raise ConfigError(
+                f"mode={self.mode!r} must be one of {', '.join(map(repr, MODES))}"
             )
         _check_patterns("raw", self.raw)
         _check_patterns("coded", self.coded)

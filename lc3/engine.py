@@ -7,6 +7,7 @@ finite, so a step that fails, or overflows on any rank, leaves all residuals as 
 were.
 """
 
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lc3.auto import Auto, Wire
 from lc3.codec import Codec
 from lc3.config import Config, EntropyStage
 from lc3.entropy import AUTO_MIN_BYTES
@@ -48,8 +50,10 @@ class Engine:
         codec: for the device of the gradients.
         meter: is written to.
         threads: that encode and decode.
+        auto: lets buckets travel uncoded; ``None``: none does.
 
     Attributes:
+        owing: names of parameters whose residuals may hold something.
         means: by parameter name float32[slice], of the slices that this rank owns: what
             the last push brought. The pull uses the memory again.
     """
@@ -62,7 +66,10 @@ class Engine:
         codec: Codec,
         meter: Meter,
         threads: int = 1,
+        auto: Auto | None = None,
     ) -> None:
+        self.auto = auto
+        self.owing: set[str] = set()
         self.plan = plan
         self.config = config
         self.exchange = exchange
@@ -98,7 +105,68 @@ class Engine:
         if self.exchange.world == 1 or not any(pieces):
             return
         with self.exchanging(grads, step, bucket):
-            self.push_and_pull(pieces, grads, step, bucket)
+            if self.auto is None:
+                self.push_and_pull(pieces, grads, step, bucket)
+            else:
+                self._first_to_arrive(self.auto, pieces, grads, step, bucket)
+
+    def _first_to_arrive(
+        self,
+        auto: Auto,
+        pieces: Sequence[Sequence[Piece]],
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+    ) -> None:
+        names, elements = tuple(grads), sum(g.numel() for g in grads.values())
+        wire = auto.wire(names, elements)
+        if wire != "3lc":
+            self._uncoded(pieces, grads, wire)
+            return
+        start = time.perf_counter()
+        self.push_and_pull(pieces, grads, step, bucket)
+        self.owing.update(name for name in names if name in self.plan.coded)
+        median = auto.took(names, time.perf_counter() - start)
+        if median is not None:
+            mine = torch.tensor([median], dtype=torch.float64)
+            shared = self.share(mine, step, bucket)
+            medians = [one.clone().view(torch.float64) for one in shared]
+            auto.compare(names, elements, medians)
+
+    def _uncoded(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        grads: Mapping[str, Tensor],
+        wire: Wire,
+    ) -> None:
+        """Average by the transport's all-reduce; what 3LC still owed comes along."""
+        owing = [name for name in grads if name in self.owing]
+        for name in owing:
+            grads[name].add_(self.residuals.sent[name])
+        world = self.exchange.world
+        owned = [p for p in pieces[self.exchange.rank] if p.name in owing]
+        for piece in owned:
+            values = grads[piece.name][piece.start : piece.stop]
+            values.add_(self.residuals.of_owned(piece), alpha=world)
+        flat = torch.cat([grad.reshape(-1) for grad in grads.values()])
+        if wire == "bfloat16":
+            flat = (flat / world).bfloat16()
+            with self.meter.stage("exchange"):
+                self.exchange.all_reduce(flat)
+        else:
+            with self.meter.stage("exchange"):
+                self.exchange.all_reduce(flat)
+            flat /= world
+        parts = torch.split(flat, [grad.numel() for grad in grads.values()])
+        for grad, part in zip(grads.values(), parts, strict=True):
+            grad.copy_(part)
+        for name in owing:
+            if grads[name].isfinite().all():
+                self.residuals.sent[name].zero_()
+                self.owing.discard(name)
+        for piece in owned:
+            if piece.name not in self.owing:
+                self.residuals.of_owned(piece).zero_()
 
     def push_and_pull(
         self,

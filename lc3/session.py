@@ -13,10 +13,11 @@ from torch.autograd import Variable
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from lc3.auto import Auto, measure
 from lc3.codec import codec_for, warm_up
 from lc3.config import Config
 from lc3.engine import Engine
-from lc3.errors import AttachError, ReplicasDiffer
+from lc3.errors import AttachError, ConfigError, ReplicasDiffer
 from lc3.exchange import Exchange, GroupExchange
 from lc3.handshake import agree, threads_for
 from lc3.lane import Lane
@@ -80,6 +81,9 @@ class Session:
         try:
             threads = threads_for(exchange, config)
             self.engine = agree(exchange, __version__, config, shapes, build)
+            if config.mode == "auto" and exchange.world > 1:
+                costs = measure(exchange, self.engine.codec, config, threads)
+                self.engine.auto = Auto(costs, exchange.world)
         except BaseException:
             leave()
             raise
@@ -252,6 +256,15 @@ def check_device(name: str, parameter: Tensor) -> None:
         raise AttachError(
             f"parameter {name!r} is on {parameter.device}; in this version lc3 "
             "exchanges on the CPU only (lc3.encode works on any device)"
+        )
+
+
+def check_mode(config: Config, hook: str) -> None:
+    """Raise ``ConfigError`` if a hook always codes, but the configuration may not."""
+    if config.mode != "3lc":
+        raise ConfigError(
+            f"mode={config.mode!r} is for hooks.ddp, where a bucket can travel "
+            f"uncoded; hooks.{hook} always sends 3LC: leave mode out"
         )
 
 

@@ -410,6 +410,9 @@ def test_a_damaged_message_stops_every_rank() -> None:
         def all_gather(self, message: Tensor) -> Any:
             return self.all_to_all([message] * self.world)
 
+        def all_reduce(self, tensor: Tensor) -> None:
+            self.inner.all_reduce(tensor)
+
     def job(rank: int, exchange: Exchange) -> None:
         engine = engine_of(Damaging(exchange))
         for step in range(3):

@@ -1,0 +1,212 @@
+"""``Config(mode="auto")``: each bucket travels in the form that should arrive first.
+
+At attach all ranks measure codec and link together and keep the slowest rank's figures,
+so that all of them predict, and choose, alike. 3LC that is chosen for a bucket has to
+prove itself: after some steps its time there is compared with what a plain all-reduce
+was predicted to take, again with figures that all ranks share.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lc3.codec import Codec, decode_add
+from lc3.config import Config
+from lc3.entropy import compress
+from lc3.exchange import Exchange
+from lc3.format import HEADER_BYTES
+
+log = logging.getLogger(__name__)
+
+Wire = Literal["3lc", "bfloat16", "float32"]
+Bucket = tuple[str, ...]  # the names in it: numbers change when DDP rebuilds them
+
+TRIAL_STEPS = 12  # with 3LC, before it is compared
+_WARM_UP = 4  # of them that do not count
+_MARGIN = 1.1  # by which an all-reduce must be predicted to win afterwards
+_BITS = 0.8  # an element, both ways: s = 1 with the entropy stage, see docs/codec.md
+_DENSITY = 0.05
+_ELEMENTS = 1 << 19
+_FIRST_BYTES, _MOST_BYTES, _ENOUGH_S = 1 << 14, 1 << 22, 0.05
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the slowest rank needs, seconds.
+
+    Attributes:
+        encode: an element, with the entropy stage.
+        decode: an element.
+        round: an exchange of nothing, all ranks with all.
+        byte: a byte that a rank sends in one.
+        reduce: an all-reduce of nothing.
+        reduce_byte: a byte of the tensor in one.
+    """
+
+    encode: float
+    decode: float
+    round: float
+    byte: float
+    reduce: float
+    reduce_byte: float
+
+    def predict(self, elements: int, world: int) -> dict[Wire, float]:
+        """Return the seconds of a bucket on its way, by form."""
+        others = (world - 1) / world
+        coding = elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
+        sent = others * elements * _BITS / 8
+        return {
+            "3lc": 2 * self.round + coding + sent * self.byte,
+            "bfloat16": self.reduce + 2 * elements * self.reduce_byte,
+            "float32": self.reduce + 4 * elements * self.reduce_byte,
+        }
+
+
+def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, float]:
+    """Return seconds an element to encode, entropy stage included, and to decode."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.2 * torch.rand(_ELEMENTS, generator=generator)
+    x[torch.rand(_ELEMENTS, generator=generator) < _DENSITY] = 1.0
+    room = torch.empty(codec.max_frame_bytes(_ELEMENTS), dtype=torch.uint8)
+    residual, values, work = torch.zeros_like(x), torch.zeros_like(x), x.clone()
+    frame = room[:0]
+
+    def encode() -> None:
+        nonlocal frame
+        used, _ = codec.encode(work, 1.0, room, residual)
+        frame = room[:used]
+        if config.entropy != "none":
+            compress(([], [frame]), HEADER_BYTES)
+
+    encoding = []
+    for _ in range(_REPEATS):
+        work.copy_(x)
+        encoding.append(_seconds(encode))
+    decoding = [_seconds(lambda: decode_add(codec, frame, values)) for _ in encoding]
+    each = _ELEMENTS * threads
+    return median(encoding) / each, median(decoding) / each
+
+
+def link_costs(exchange: Exchange) -> tuple[float, float, float, float]:
+    """Return ``Costs``' round, byte, reduce and reduce_byte; collective."""
+    others = exchange.world - 1
+
+    def gather(sent: int) -> None:
+        exchange.all_gather(torch.zeros(max(1, sent // others), dtype=torch.uint8))
+
+    def reduce(size: int) -> None:
+        exchange.all_reduce(torch.zeros(max(1, size // 4)))
+
+    round_s, byte_s = _line(exchange, gather)
+    reduce_s, reduce_byte_s = _line(exchange, reduce)
+    return round_s, byte_s, reduce_s, reduce_byte_s
+
+
+def measure(exchange: Exchange, codec: Codec, config: Config, threads: int) -> Costs:
+    """Measure everything, the same on every rank; collective."""
+    own = codec_costs(codec, config, threads)
+    encode, decode = _slowest(exchange, own)
+    return Costs(encode, decode, *link_costs(exchange))
+
+
+def _line(exchange: Exchange, send: Callable[[int], None]) -> tuple[float, float]:
+    """Return seconds of nothing and of a byte more; larger until it takes a while."""
+
+    def timed(size: int) -> float:
+        _slowest(exchange, (0.0,))  # all ranks begin together
+        return _slowest(exchange, (_seconds(lambda: send(size)),))[0]
+
+    timed(1)
+    nothing = median(timed(1) for _ in range(_REPEATS))
+    size = _FIRST_BYTES
+    while (whole := min(timed(size), timed(size))) < _ENOUGH_S and size < _MOST_BYTES:
+        size *= 4
+    return nothing, max(whole - nothing, 0.0) / size
+
+
+def _slowest(exchange: Exchange, seconds: tuple[float, ...]) -> list[float]:
+    message = torch.tensor(seconds, dtype=torch.float64).view(torch.uint8)
+    everybody = [d.clone().view(torch.float64) for d in exchange.all_gather(message)]
+    slowest: list[float] = torch.stack(everybody).amax(dim=0).tolist()
+    return slowest
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@dataclass
+class Auto:
+    """The choices of one model.
+
+    Attributes:
+        costs: the same on every rank.
+        world: number of ranks.
+        chosen: by bucket, so far.
+    """
+
+    costs: Costs
+    world: int
+    chosen: dict[Bucket, Wire] = field(default_factory=dict)
+    _trials: dict[Bucket, list[float]] = field(default_factory=dict)
+
+    def wire(self, bucket: Bucket, elements: int) -> Wire:
+        """Return how a bucket travels; the same on every rank."""
+        if bucket not in self.chosen:
+            predicted = self.costs.predict(elements, self.world)
+            self.chosen[bucket] = min(predicted, key=lambda wire: predicted[wire])
+            self._say(bucket, elements, predicted)
+        return self.chosen[bucket]
+
+    def took(self, bucket: Bucket, seconds: float) -> float | None:
+        """Note how long 3LC took here; return its median when it is to be shared."""
+        times = self._trials.setdefault(bucket, [])
+        if len(times) >= TRIAL_STEPS:
+            return None
+        times.append(seconds)
+        return median(times[_WARM_UP:]) if len(times) == TRIAL_STEPS else None
+
+    def compare(self, bucket: Bucket, elements: int, medians: list[Tensor]) -> None:
+        """Choose again, by what every rank measured, float64[1] each.
+
+        The shortest counts: others have waited for a rank that came late to the bucket,
+        as they would with any form.
+        """
+        predicted = self.costs.predict(elements, self.world)
+        measured = min(float(one) for one in medians)
+        plain: Wire = (
+            "bfloat16" if predicted["bfloat16"] < predicted["float32"] else "float32"
+        )
+        if measured > _MARGIN * predicted[plain]:
+            self.chosen[bucket] = plain
+            self._say(bucket, elements, {**predicted, "3lc": measured})
+
+    def _say(self, bucket: Bucket, elements: int, times: dict[Wire, float]) -> None:
+        wire = self.chosen[bucket]
+        figures = ", ".join(f"{form} {1e3 * s:.2f} ms" for form, s in times.items())
+        link = 8 / self.costs.byte / 1e6 if self.costs.byte else float("inf")
+        verdict = (
+            "sends 3LC"
+            if wire == "3lc"
+            else f"sends {wire}: compression will not help here"
+        )
+        log.info(
+            "lc3: bucket of %s elements (%s …) %s: %s; %.0f Mbit/s a rank, %.2f ms a "
+            "round, codec %.2f GB/s",
+            f"{elements:,}",
+            bucket[0],
+            verdict,
+            figures,
+            link,
+            1e3 * self.costs.round,
+            4e-9 / self.costs.encode,
+        )
