@@ -299,6 +299,7 @@ METHODS: dict[str, Method] = {
     "3LC s=1.50": _lc3(1.5),
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
+    "auto": _ddp(lambda model: _hooked(model, lc3.Config(mode="auto"))),
     "bf16": _all_reduce(bf16_compress_hook, 16),
     "8-bit int": _baseline(lambda _rank: Int8()),
     "Stoch 3-value + QE": _baseline(lambda rank: StochasticTernary(seed=rank)),

@@ -12,6 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    allreduce_hook,
+    bf16_compress_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3.checkpoint import Parts, load, save
@@ -64,7 +68,7 @@ def lc3_hook(
     state: "State", bucket: dist.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
     """Replace every gradient in ``bucket`` by its 3LC mean (``register_comm_hook``)."""
-    return state.session.on_bucket(bucket, state.reduce)
+    return state.session.on_bucket(bucket, state.reduce, state.uncoded)
 
 
 class State:
@@ -89,6 +93,7 @@ class State:
         self.config = config
         self.meter = self.session.meter
         self.engine = self.session.engine
+        self._group = model.process_group
         self._said: set[str] = set()
         self._wide = torch.empty(0)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -120,10 +125,34 @@ class State:
             self._overflowed = True
         return reduced
 
+    def uncoded(
+        self, bucket: dist.GradBucket, names: list[str], step: int
+    ) -> torch.futures.Future[Tensor] | None:
+        """Start DDP's own all-reduce of a bucket that ``mode="auto"`` sends uncoded.
+
+        On the model's own group, as without lc3, and without a detour over the lane.
+        ``None``: the bucket goes the lane's way, since it is coded, since residuals
+        have to come along, or since a scaler may undo the step.
+        """
+        auto, buffer = self.engine.auto, bucket.buffer()
+        if auto is None or self._scaler is not None or not _coded(buffer):
+            return None
+        wire = auto.wire(tuple(names), buffer.numel())
+        if wire == "3lc" or not self.engine.owing.isdisjoint(names):
+            return None
+        self.meter.at_step(step + 1)
+        narrow = wire == "bfloat16" and buffer.dtype == torch.float32
+        self.meter.add_all_reduce(
+            buffer.numel(),
+            2 if narrow else buffer.element_size(),
+            self.engine.exchange.world,
+        )
+        return (bf16_compress_hook if narrow else allreduce_hook)(self._group, bucket)
+
     def _reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
     ) -> Tensor:
-        if buffer.layout != torch.strided or buffer.dtype not in _CODED_DTYPES:
+        if not _coded(buffer):
             self._say_once(
                 f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
@@ -253,6 +282,10 @@ class State:
             "an lc3 State holds a process group and cannot be pickled; save "
             "state.state_dict(), and save model.module, not the DDP wrapper"
         )
+
+
+def _coded(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and buffer.dtype in _CODED_DTYPES
 
 
 def _finite(values: Tensor) -> bool:

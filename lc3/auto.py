@@ -63,9 +63,9 @@ class Costs:
         coding = elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
         sent = others * elements * _BITS / 8
         return {
-            "3lc": 2 * self.round + coding + sent * self.byte,
-            "bfloat16": self.reduce + 2 * elements * self.reduce_byte,
             "float32": self.reduce + 4 * elements * self.reduce_byte,
+            "bfloat16": self.reduce + 2 * elements * self.reduce_byte,
+            "3lc": 2 * self.round + coding + sent * self.byte,
         }
 
 

@@ -214,9 +214,11 @@ class Engine:
             yield
         elements = sum(self.plan.numel[name] for name in names)
         share = (self.exchange.world - 1) / self.exchange.world
-        self.meter.dense_bytes += hops * share * 4 * elements
-        self.meter.sent_bytes += self.exchange.sent_bytes - sent_before
-        self.meter.rounds += self.exchange.rounds - rounds_before
+        self.meter.add(
+            self.exchange.sent_bytes - sent_before,
+            hops * share * 4 * elements,
+            self.exchange.rounds - rounds_before,
+        )
 
     def pass_through(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
         """Return the plain mean over ranks of a tensor that lc3 does not code.

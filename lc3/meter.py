@@ -1,6 +1,7 @@
 """Bytes by direction and tensor, density, seconds: counted where they happen."""
 
 import logging
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -94,13 +95,37 @@ class Meter:
     pull: Direction = field(default_factory=Direction)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     log_every: int | None = None
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, repr=False, compare=False
+    )
+
+    def add(
+        self, sent_bytes: int, dense_bytes: float, rounds: int, buckets: int = 0
+    ) -> None:
+        """Count an exchange. From any thread."""
+        with self._lock:
+            self.sent_bytes += sent_bytes
+            self.dense_bytes += dense_bytes
+            self.rounds += rounds
+            self.buckets += buckets
+
+    def add_all_reduce(self, elements: int, element_bytes: int, world: int) -> None:
+        """Count a bucket that DDP's own all-reduce moves: a ring."""
+        hops = 2 * (world - 1)
+        self.add(
+            sent_bytes=hops * element_bytes * elements // world,
+            dense_bytes=hops * 4 * elements / world,
+            rounds=hops,
+            buckets=1,
+        )
 
     def at_step(self, steps: int) -> None:
         """Note that ``steps`` were made or begun, and log a line when it is time."""
-        due = self.log_every is not None and steps // self.log_every > (
-            self.steps // self.log_every
-        )
-        self.steps = steps
+        with self._lock:
+            due = self.log_every is not None and steps // self.log_every > (
+                self.steps // self.log_every
+            )
+            self.steps = steps
         if due:
             log.info("%s", self.line())
 

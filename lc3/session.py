@@ -32,6 +32,9 @@ _CLOSE_TIMEOUT_S = 10.0
 # Works on a bucket: its flat buffer, its parameters' names, step, number; returns what
 # the hook's future must hold.
 BucketJob = Callable[[Tensor, list[str], int, int], Tensor]
+Native = Callable[
+    [dist.GradBucket, list[str], int], torch.futures.Future[Tensor] | None
+]
 
 
 class Session:
@@ -91,11 +94,17 @@ class Session:
         self.begin_step(0)
 
     def on_bucket(
-        self, bucket: dist.GradBucket, job: BucketJob
+        self, bucket: dist.GradBucket, job: BucketJob, native: Native | None = None
     ) -> torch.futures.Future[Tensor]:
         """Run ``job`` on the lane for a bucket that DDP hands to its hook.
 
         Its error ends ``backward()`` as what it is, and the future.
+
+        Args:
+            bucket: what the hook was given.
+            job: see ``BucketJob``.
+            native: starts an exchange that needs no lane, or returns ``None``; the same
+                on every rank.
         """
         if not isinstance(bucket, dist.GradBucket):
             raise AttachError(
@@ -105,6 +114,8 @@ class Session:
         buffer = bucket.buffer()
         names = [self._name_of(parameter) for parameter in bucket.parameters()]
         step, index = self._next_bucket(names)
+        if native is not None and (started := native(bucket, names, step)) is not None:
+            return started
         future = self.lane.submit(lambda: job(buffer, names, step, index))
         # DDP would cast an exception to a tensor. Waiting at the end of backward,
         # before DDP does, raises it. Outside of backward (Join) nobody but DDP can.

@@ -166,3 +166,71 @@ def test_hooks_that_always_code_refuse_it(ranks: Pools, hook: str) -> None:
         assert f"hooks.{hook} always sends 3LC" in said
     with pytest.raises(lc3.ConfigError, match="mode='fast' must be one of"):
         lc3.Config(mode="fast")  # type: ignore[arg-type]
+
+
+NEVER_CODED = Costs(1.0, 1.0, 1.0, 1.0, 1e-3, 0.0)
+FOUND_SLOW = Costs(1e-12, 1e-12, 1e-9, 1e-12, 1e-6, 0)  # 3LC cannot be so fast
+
+
+def train_beside_ddp(rank: int, world: int, costs: Costs, halves: bool) -> list[Any]:
+    """Return by step: jobs on the lane, distance to plain DDP's gradients, bytes."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(100, 100) for _ in range(4)))
+        net.to(torch.bfloat16 if halves else torch.float32)
+        models.append(DistributedDataParallel(net, bucket_cap_mb=0.05))
+    state = ddp.attach(models[0], lc3.Config(mode="auto", min_numel=1))
+    assert state.engine.auto is not None
+    state.engine.auto.costs = costs
+    lane, submit = 0, state.session.lane.submit
+
+    def counted(job: Callable[[], torch.Tensor]) -> torch.futures.Future[torch.Tensor]:
+        nonlocal lane
+        lane += 1
+        return submit(job)
+
+    state.session.lane.submit = counted  # type: ignore[method-assign]
+    found = []
+    for step in range(TRIAL_STEPS + 5):
+        torch.manual_seed(1000 * step + rank)
+        inputs = torch.randn(4, 100).to(torch.bfloat16 if halves else torch.float32)
+        lane, sent = 0, state.meter.sent_bytes
+        for model in models:
+            model.zero_grad()
+            model(inputs).square().mean().backward()
+        ours, theirs = ([p.grad for p in model.parameters()] for model in models)
+        apart = max(
+            float((a - b).abs().max())
+            for a, b in zip(ours, theirs, strict=True)
+            if a is not None and b is not None
+        )
+        found.append((lane, apart, state.meter.sent_bytes - sent))
+        assert state.meter.steps == step + 1
+    state.check_replicas()
+    state.close()
+    return found
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_uncoded_buckets_are_ddps_own(ranks: Pools, halves: bool) -> None:
+    """Bit for bit, without the lane, and counted as what they send."""
+    size = 2 if halves else 4
+    for found in ranks(2).run(train_beside_ddp, NEVER_CODED, halves):
+        assert found == [(0, 0.0, size * 4 * 10_100)] * len(found)
+
+
+def test_a_bucket_found_slow_brings_its_residuals_and_leaves_the_lane(
+    ranks: Pools,
+) -> None:
+    for found in ranks(2).run(train_beside_ddp, FOUND_SLOW, False):
+        changes = TRIAL_STEPS + 1  # DDP makes other buckets after the first step
+        with_3lc, (lane, _, sent), after = (
+            found[:changes],
+            found[changes],
+            found[changes + 1 :],
+        )
+        assert all(lane >= 1 and apart > 0 for lane, apart, _ in with_3lc)
+        assert lane >= 1
+        assert sent == 4 * 4 * 10_100
+        assert after == [(0, 0.0, sent)] * len(after)

@@ -32,6 +32,7 @@ MESSAGES = {  # of a step, where they are not one of a push and one of a pull
     "local H=32": 2 / 32,
     "float32": 6,
     "fp16": 6,
+    "auto": 6,
     "bf16": 6,  # a ring, in segments
     **{f"PowerSGD rank {rank}": 14 for rank in (1, 2, 4)},  # three rings
 }
