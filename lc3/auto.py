@@ -59,14 +59,26 @@ class Costs:
 
     def predict(self, elements: int, world: int) -> dict[Wire, float]:
         """Return the seconds of a bucket on its way, by form."""
-        others = (world - 1) / world
-        coding = elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
-        sent = others * elements * _BITS / 8
+        coding = 2 * self.round + self._coding(elements, world)
         return {
             "float32": self.reduce + 4 * elements * self.reduce_byte,
             "bfloat16": self.reduce + 2 * elements * self.reduce_byte,
-            "3lc": 2 * self.round + coding + sent * self.byte,
+            "3lc": coding + _sent(elements, world) * self.byte,
         }
+
+    def break_even(self, elements: int, world: int) -> float:
+        """Return the link rate below which 3LC beats a float32 ring, bit/s."""
+        ring = 2 * (world - 1) / world * 4 * elements
+        saved = ring - _sent(elements, world)
+        return 8 * saved / (2 * self.round + self._coding(elements, world))
+
+    def _coding(self, elements: int, world: int) -> float:
+        """A push and its pull encode, an owner decodes W parts, everybody the means."""
+        return elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
+
+
+def _sent(elements: int, world: int) -> float:
+    return (world - 1) / world * elements * _BITS / 8
 
 
 def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, float]:

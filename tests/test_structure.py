@@ -39,7 +39,15 @@ BELOW = {
         *("meter", "plan", "version"),
     },
     "measure": {"codec", "config", "engine", "errors", "exchange", "meter", "plan"},
-    "doctor": {"codec", "config", "exchange", "measure", "version", "workers"},
+    "doctor": {
+        "auto",
+        "codec",
+        "config",
+        "exchange",
+        "measure",
+        "version",
+        "workers",
+    },
     "__main__": {"config", "doctor", "errors", "measure"},
     "auto": {"codec", "config", "entropy", "exchange", "format"},
     "engine": {
