@@ -134,11 +134,10 @@ class State:
         ``None``: the bucket goes the lane's way, since it is coded, since residuals
         have to come along, or since a scaler may undo the step.
         """
-        auto, buffer = self.engine.auto, bucket.buffer()
-        if auto is None or self._scaler is not None or not _coded(buffer):
+        buffer = bucket.buffer()
+        if self._scaler is not None or not _coded(buffer):
             return None
-        wire = auto.wire(tuple(names), buffer.numel())
-        if wire == "3lc" or not self.engine.owing.isdisjoint(names):
+        if (wire := self.engine.native_form(names, buffer.numel())) is None:
             return None
         self.meter.at_step(step + 1)
         narrow = wire == "bfloat16" and buffer.dtype == torch.float32

@@ -221,7 +221,8 @@ class State:
         """
         owners, step = self.owners, self.exchanges
         self.meter.buckets += 1
-        with self.engine.exchanging(self._flat, step, 0):
+        elements = sum(flat.numel() for flat in self._flat.values())
+        with self.engine.exchanging(elements, step, 0):
             owners.push(self._moved, step, 0)
             for piece in owners.owned:
                 mean = owners.mean(piece)
@@ -234,7 +235,6 @@ class State:
             else:
                 averaged = self._buffers
         world = self.engine.exchange.world
-        elements = sum(flat.numel() for flat in self._flat.values())
         # ``exchanging`` has counted one all-reduce; every step would have had one.
         others = self._unsent_then - 1
         self.meter.dense_bytes += others * 8 * elements * (world - 1) / world

@@ -182,7 +182,8 @@ class PushPull(Optimizer):
             for name, value in values.items():
                 self.engine.means[name].copy_(value)
         elif values:
-            with self.engine.exchanging(values, step, bucket, hops=1):
+            elements = sum(value.numel() for value in values.values())
+            with self.engine.exchanging(elements, step, bucket, hops=1):
                 self.owners.push(values, step, bucket)
         self._pushed.update(names)
         if len(self._pushed) < len(self._parameters):
@@ -248,7 +249,7 @@ class PushPull(Optimizer):
         means = self.engine.means.values()
         mine = torch.tensor([sum(float(m.double().square().sum()) for m in means)])
         step, bucket = self.meter.steps - 1, _NORM_BUCKET
-        with self.engine.exchanging((), step, bucket):
+        with self.engine.exchanging(0, step, bucket):
             everybody = self.engine.share(mine.double(), step, bucket)
         squares = [float(data.clone().view(torch.float64)) for data in everybody]
         total = math.sqrt(sum(squares)) if sum(squares) >= 0 else math.nan
@@ -260,7 +261,8 @@ class PushPull(Optimizer):
             for name, master in self.owners.masters.items():
                 self.owners.replica[name].copy_(master)
         else:
-            with self.engine.exchanging(self._values, step, bucket, hops=1):
+            elements = sum(value.numel() for value in self._values.values())
+            with self.engine.exchanging(elements, step, bucket, hops=1):
                 self.owners.pull(self._values, step, bucket)
         return torch.empty(0)
 

@@ -51,6 +51,9 @@ class Engine:
         meter: is written to.
         threads: that encode and decode.
         auto: lets buckets travel uncoded; ``None``: none does.
+        owners: the plan's number of each rank of the exchange, if they are some of its
+            owners only. Default: all, in order.
+        residuals: memory that is this rank's already.
 
     Attributes:
         owing: names of parameters whose residuals may hold something.
@@ -67,7 +70,11 @@ class Engine:
         meter: Meter,
         threads: int = 1,
         auto: Auto | None = None,
+        owners: Sequence[int] | None = None,
+        residuals: Residuals | None = None,
     ) -> None:
+        self.owners = range(exchange.world) if owners is None else owners
+        me = self.owners[exchange.rank]
         self.auto = auto
         self.owing: set[str] = set()
         self.plan = plan
@@ -75,11 +82,11 @@ class Engine:
         self.exchange = exchange
         self.codec = codec
         self.meter = meter
-        self.residuals = Residuals(plan, exchange.rank, torch.device("cpu"))
+        self.residuals = residuals or Residuals(plan, me, torch.device("cpu"))
         self.workers = Workers(threads)
         self.means = {
             slice_.name: torch.zeros(slice_.numel)
-            for slice_ in plan.slices_of(plan.numel, exchange.rank)
+            for slice_ in plan.slices_of(plan.numel, me)
         }
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._asides = 0
@@ -104,7 +111,8 @@ class Engine:
         self.meter.buckets += 1
         if self.exchange.world == 1 or not any(pieces):
             return
-        with self.exchanging(grads, step, bucket):
+        elements = sum(piece.numel for owned in pieces for piece in owned)
+        with self.exchanging(elements, step, bucket):
             if self.auto is None:
                 self.push_and_pull(pieces, grads, step, bucket)
             else:
@@ -194,17 +202,27 @@ class Engine:
     def pieces(self, names: Iterable[str]) -> list[list[Piece]]:
         """Return the pieces of some parameters by owner, in plan order."""
         some = [name for name in names if self.plan.numel[name]]
-        world = range(self.exchange.world)
-        return [list(self.plan.pieces_of(some, owner)) for owner in world]
+        return [list(self.plan.pieces_of(some, owner)) for owner in self.owners]
+
+    def native_form(self, names: Collection[str], elements: int) -> Wire | None:
+        """Return the form of a bucket that DDP's own all-reduce can average as well.
+
+        ``None``: it has to be coded, or residuals have to come along. The same on every
+        rank.
+        """
+        if self.auto is None:
+            return None
+        wire = self.auto.wire(tuple(names), elements)
+        return None if wire == "3lc" or not self.owing.isdisjoint(names) else wire
 
     @contextmanager
     def exchanging(
-        self, names: Iterable[str], step: int, bucket: int, hops: int = 2
+        self, elements: int, step: int, bucket: int, hops: int = 2
     ) -> Iterator[None]:
         """Count what is sent, and tell the others if this rank fails on its own.
 
         Args:
-            names: of the parameters that are exchanged.
+            elements: of the parameters that are exchanged; 0 for what is no gradient.
             step: see ``all_reduce``.
             bucket: see ``all_reduce``.
             hops: 2 for a push and a pull, 1 for one of them.
@@ -212,7 +230,6 @@ class Engine:
         sent_before, rounds_before = self.exchange.sent_bytes, self.exchange.rounds
         with self._telling_others(step, bucket):
             yield
-        elements = sum(self.plan.numel[name] for name in names)
         share = (self.exchange.world - 1) / self.exchange.world
         self.meter.add(
             self.exchange.sent_bytes - sent_before,
@@ -229,7 +246,7 @@ class Engine:
             bucket: see ``all_reduce``.
         """
         sent_before = self.meter.sent_bytes
-        with self.exchanging((), step, bucket):
+        with self.exchanging(0, step, bucket):
             mean_of = self._sparse_mean if tensor.is_sparse else self.mean
             mean = mean_of(tensor, step, bucket)
         sent = self.meter.sent_bytes - sent_before
@@ -264,15 +281,26 @@ class Engine:
             bucket: see ``share``.
         """
         parts = values.reshape(-1).tensor_split(self.exchange.world)
+        everybody = self.share(self.mean_here(parts, step, bucket), step, bucket)
+        whole = torch.cat([data.clone() for data in everybody]).view(values.dtype)
+        return whole.view(values.shape)
+
+    def mean_here(self, parts: Sequence[Tensor], step: int, bucket: int) -> Tensor:
+        """Return the mean over ranks of this rank's part; the first half of ``mean``.
+
+        Args:
+            parts: by rank, what it is to get, of a floating type, flat, on the CPU; the
+                same shapes on every rank.
+            step: see ``all_reduce``.
+            bucket: see ``share``.
+        """
         messages = [self._sealed(part, step, bucket) for part in parts]
         arrived = self._unsealed(self.exchange.all_to_all(messages), step, bucket)
-        total, *others = [data.clone().view(values.dtype) for data in arrived]
+        total, *others = [data.clone().view(parts[0].dtype) for data in arrived]
         for other in others:
             total += other
         total /= torch.tensor(float(self.exchange.world))
-        everybody = self.share(total, step, bucket)
-        whole = torch.cat([data.clone() for data in everybody]).view(values.dtype)
-        return whole.view(values.shape)
+        return total
 
     def _sparse_mean(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
         """Return the mean of sparse tensors: everybody gets everybody's entries."""
@@ -454,7 +482,7 @@ class Engine:
         message = torch.cat([torch.empty(0), *parts])
         whole = {name: torch.zeros(self.plan.numel[name]) for name in names}
         step, bucket = self.aside()
-        with self.exchanging((), step, bucket):
+        with self.exchanging(0, step, bucket):
             everybody = self.share(message, step, bucket)
         for owner, data in enumerate(everybody):
             slices = list(self.plan.slices_of(names, owner))
@@ -472,7 +500,7 @@ class Engine:
         """
         owed = self.gather(self.residuals.owned, self.plan.coded)
         step, bucket = self.aside()
-        with self.exchanging((), step, bucket):
+        with self.exchanging(0, step, bucket):
             for name, sent in self.residuals.sent.items():
                 owed[name] += self.mean(sent, step, bucket)
         return owed
@@ -580,16 +608,23 @@ class Engine:
             ) from self._failure
         try:
             yield
-        except BaseException as error:
+        except (PeerError, ExchangeError) as error:
             self._failure = error
-            if not isinstance(error, PeerError | ExchangeError):
-                reason = f"{type(error).__name__}: {error}"
-                abort = seal_abort(reason, self._tag(self.exchange.rank, step, bucket))
-                with suppress(ExchangeError):  # the others may be gone already
-                    self.exchange.all_to_all(
-                        [abort] * self.exchange.world, timeout_s=_ABORT_TIMEOUT_S
-                    )
             raise
+        except BaseException as error:
+            self.tell(error, step, bucket)
+            raise
+
+    def tell(self, error: BaseException, step: int, bucket: int) -> None:
+        """Answer the next exchange with an abort message, unless one has failed."""
+        if self._failure is None:
+            self._failure = error
+            reason = f"{type(error).__name__}: {error}"
+            abort = seal_abort(reason, self._tag(self.exchange.rank, step, bucket))
+            with suppress(ExchangeError):  # the others may be gone already
+                self.exchange.all_to_all(
+                    [abort] * self.exchange.world, timeout_s=_ABORT_TIMEOUT_S
+                )
 
 
 def _floats(chunk: Tensor) -> Tensor:

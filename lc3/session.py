@@ -146,7 +146,7 @@ class Session:
             ]
             sums_here = torch.tensor(mine, dtype=torch.int64)
             step, bucket = self.engine.aside()
-            with self.engine.exchanging((), step, bucket):
+            with self.engine.exchanging(0, step, bucket):
                 shared = self.engine.share(sums_here, step, bucket)
             everybody = [data.clone().view(torch.int64).tolist() for data in shared]
             sums = zip(*everybody, strict=True)

@@ -137,5 +137,5 @@ def test_the_doctor_measures_the_link() -> None:
     done = lc3_command("-m", "lc3", "doctor", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("MB/s") == 1
-    assert "2 ranks: " in done.stdout
+    assert "2 ranks, the slowest of them: " in done.stdout
     assert "this link" in done.stdout
