@@ -16,11 +16,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     allreduce_hook,
     bf16_compress_hook,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
-from lc3.errors import AttachError
+from lc3.errors import AttachError, StateError
 from lc3.owners import flat_view
 from lc3.session import session_for
 
@@ -35,6 +36,7 @@ def attach(
     *,
     scaler: GradScaler | None = None,
     group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | int | None = None,
 ) -> "State":
     """Compress the gradients of ``model`` from its next backward pass on.
 
@@ -49,6 +51,10 @@ def attach(
             more copy of the residuals.
         group: a process group that nobody else uses, over the ranks of the model's.
             Default: lc3 makes one, which it can only if the model is on all ranks.
+        mesh: for nodes or sites with a fast network inside: the number of ranks in
+            each, or a mesh of two dimensions, between and inside. Gradients travel
+            densely inside and by 3LC between: see ``lc3.two_levels``. Default: by 3LC
+            between all ranks.
 
     Returns:
         The state: its ``meter``, ``state_dict()``, ``close()``.
@@ -59,7 +65,7 @@ def attach(
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    state = State(model, config, scaler=scaler, group=group)
+    state = State(model, config, scaler=scaler, group=group, mesh=mesh)
     model.register_comm_hook(state, lc3_hook)
     return state
 
@@ -88,8 +94,9 @@ class State:
         *,
         scaler: GradScaler | None = None,
         group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | int | None = None,
     ) -> None:
-        self.session = session_for(model, config, group)
+        self.session = session_for(model, config, group, mesh)
         self.config = config
         self.meter = self.session.meter
         self.engine = self.session.engine
@@ -244,7 +251,11 @@ class State:
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals
-        counters = {"step": self.session.step, "scale": self._scale}
+        counters = {
+            "step": self.session.step,
+            "scale": self._scale,
+            "senders": self.engine.senders,
+        }
         return Parts(counters, residuals.sent, {"owned": residuals.owned})
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,7 +277,16 @@ class State:
         mine = self._parts()
         rank = self.engine.exchange.rank
         found = load(state, "ddp", self.engine.plan, rank, mine)
+        merged, senders = state["rank"] is None, found.counters["senders"]
+        if not merged and senders != self.engine.senders:
+            raise StateError(
+                f"the state was saved with {senders} senders of each element, this run "
+                f"has {self.engine.senders}; attach with the same mesh, or load "
+                "lc3.merge_states of all ranks'"
+            )
         mine.copy_from(found)
+        if merged:
+            self.engine.keep_own_part()
         self.engine.owing.update(self.engine.residuals.sent)
         self._overflowed = False
         self._scale = float(found.counters["scale"])

@@ -174,6 +174,7 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     f"{first['rank']} {first[key]!r}; are they of the same step?"
                 )
     ordered = [by_rank[rank] for rank in range(world)]
+    senders = first["counters"].get("senders", world)
     kinds = dict.fromkeys(kind for state in ordered for kind in state["shares"])
     scalars: dict[str, Any] = {}
     for state in reversed(ordered):
@@ -183,7 +184,7 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **dict.fromkeys(("rank", "world", "plan")),
         "starts": {},
         "sent": {
-            name: (sum(s["sent"][name].double() for s in ordered) / world).float()
+            name: (sum(s["sent"][name].double() for s in ordered) / senders).float()
             for name in ordered[0]["sent"]
         },
         "shares": {kind: _joined(ordered, kind, first["numel"]) for kind in kinds},

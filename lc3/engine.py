@@ -492,6 +492,14 @@ class Engine:
                 whole[slice_.name][slice_.start : slice_.stop] = part
         return whole
 
+    @property
+    def senders(self) -> int:
+        """How many ranks' worker-side residuals there are of each element."""
+        return self.exchange.world
+
+    def keep_own_part(self) -> None:
+        """Forget worker-side residuals of what this rank does not push: nothing."""
+
     def pending(self) -> dict[str, Tensor]:
         """Return what gradients still owe the parameters, as a mean; collective.
 
@@ -502,7 +510,8 @@ class Engine:
         step, bucket = self.aside()
         with self.exchanging(0, step, bucket):
             for name, sent in self.residuals.sent.items():
-                owed[name] += self.mean(sent, step, bucket)
+                total = self.mean(sent, step, bucket).mul_(self.exchange.world)
+                owed[name] += total.div_(self.senders)
         return owed
 
     def close(self) -> None:

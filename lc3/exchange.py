@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,19 @@ class Exchange(Protocol):
         ...
 
 
+@runtime_checkable
+class Divisible(Exchange, Protocol):
+    """An ``Exchange`` whose ranks can exchange in parts as well."""
+
+    def among(self, members: Sequence[int]) -> Exchange:
+        """Return an exchange between some of the ranks, numbered in their order.
+
+        Over the same transport and counting for itself. This rank is one of them; all
+        ranks of the job use their parts at the same time.
+        """
+        ...
+
+
 class GroupExchange:
     """An ``Exchange`` over a process group that nobody else uses.
 
@@ -75,11 +88,20 @@ class GroupExchange:
     Args:
         group: the process group.
         device: where messages live.
+        members: ranks in the group that exchange, this one among them. Default: all.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.rank = dist.get_rank(group)
-        self.world = dist.get_world_size(group)
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        members: Sequence[int] | None = None,
+    ) -> None:
+        self._members = (
+            range(dist.get_world_size(group)) if members is None else members
+        )
+        self.rank = self._members.index(dist.get_rank(group))
+        self.world = len(self._members)
         self.sent_bytes = self.rounds = 0
         self._group = group
         self._device = device
@@ -87,6 +109,11 @@ class GroupExchange:
         self._one_round = dist.get_backend(group) == "gloo"
         room = min(_ROOM_BYTES, _ROOMS_BYTES // self.world)
         self._rooms = torch.empty(len(self._peers), room, dtype=torch.uint8)
+
+    def among(self, members: Sequence[int]) -> "GroupExchange":
+        """See ``Divisible.among``."""
+        ranks = [self._members[member] for member in members]
+        return GroupExchange(self._group, self._device, ranks)
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
@@ -136,15 +163,19 @@ class GroupExchange:
     def _sizes_then_bytes(
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
-        payload = torch.cat([messages[peer] for peer in self._peers])
-        outgoing = [0 if r == self.rank else m.numel() for r, m in enumerate(messages)]
+        in_job_order = sorted(self._peers, key=lambda peer: self._members[peer])
+        payload = torch.cat([messages[peer] for peer in in_job_order])
+        outgoing = [0] * dist.get_world_size(self._group)
+        for peer in self._peers:
+            outgoing[self._members[peer]] = messages[peer].numel()
         announced = torch.tensor(outgoing, dtype=torch.int64, device=self._device)
-        sizes = torch.empty(self.world, dtype=torch.int64, device=self._device)
+        sizes = torch.empty_like(announced)
         self._wait(self._start(sizes, announced), timeout_s)
         incoming = sizes.tolist()
         received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
         self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
-        arrived = list(torch.split(received, incoming))
+        parts = torch.split(received, incoming)
+        arrived = [parts[member] for member in self._members]
         arrived[self.rank] = messages[self.rank]
         return arrived
 
@@ -153,17 +184,18 @@ class GroupExchange:
         return self.all_to_all([message] * self.world)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """See ``Exchange.all_reduce``. Counted as a ring."""
+        """See ``Exchange.all_reduce``. Counted as a ring. Not among members only."""
+        assert self.world == dist.get_world_size(self._group)
         with _transport_errors():
             dist.all_reduce(tensor, group=self._group)
         self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
         self.rounds += 2 * (self.world - 1)
 
     def _send(self, data: Tensor, peer: int) -> Any:
-        return dist.isend(data, group=self._group, group_dst=peer)
+        return dist.isend(data, group=self._group, group_dst=self._members[peer])
 
     def _receive(self, room: Tensor, peer: int) -> Any:
-        return dist.irecv(room, group=self._group, group_src=peer)
+        return dist.irecv(room, group=self._group, group_src=self._members[peer])
 
     def _start(
         self,
@@ -201,7 +233,17 @@ class Loopback:
     def __init__(self, world: int, timeout_s: float = 60.0) -> None:
         self._barrier = threading.Barrier(world, timeout=timeout_s)
         self._slots: list[Any] = [None] * world
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[int, ...], Loopback] = {}
         self.ranks = [LoopbackExchange(self, rank, world) for rank in range(world)]
+
+    def part(self, members: Sequence[int]) -> "Loopback":
+        """Return the one loopback that some of the ranks share."""
+        with self._lock:
+            return self._parts.setdefault(
+                tuple(members), Loopback(len(members), self._timeout_s)
+            )
 
     def swap(self, rank: int, given: Any, timeout_s: float | None) -> list[Any]:
         """Show ``given`` to all ranks; return what each of them gave, by rank."""
@@ -223,6 +265,10 @@ class LoopbackExchange:
         self.world = world
         self.sent_bytes = self.rounds = 0
         self._loopback = loopback
+
+    def among(self, members: Sequence[int]) -> "LoopbackExchange":
+        """See ``Divisible.among``."""
+        return self._loopback.part(members).ranks[list(members).index(self.rank)]
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None

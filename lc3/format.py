@@ -14,12 +14,13 @@ the configuration:
   ``k = min(W, max(1, ceil(n / min_share)))`` consecutive slices; the first ``n mod k``
   have ``floor(n / k) + 1`` elements, the others ``floor(n / k)``. A parameter without
   elements has no slice.
-- Slices get the owners 0, 1, …, W−1, 0, 1, … in turn, through the whole list.
+- Slices get the owners 0, 1, …, W−1, 0, 1, … in turn, through the whole list: coded and
+  raw ones each for themselves, since they often alternate.
 - A *piece* is one slice, or, when ``block`` is set, each ``block`` consecutive elements
   of it (the last may be shorter). Every coded piece has a scale of its own.
 - A parameter is *raw* (all its pieces are), or *coded*. The configuration decides.
 - Plan fingerprint: CRC-32 (the one of zlib, gzip, PNG) of this UTF-8 text, each line
-  ended by a line feed: ``lc3 plan 1``, ``world W``, ``block B`` (0 when there is none),
+  ended by a line feed: ``lc3 plan 2``, ``world W``, ``block B`` (0 when there is none),
   ``min_numel M``, ``min_share S``, then for each parameter in order
   ``coded n name`` or ``raw n name``.
 

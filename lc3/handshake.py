@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ def agree(
     config: Config,
     shapes: Sequence[tuple[str, Sequence[int]]],
     build: Callable[[], T],
+    facts: Mapping[str, object] | None = None,
 ) -> T:
     """Return ``build()``, if it works and all ranks have the same configuration.
 
@@ -42,6 +43,7 @@ def agree(
         config: of this rank.
         shapes: the ordered (name, shape) of this rank's trainable parameters.
         build: what to do; may raise an ``Lc3Error``.
+        facts: what else has to be the same, by name.
 
     Raises:
         Lc3Error: what ``build`` raised on this rank.
@@ -61,6 +63,7 @@ def agree(
         "error": None if failure is None else str(failure),
         "lc3 version": version,
         **{f"Config.{k}": v for k, v in knobs.items()},
+        **(facts or {}),
         **{f"parameter {name}": list(shape) for name, shape in shapes},
     }
     text = json.dumps(mine).encode()

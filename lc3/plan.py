@@ -113,16 +113,17 @@ def make_plan(
 
     coded = frozenset(name for name in numel if is_coded(name))
     slices: dict[str, tuple[Slice, ...]] = {}
-    dealt = 0
+    dealt = {True: 0, False: 0}  # of coded and raw ones, which often alternate
     for name, n in numel.items():
+        kind = name in coded
         cuts = list(_cut(n, world, config.min_share))
         slices[name] = tuple(
-            Slice(name, start, stop, (dealt + index) % world, name in coded)
+            Slice(name, start, stop, (dealt[kind] + index) % world, kind)
             for index, (start, stop) in enumerate(cuts)
         )
-        dealt += len(cuts)
+        dealt[kind] += len(cuts)
     lines = [
-        "lc3 plan 1",
+        "lc3 plan 2",
         f"world {world}",
         f"block {config.block or 0}",
         f"min_numel {config.min_numel}",

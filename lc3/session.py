@@ -10,19 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3.auto import Auto, measure
-from lc3.codec import codec_for, warm_up
+from lc3.codec import Codec, codec_for, warm_up
 from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
-from lc3.exchange import Exchange, GroupExchange
+from lc3.exchange import Divisible, Exchange, GroupExchange
 from lc3.handshake import agree, threads_for
 from lc3.lane import Lane
 from lc3.meter import Meter
-from lc3.plan import make_plan
+from lc3.plan import Plan, make_plan
+from lc3.two_levels import Nodes, TwoLevels, nodes_of
 from lc3.version import __version__
 
 _CPU = torch.device("cpu")
@@ -45,6 +47,8 @@ class Session:
         config: what to compress, and how much.
         exchange: between the ranks, that nobody else uses.
         leave: what to do when the session ends.
+        mesh: for two levels, see ``lc3.two_levels.nodes_of``.
+        ranks: of the exchange, in the job; needed with a mesh.
 
     Attributes:
         names: the name of each parameter.
@@ -67,26 +71,42 @@ class Session:
         config: Config,
         exchange: Exchange,
         leave: Callable[[], None],
+        mesh: DeviceMesh | int | None = None,
+        ranks: Sequence[int] = (),
     ) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in parameters}
         self.config = config
         self.meter = Meter(log_every=None if exchange.rank else config.log_every)
         self._leave = leave
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
+        world = exchange.world
 
-        def build() -> Engine:
+        def build() -> tuple[Codec, Plan, Nodes]:
             _check_parameters(self.names)
+            nodes = [[rank] for rank in range(world)]
+            if mesh is not None:
+                check_mode(config, "ddp with a mesh")
+                nodes = nodes_of(mesh, ranks)
             codec = codec_for(_CPU)
             warm_up(codec)
-            plan = make_plan(shapes, exchange.world, config)
-            return Engine(plan, config, exchange, codec, self.meter, threads)
+            return codec, make_plan(shapes, world, config), nodes
 
         try:
             threads = threads_for(exchange, config)
-            self.engine = agree(exchange, __version__, config, shapes, build)
-            if config.mode == "auto" and exchange.world > 1:
-                costs = measure(exchange, self.engine.codec, config, threads)
-                self.engine.auto = Auto(costs, exchange.world)
+            table = mesh if isinstance(mesh, int | None) else mesh.mesh.tolist()
+            facts = {"mesh": table}
+            codec, plan, nodes = agree(
+                exchange, __version__, config, shapes, build, facts
+            )
+            shared = codec, self.meter, threads
+            if len(nodes) == world:
+                self.engine = Engine(plan, config, exchange, *shared)
+            else:
+                assert isinstance(exchange, Divisible)
+                self.engine = TwoLevels(plan, config, exchange, nodes, *shared)
+            if config.mode == "auto" and world > 1:
+                costs = measure(exchange, codec, config, threads)
+                self.engine.auto = Auto(costs, world)
         except BaseException:
             leave()
             raise
@@ -207,6 +227,7 @@ def session_beside(
     config: Config,
     beside: dist.ProcessGroup,
     group: dist.ProcessGroup | None,
+    mesh: DeviceMesh | int | None = None,
 ) -> Session:
     """Return a session over a process group.
 
@@ -215,6 +236,7 @@ def session_beside(
         config: see ``Session``.
         beside: the group whose ranks train the model; others use it too.
         group: a group of the same ranks that nobody else uses. Default: one is made.
+        mesh: for two levels, see ``lc3.two_levels.nodes_of``.
 
     Raises:
         AttachError: a parameter is not on the CPU, or the group is no such group; and
@@ -224,16 +246,20 @@ def session_beside(
     for name, parameter in named:
         check_device(name, parameter)
     own, is_mine = _group_for(beside, group)
+    ranks = dist.get_process_group_ranks(own)
 
     def leave() -> None:
         if is_mine:
             dist.destroy_process_group(own)
 
-    return Session(named, config, GroupExchange(own, _CPU), leave)
+    return Session(named, config, GroupExchange(own, _CPU), leave, mesh, ranks)
 
 
 def session_for(
-    model: DistributedDataParallel, config: Config, group: dist.ProcessGroup | None
+    model: DistributedDataParallel,
+    config: Config,
+    group: dist.ProcessGroup | None,
+    mesh: DeviceMesh | int | None = None,
 ) -> Session:
     """Return the session of a model that DDP wraps; see ``Session``.
 
@@ -258,7 +284,7 @@ def session_for(
         for name, parameter in model.module.named_parameters()
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
-    return session_beside(trained, config, model.process_group, group)
+    return session_beside(trained, config, model.process_group, group, mesh)
 
 
 def check_device(name: str, parameter: Tensor) -> None:

@@ -19,7 +19,8 @@ from lc3 import AttachError, Config, Lc3Error
 from lc3.codec import Encoded, cpu
 from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
-from tests.oracle import Oracle
+from lc3.two_levels import nodes_of
+from tests.oracle import Oracle, TwoLevels
 
 CONFIG = Config(sparsity=1.5, min_numel=64, min_share=5000)
 
@@ -32,6 +33,7 @@ class Case:
         used: which rank uses the ``spare`` layer at which step: an expression of them.
         accumulate: backward passes per step, all but the last under ``no_sync``.
         options: of DistributedDataParallel.
+        mesh: of attach; ranks in a node.
     """
 
     options: tuple[tuple[str, Any], ...] = ()
@@ -41,6 +43,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     config: Config = CONFIG
     steps: int = 20
+    mesh: int | None = None
 
 
 class Net(nn.Module):
@@ -73,12 +76,13 @@ def equals_the_oracle(rank: int, world: int, case: Case) -> dict[str, Any]:
     model = make_net(case)
     shadow = make_net(case)  # the same module without DDP gives the local gradients
     wrapped = DistributedDataParallel(model, **dict(case.options))
-    state = ddp.attach(wrapped, case.config)
+    state = ddp.attach(wrapped, case.config, mesh=case.mesh)
     layouts = record_layouts(state)
-    oracle = Oracle(
-        [(name, tuple(p.shape)) for name, p in model.named_parameters()],
-        world,
-        case.config,
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    oracle = (
+        Oracle(shapes, world, case.config)
+        if case.mesh is None
+        else TwoLevels(shapes, nodes_of(case.mesh, range(world)), case.config)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(case.steps):

@@ -83,7 +83,7 @@ class Oracle:
         total = np.zeros_like(parts[0])
         for part in parts:
             total += part
-        return total / np.float32(self.world)
+        return total / np.float32(len(parts))
 
     def coded_mean(self, name: str, piece: slice, parts: Sequence[Floats]) -> Floats:
         pushed, left = [], []
@@ -105,8 +105,8 @@ class Oracle:
             pulled, rest = quantize(mean + rest, pull_sparsity, self.config.density)
         if not np.isnan(pulled).any():
             self.owned[name][piece] = rest
-            for rank in range(self.world):
-                self.sent[rank][name][piece] = left[rank]
+            for rank, rest in enumerate(left):
+                self.sent[rank][name][piece] = rest
         return pulled
 
     def coded(self, name: str, shape: Sequence[int]) -> bool:
@@ -128,6 +128,21 @@ class Oracle:
             for at in range(start, start + size, step):
                 yield slice(at, min(at + step, start + size))
             start += size
+
+
+class TwoLevels(Oracle):
+    """A plain mean in each node first, then 3LC between nodes; cut as for all ranks."""
+
+    def __init__(self, shapes: Shapes, nodes: Sequence[Sequence[int]], config: Config):
+        super().__init__(shapes, sum(map(len, nodes)), config)
+        self.nodes = nodes
+
+    def step(self, grads: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
+        means = [
+            {name: self.mean([grads[r][name] for r in node]) for name in grads[0]}
+            for node in self.nodes
+        ]
+        return means[0] if len(self.nodes) == 1 else super().step(means)
 
 
 class Servers(Oracle):

@@ -25,6 +25,9 @@ BELOW = {
     "lane": {"errors"},
     "handshake": {"config", "errors", "exchange", "workers"},
     "owners": {"engine", "errors", "format", "plan"},
+    "two_levels": {
+        *("auto", "codec", "config", "engine", "errors", "exchange", "meter", "plan"),
+    },
     "session": {
         *(
             "auto",
@@ -36,7 +39,7 @@ BELOW = {
             "handshake",
             "lane",
         ),
-        *("meter", "plan", "version"),
+        *("meter", "plan", "two_levels", "version"),
     },
     "measure": {"codec", "config", "engine", "errors", "exchange", "meter", "plan"},
     "doctor": {
