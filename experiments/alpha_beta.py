@@ -280,8 +280,8 @@ def extrapolation(job: Job, bits: Mapping[str, float]) -> str:
         f"computing, a codec of {job.codec_gb_s:.1f} GB/s, {job.latency_ms} ms of "
         "latency; extrapolated, not measured, and local steps left out, since they "
         f"change what is trained:\n\n{table(flat)}\n\n{coded}, {job.per_node} ranks a "
-        "machine that share its link: flat, then with two levels (not built yet; "
-        f"the gain to expect):\n\n{table(levels)}\n"
+        "machine that share its link: flat, then with two levels "
+        f"(`attach(mesh={job.per_node})`):\n\n{table(levels)}\n"
     )
 
 

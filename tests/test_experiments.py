@@ -11,6 +11,7 @@ import pytest
 from experiments import (
     alpha_beta,
     bench_codec,
+    bench_step,
     local_delay,
     pages,
     paper,
@@ -155,7 +156,9 @@ def test_insert_needs_its_markers(text: str) -> None:
 DOCS = (ROOT / "docs/results.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["chars", "chars-muon", "forms"])
+@pytest.mark.parametrize(
+    "name", ["chars", "chars-longer", "chars-muon", "fashion-mnist", "forms"]
+)
 def test_the_tables_in_the_docs_are_the_committed_results(name: str) -> None:
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
     assert report.insert(DOCS, name, report.markdown(rows, times=False)) == DOCS
@@ -212,6 +215,19 @@ def test_a_delay_hides_an_exchange_that_takes_less() -> None:
     assert max(hidden) <= 0.02
 
 
+def test_what_is_exposed_of_an_exchange() -> None:
+    """On slow links 3LC hides most; on a fast one it loses, and auto does not."""
+    path = ROOT / "experiments/results/step.csv"
+    assert report.insert(DOCS, "step", bench_step.table(path)) == DOCS
+    exposed = {
+        (row["model"], row["rate"], row["method"]): float(row["exposed_ms"])
+        for row in record.read_csv(path)
+    }
+    for model in bench_step.MODELS:
+        for rate, method in (("100mbit", "3LC s=1.00"), ("loopback", "auto")):
+            assert exposed[model, rate, method] < 1.1 * exposed[model, rate, "float32"]
+
+
 def test_the_table_of_world_sizes_is_the_committed_result() -> None:
     rows = record.read_csv(ROOT / "experiments/results/scale.csv")
     assert report.insert(DOCS, "scale", scale.markdown(rows)) == DOCS
@@ -253,6 +269,10 @@ def test_what_the_readme_says_of_text_is_so() -> None:
     coded = adamw["local H=8"]
     assert 64 / (coded.push_bits + coded.pull_bits) > 400
     assert coded.test_loss < 1.015 * adamw["float32"].test_loss
+    longer = of("chars-longer")
+    coded = longer["local H=8"]
+    assert 64 / (coded.push_bits + coded.pull_bits) > 400
+    assert coded.test_loss < longer["float32"].test_loss
     short = of("chars")
     others = [short["3LC s=1.00"], short["push-pull s=1.00"]]
     for other in others:
