@@ -126,11 +126,6 @@ class Session:
             native: starts an exchange that needs no lane, or returns ``None``; the same
                 on every rank.
         """
-        if not isinstance(bucket, dist.GradBucket):
-            raise AttachError(
-                "torch.compile with torch._dynamo.config.optimize_ddp = "
-                '"python_reducer" gives hooks no buckets; use "ddp_optimizer" with lc3'
-            )
         buffer = bucket.buffer()
         names = [self._name_of(parameter) for parameter in bucket.parameters()]
         step, index = self._next_bucket(names)
@@ -264,12 +259,17 @@ def session_for(
     """Return the session of a model that DDP wraps; see ``Session``.
 
     Raises:
-        AttachError: it is not wrapped, or has a hook already.
+        AttachError: it is not wrapped, has a hook already, or gives hooks no buckets.
     """
     if not isinstance(model, DistributedDataParallel):
         raise AttachError(
             f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
             "the module first: model = DistributedDataParallel(model)"
+        )
+    if model._use_python_reducer:
+        raise AttachError(
+            'with torch._dynamo.config.optimize_ddp = "python_reducer" DDP gives hooks '
+            'no buckets; set it to "ddp_optimizer" before the model is wrapped'
         )
     if model._comm_hooks:
         hook, state = model._comm_hooks[0]
