@@ -6,13 +6,15 @@
 
 All methods are attached to models of their own and take turns, so that what else the
 machine does meets all of them. PyTorch's no-op hook, which sends nothing, is the
-yardstick: a method's step less its step is what that method exposes. Adds to
-``step.csv``; ``--rate`` is only noted.
+yardstick: a method's step less its step is what that method exposes. ``bound_ms`` is
+what no exchange of as many bytes and rounds can beat: the longer of that step and the
+wire. Adds to ``step.csv``.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,11 +30,13 @@ from experiments.methods import METHODS
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.train import mean_over_ranks
 from launch import ranks
+from lc3.exchange import GroupExchange
 
 NOOP = "no exchange"
+RATES = {"10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}  # bit/s
 COMPARED = ("float32", "fp16", "PowerSGD rank 1", "3LC s=1.00", "auto")
-MODELS = {
-    "CNN, 0.15 M": (models.small_cnn, (1, 8, 8)),
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "CNN, 0.15 M": (models.small_cnn, (32, 1, 8, 8)),
     "MLP, 2.1 M": (
         lambda: nn.Sequential(
             nn.Flatten(),
@@ -44,21 +48,22 @@ MODELS = {
             nn.ReLU(),
             nn.Linear(1000, 10),
         ),
-        (1, 8, 8),
+        (32, 1, 8, 8),
     ),
+    "VGG, 6.9 M": (models.vgg, (8, 3, 32, 32)),
 }
-TURNS, STEPS, WARM_UP_TURNS = 20, 5, 4  # auto has decided after twelve steps
+STEPS, WARM_UP_TURNS = 5, 4  # auto has decided after twelve steps
 
 
 class Contender:
     """One method with a model and an optimizer of its own."""
 
     def __init__(self, model_name: str, method: str) -> None:
-        make, self.shape = MODELS[model_name]
+        make, self._shape = MODELS[model_name]
         torch.manual_seed(0)
         module = make()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
-        self.close: Any = lambda: None
+        self.traffic: Any = None
         if method == NOOP:
             self.model: nn.Module = DistributedDataParallel(module)
             self.model.register_comm_hook(None, noop_hook)
@@ -66,15 +71,15 @@ class Contender:
         else:
             training = METHODS[method](module, [optimizer])
             self.model, self.optimizers = training.model, training.optimizers
-            self.close = training.traffic.close
+            self.traffic = training.traffic
         self.seconds: list[float] = []
 
     def turn(self, number: int) -> None:
         """Train some steps."""
         for step in range(STEPS):
             torch.manual_seed(1000 * number + 10 * step + dist.get_rank())
-            inputs = torch.randn(32, *self.shape)
-            labels = torch.randint(10, (32,))
+            inputs = torch.randn(self._shape)
+            labels = torch.randint(10, self._shape[:1])
             start = time.perf_counter()
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
@@ -84,32 +89,60 @@ class Contender:
             self.seconds.append(time.perf_counter() - start)
 
 
-def measure(model_name: str, rate: str) -> list[dict[str, object]]:
+def seconds_of_a_round() -> float:
+    """Return what an exchange of next to nothing takes; collective."""
+    exchange = GroupExchange(dist.group.WORLD, torch.device("cpu"))
+    nothing, seconds = torch.zeros(48, dtype=torch.uint8), []
+    for _ in range(30):
+        start = time.perf_counter()
+        exchange.all_gather(nothing)
+        seconds.append(time.perf_counter() - start)
+    return mean_over_ranks(median(seconds))[0]
+
+
+def measure(model_name: str, rate: str, turns: int) -> list[dict[str, object]]:
     """Let all methods take turns; collective."""
-    methods = (NOOP, *COMPARED)
-    contenders = {method: Contender(model_name, method) for method in methods}
-    for turn in range(WARM_UP_TURNS + TURNS):
-        for contender in contenders.values():
+    contenders = {m: Contender(model_name, m) for m in (NOOP, *COMPARED)}
+    sent = dict.fromkeys(contenders, 0)
+    for turn in range(WARM_UP_TURNS + turns):
+        for method, contender in contenders.items():
             if turn == WARM_UP_TURNS:
                 contender.seconds.clear()
+                if contender.traffic is not None:
+                    sent[method] = contender.traffic.sent_bytes
             dist.barrier()
             contender.turn(turn)
-    steps = {}
+    steps = {m: mean_over_ranks(median(c.seconds))[0] for m, c in contenders.items()}
+    round_s = seconds_of_a_round()
+    rows = []
     for method, contender in contenders.items():
-        (steps[method],) = mean_over_ranks(median(contender.seconds))
-        contender.close()
-    return [
-        {
+        row: dict[str, object] = {
             "model": model_name,
             "rate": rate,
             "ranks": dist.get_world_size(),
             "method": method,
-            "step_ms": round(1e3 * seconds, 3),
-            "exposed_ms": round(1e3 * (seconds - steps[NOOP]), 3),
-            "to_float32": round(seconds / steps["float32"], 4),
+            "step_ms": round(1e3 * steps[method], 3),
+            "exposed_ms": round(1e3 * (steps[method] - steps[NOOP]), 3),
+            "to_float32": round(steps[method] / steps["float32"], 4),
+            "sent_bytes": "",
+            "rounds": "",
+            "bound_ms": "",
         }
-        for method, seconds in steps.items()
-    ]
+        if contender.traffic is not None:
+            sent_bytes = (contender.traffic.sent_bytes - sent[method]) // (
+                turns * STEPS
+            )
+            row["sent_bytes"] = sent_bytes
+            meter = getattr(contender.traffic, "meter", None)
+            if meter is not None:
+                row["rounds"] = round(meter.rounds / meter.buckets, 3)
+                if rate in RATES:
+                    rounds = meter.rounds / meter.steps
+                    wire_s = 8 * sent_bytes / RATES[rate] + rounds * round_s
+                    row["bound_ms"] = round(1e3 * max(steps[NOOP], wire_s), 3)
+            contender.traffic.close()
+        rows.append(row)
+    return rows
 
 
 def table(path: Path) -> str:
@@ -135,17 +168,27 @@ def table(path: Path) -> str:
 
 
 def main() -> None:
-    """Measure both models, and add what was found to the file on rank 0."""
+    """Measure every model, and add what was found to the file on rank 0."""
     parser = argparse.ArgumentParser(prog="experiments.bench_step")
-    parser.add_argument("--rate", default="loopback")
+    parser.add_argument("--rate", default="loopback", choices=["loopback", *RATES])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--turns", type=int, default=20, help="of 5 steps each")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.csv")
     options = parser.parse_args()
     ranks.init()
-    rows = [row for model in MODELS for row in measure(model, options.rate)]
+    rows = [
+        row
+        for model in options.models
+        for row in measure(model, options.rate, options.turns)
+    ]
     if dist.get_rank() == 0:
         before = read_csv(options.out) if options.out.exists() else []
-        key = (options.rate, str(dist.get_world_size()))
-        others = [row for row in before if (row["rate"], row["ranks"]) != key]
+        new = {(row["model"], row["rate"], str(row["ranks"])) for row in rows}
+        others = [
+            row
+            for row in before
+            if (row["model"], row["rate"], row["ranks"]) not in new
+        ]
         write_csv(options.out, [*others, *stamped(rows)])
         print(table(options.out))
     dist.destroy_process_group()

@@ -359,9 +359,14 @@ class Engine:
                 self.residuals.of_sent(p) if p.coded else None for p in everything
             ]
             sparsity, direction = self.config.sparsity, self.meter.push
+            coded = [v for v, p in zip(views, everything, strict=True) if p.coded]
+            wanted = self.meter.norms_due(step)
+            before = _square(coded) if wanted else 0.0
             chunks = iter(
                 self._encode(everything, views, residuals, sparsity, direction)
             )
+            if wanted:
+                self.meter.add_norms(step, before, _square(coded))
             messages = [
                 self._pack(
                     owned, [next(chunks) for _ in owned], direction, step, bucket
@@ -634,6 +639,11 @@ class Engine:
                 self.exchange.all_to_all(
                     [abort] * self.exchange.world, timeout_s=_ABORT_TIMEOUT_S
                 )
+
+
+def _square(values: Iterable[Tensor]) -> float:
+    """Return the squared norm of some float32 tensors."""
+    return sum(float(v.norm()) ** 2 for v in values)
 
 
 def _floats(chunk: Tensor) -> Tensor:

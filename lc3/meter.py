@@ -1,6 +1,7 @@
 """Bytes by direction and tensor, density, seconds: counted where they happen."""
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from torch.autograd import profiler
 
 log = logging.getLogger(__name__)
+
+_NORMS_EVERY = 100  # steps; the two norms read all of the memory twice more
 
 
 @dataclass
@@ -95,6 +98,9 @@ class Meter:
     pull: Direction = field(default_factory=Direction)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     log_every: int | None = None
+    _norms_of: int = -1  # the step that the squares belong to
+    _gradient_square: float = 0.0
+    _residual_square: float = 0.0
     _lock: threading.Lock = field(
         default_factory=threading.Lock, repr=False, compare=False
     )
@@ -129,6 +135,29 @@ class Meter:
         if due:
             log.info("%s", self.line())
 
+    def norms_due(self, step: int) -> bool:
+        """Whether the norms of this step are wanted: every hundredth one's."""
+        return step % _NORMS_EVERY == 0
+
+    def add_norms(
+        self, step: int, gradient_square: float, residual_square: float
+    ) -> None:
+        """Count a bucket's squared norms; the first one of a step begins anew."""
+        if step != self._norms_of:
+            self._norms_of = step
+            self._gradient_square = self._residual_square = 0.0
+        self._gradient_square += gradient_square
+        self._residual_square += residual_square
+
+    @property
+    def residual_ratio(self) -> float:
+        """Norm of what pushes still owe over the norm of what was to be pushed.
+
+        Of this rank's coded tensors, after the last step whose number is a multiple of
+        100; nan before the first. Where it grows without end, the sparsity is too much.
+        """
+        return math.sqrt(_ratio(self._residual_square, self._gradient_square))
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to ``seconds[name]``."""
@@ -158,7 +187,8 @@ class Meter:
             f"step {self.steps:,}: {self.ratio:.1f} times fewer bytes "
             f"({self.sent_bytes / steps:,.0f} a step), "
             f"{self.push.bits_per_element:.3f} + {self.pull.bits_per_element:.3f} bits "
-            f"an element, {self.rounds / steps:.1f} rounds, ms a step: {stages}"
+            f"an element, residual {self.residual_ratio:.1f} times the gradient, "
+            f"{self.rounds / steps:.1f} rounds, ms a step: {stages}"
         )
 
     def summary(self) -> dict[str, float]:
@@ -175,6 +205,7 @@ class Meter:
             "pull_frame_bits_per_element": self.pull.frame_bits_per_element,
             "push_density": self.push.density,
             "pull_density": self.pull.density,
+            "residual_ratio": self.residual_ratio,
             **{f"{stage}_seconds": value for stage, value in self.seconds.items()},
         }
 

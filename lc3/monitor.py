@@ -87,3 +87,10 @@ class MeterCollector:
             density.add_metric([*values, direction], counted.density)
         yield bits
         yield density
+        residual = GaugeMetricFamily(
+            "lc3_residual_ratio",
+            "norm of what pushes owe over the norm of the gradient",
+            labels=names,
+        )
+        residual.add_metric(values, meter.residual_ratio)
+        yield residual

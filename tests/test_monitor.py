@@ -1,6 +1,7 @@
 """What a user sees of a training: a line, TensorBoard, Prometheus, a profile."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from lc3 import Config, ConfigError, monitor
 from lc3.meter import Meter
-from tests.test_engine import SMALL, run
+from tests.test_engine import SMALL, random_gradients, run
 
 
 def meter_of_a_run() -> Meter:
@@ -20,6 +21,18 @@ def meter_of_a_run() -> Meter:
 def test_rounds_are_counted() -> None:
     """One for the push and one for the pull of every bucket."""
     assert meter_of_a_run().rounds == 2 * 3
+
+
+def test_the_residual_beside_the_gradient() -> None:
+    """Norms over all coded tensors, of the last step that is a multiple of 100."""
+    for engine in run(2, 101, SMALL):
+        rank, coded = engine.exchange.rank, engine.plan.coded
+        gradients = random_gradients(rank, 100)
+        pushed = torch.cat([gradients[name] for name in coded]).norm()
+        owed = torch.cat([engine.residuals.sent[name] for name in coded]).norm()
+        assert engine.meter.residual_ratio == pytest.approx(float(owed / pushed))
+        assert f"residual {owed / pushed:.1f} times the gradient" in engine.meter.line()
+    assert math.isnan(Meter().residual_ratio)
 
 
 def test_a_line_every_n_steps(caplog: pytest.LogCaptureFixture) -> None:
@@ -67,6 +80,7 @@ def test_prometheus_reads_the_meter_as_it_is() -> None:
     assert value("lc3_bits_per_element", direction="push") == pytest.approx(
         meter.push.bits_per_element
     )
+    assert value("lc3_residual_ratio") == pytest.approx(meter.residual_ratio)
     assert value("lc3_seconds_total", stage="encode") == meter.seconds["encode"]
     meter.sent_bytes += 5
     assert value("lc3_sent_bytes_total") == meter.sent_bytes
