@@ -8,7 +8,7 @@ All methods are attached to models of their own and take turns, so that what els
 machine does meets all of them. PyTorch's no-op hook, which sends nothing, is the
 yardstick: a method's step less its step is what that method exposes. ``bound_ms`` is
 what no exchange of as many bytes and rounds can beat: the longer of that step and the
-wire. Adds to ``step.csv``.
+wire. ``cpu_ms`` is what a rank's threads computed, in all. Adds to ``step.csv``.
 """
 
 import argparse
@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from experiments import models
-from experiments.methods import METHODS
+from experiments.methods import METHODS, wrapped
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.train import mean_over_ranks
 from launch import ranks
@@ -51,6 +50,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (32, 1, 8, 8),
     ),
     "VGG, 6.9 M": (models.vgg, (8, 3, 32, 32)),
+    "VGG's, computed elsewhere": (lambda: models.Elsewhere(0.2), (8, 3, 32, 32)),
 }
 STEPS, WARM_UP_TURNS = 5, 4  # auto has decided after twelve steps
 
@@ -65,17 +65,20 @@ class Contender:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
         self.traffic: Any = None
         if method == NOOP:
-            self.model: nn.Module = DistributedDataParallel(module)
-            self.model.register_comm_hook(None, noop_hook)
+            model = wrapped(module)
+            model.register_comm_hook(None, noop_hook)
+            self.model: nn.Module = model
             self.optimizers: Any = [optimizer]
         else:
             training = METHODS[method](module, [optimizer])
             self.model, self.optimizers = training.model, training.optimizers
             self.traffic = training.traffic
         self.seconds: list[float] = []
+        self.cpu_s = 0.0
 
     def turn(self, number: int) -> None:
         """Train some steps."""
+        cpu_start = time.process_time()
         for step in range(STEPS):
             torch.manual_seed(1000 * number + 10 * step + dist.get_rank())
             inputs = torch.randn(self._shape)
@@ -87,6 +90,7 @@ class Contender:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.seconds.append(time.perf_counter() - start)
+        self.cpu_s += time.process_time() - cpu_start
 
 
 def seconds_of_a_round() -> float:
@@ -110,6 +114,7 @@ def measure(model_name: str, rate: str, turns: int) -> list[dict[str, object]]:
         for method, contender in contenders.items():
             if turn == WARM_UP_TURNS:
                 contender.seconds.clear()
+                contender.cpu_s = 0.0
                 if contender.traffic is not None:
                     sent[method] = contender.traffic.sent_bytes
             dist.barrier()
@@ -125,6 +130,9 @@ def measure(model_name: str, rate: str, turns: int) -> list[dict[str, object]]:
             "method": method,
             "step_ms": round(1e3 * steps[method], 3),
             "exposed_ms": round(1e3 * (steps[method] - steps[NOOP]), 3),
+            "cpu_ms": round(
+                1e3 * mean_over_ranks(contender.cpu_s / (turns * STEPS))[0], 3
+            ),
             "to_float32": round(steps[method] / steps["float32"], 4),
             "sent_bytes": "",
             "rounds": "",
@@ -186,8 +194,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         before = read_csv(options.out) if options.out.exists() else []
         new = {(row["model"], row["rate"], str(row["ranks"])) for row in rows}
+        blank = dict.fromkeys(rows[0], "")
         others = [
-            row
+            {**blank, **row}
             for row in before
             if (row["model"], row["rate"], row["ranks"]) not in new
         ]

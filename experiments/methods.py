@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
 from lc3.codec import Codec
+from lc3.coder import Coder
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
 
@@ -136,7 +137,7 @@ def _hooked(
     """Attach 3LC as a user does, or a codec of the same engine instead."""
     state = ddp.attach(model, config)
     if codec is not None:
-        state.engine.codec = codec
+        state.engine.coder = Coder(codec)
     return Metered(state.meter, state.close)
 
 
@@ -159,16 +160,18 @@ def _ddp(
     """Return a method that is a communication hook of DDP."""
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
-        model = _wrapped(module, bucket_cap_mb)
+        model = wrapped(module, bucket_cap_mb)
         return Training(model, optimizers, attach(model))
 
     return start
 
 
-def _wrapped(
+def wrapped(
     module: nn.Module, bucket_cap_mb: float | None = None
 ) -> DistributedDataParallel:
-    model = DistributedDataParallel(module, bucket_cap_mb=bucket_cap_mb)
+    """Return a module in DDP; it may say how large its buckets are."""
+    own = getattr(module, "bucket_cap_mb", None)
+    model = DistributedDataParallel(module, bucket_cap_mb=bucket_cap_mb or own)
     # Statistics of batch norms are averaged where they are used, in evaluation, not
     # sent from rank 0 before every step.
     model.broadcast_buffers = False
@@ -272,7 +275,7 @@ def push_pull_optimizer(
     def make(groups: list[dict[str, Any]]) -> Optimizer:
         return type(given)(groups, **options)
 
-    model = _wrapped(module)
+    model = wrapped(module)
     return model, push_pull.attach(model, make, config, params=given.param_groups)
 
 

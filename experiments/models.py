@@ -1,6 +1,8 @@
 """The networks of the tasks, as their papers describe them."""
 
 import itertools
+import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,53 @@ def vgg() -> nn.Module:
     return nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)
     )
+
+
+class Elsewhere(nn.Module):
+    """A model whose computing leaves this machine's cores alone, as a GPU's does.
+
+    The layers of ``vgg``; each sleeps for its share of the backward pass and then has a
+    gradient of noise.
+
+    Args:
+        backward_s: what a backward pass takes, seconds.
+    """
+
+    bucket_cap_mb = 4
+
+    def __init__(self, backward_s: float) -> None:
+        super().__init__()
+        convolutions = [m for m in vgg().children() if isinstance(m, nn.Conv2d)]
+        sides = (32, 16, 8, 8, 4, 4, 4)
+        work = [
+            m.weight.numel() * s * s for m, s in zip(convolutions, sides, strict=True)
+        ]
+        self.weights = nn.ParameterList(m.weight.detach() for m in convolutions)
+        self.seconds = [backward_s * share / sum(work) for share in work]
+        self.noise = [torch.randn_like(weight) ** 3 for weight in self.weights]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of no meaning that depend on every weight."""
+        sleep: Any = _Sleep.apply
+        total = x.flatten(1)[:, :10]
+        layers = zip(self.weights, self.noise, self.seconds, strict=True)
+        for weight, noise, seconds in layers:
+            total = sleep(total, weight, noise, seconds)
+        return total
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, _: Tensor, noise: Tensor, seconds: float
+    ) -> Tensor:
+        ctx.noise, ctx.seconds = noise, seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        time.sleep(ctx.seconds)
+        return grad, ctx.noise, None, None
 
 
 def resnet(depth: int) -> nn.Module:

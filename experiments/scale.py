@@ -22,6 +22,7 @@ from experiments.record import ResultError, read_csv, stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
 from experiments.train import at_least, evaluate, loss_of, schedule
 from lc3.codec import codec_for
+from lc3.coder import Coder
 from lc3.engine import Engine
 from lc3.exchange import Loopback
 from lc3.meter import Meter
@@ -44,7 +45,7 @@ class VirtualRanks:
         plan = make_plan(shapes, world, config)
         codec = codec_for(torch.device("cpu"))
         self.engines = [
-            Engine(plan, config, exchange, codec, Meter())
+            Engine(plan, config, exchange, Coder(codec), Meter())
             for exchange in Loopback(world).ranks
         ]
         self._pool = ThreadPoolExecutor(world)

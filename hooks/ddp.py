@@ -205,7 +205,7 @@ class State:
     def _widened(self, buffer: Tensor) -> Tensor:
         """Return float32[numel] of a half-precision bucket, in memory used again."""
         if self._wide.numel() < buffer.numel():
-            self._wide = torch.empty(buffer.numel())
+            self._wide = torch.empty(buffer.numel(), device=buffer.device)
         return self._wide[: buffer.numel()].copy_(buffer)
 
     def _say_once(self, what: str) -> None:

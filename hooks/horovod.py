@@ -25,7 +25,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ExchangeError
 from lc3.owners import flat_view
-from lc3.session import Session, check_device
+from lc3.session import Session
 
 try:
     import horovod.torch as hvd
@@ -146,7 +146,12 @@ class State:
         exchange = HorovodExchange(process_set)
         trained = [(name, p) for name, p in named if p.requires_grad]
         for name, parameter in trained:
-            check_device(name, parameter)
+            if parameter.device.type != "cpu":
+                raise AttachError(
+                    f"parameter {name!r} is on {parameter.device}; in this version "
+                    "lc3's Horovod optimizer exchanges on the CPU only; "
+                    "lc3.hooks.ddp takes it there"
+                )
         self.session = Session(trained, config, exchange, lambda: None)
         self.meter, self.engine = self.session.meter, self.session.engine
         self._buckets = _buckets([p for _, p in reversed(trained)])

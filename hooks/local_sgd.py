@@ -47,7 +47,7 @@ def attach(
     say ``every=None`` and call ``state.exchange()`` on every rank.
 
     Args:
-        model: a plain module, not wrapped, its parameters on the CPU.
+        model: a plain module, not wrapped, its parameters on one device.
         optimizer: that trains it, or several that are stepped one after the other; the
             last one counts the steps. Their state stays local.
         config: what to compress; a density suits what local steps change.
@@ -119,7 +119,7 @@ class State:
         }
         exchange = self.engine.exchange
         for tensor in [*self._flat.values(), *_float_buffers(model)]:
-            data = tensor.contiguous().view(-1).view(torch.uint8)
+            data = tensor.contiguous().view(-1).view(torch.uint8).cpu()
             first = exchange.all_gather(data if exchange.rank == 0 else data[:0])[0]
             tensor.view(-1).copy_(first.clone().view(tensor.dtype))
         replica = {name: flat.float().clone() for name, flat in self._flat.items()}

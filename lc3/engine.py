@@ -10,13 +10,12 @@ were.
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lc3.auto import Auto, Wire
-from lc3.codec import Codec
+from lc3.coder import Coder
 from lc3.config import Config, EntropyStage
 from lc3.entropy import AUTO_MIN_BYTES
 from lc3.errors import ExchangeError, PeerError
@@ -25,8 +24,7 @@ from lc3.format import HEADER_BYTES, Tag, is_nan_frame, seal, seal_abort, unseal
 from lc3.message import pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Piece, Plan
-from lc3.residual import Residuals
-from lc3.workers import Job, Workers
+from lc3.residual import Residuals, arena
 
 _ABORT_TIMEOUT_S = 5.0
 _ASIDE_BUCKET = 0xFFFFFFFD
@@ -47,9 +45,8 @@ class Engine:
         plan: the same on every rank.
         config: the same on every rank.
         exchange: moves the messages.
-        codec: for the device of the gradients.
+        coder: for the device of the gradients.
         meter: is written to.
-        threads: that encode and decode.
         auto: lets buckets travel uncoded; ``None``: none does.
         owners: the plan's number of each rank of the exchange, if they are some of its
             owners only. Default: all, in order.
@@ -66,9 +63,8 @@ class Engine:
         plan: Plan,
         config: Config,
         exchange: Exchange,
-        codec: Codec,
+        coder: Coder,
         meter: Meter,
-        threads: int = 1,
         auto: Auto | None = None,
         owners: Sequence[int] | None = None,
         residuals: Residuals | None = None,
@@ -80,15 +76,12 @@ class Engine:
         self.plan = plan
         self.config = config
         self.exchange = exchange
-        self.codec = codec
+        self.coder = coder
         self.meter = meter
-        self.residuals = residuals or Residuals(plan, me, torch.device("cpu"))
-        self.workers = Workers(threads)
-        self.means = {
-            slice_.name: torch.zeros(slice_.numel)
-            for slice_ in plan.slices_of(plan.numel, me)
-        }
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self.residuals = residuals or Residuals(plan, me, coder.device)
+        slices = list(plan.slices_of(plan.numel, me))
+        rooms = arena([slice_.numel for slice_ in slices], coder.device)
+        self.means = {s.name: room for s, room in zip(slices, rooms, strict=True)}
         self._asides = 0
         self._failure: BaseException | None = None
 
@@ -256,13 +249,13 @@ class Engine:
         return mean
 
     def share(self, data: Tensor, step: int, bucket: int) -> list[Tensor]:
-        """Send a tensor to every rank; return every rank's, uint8[*], by rank.
+        """Send a tensor to every rank; return every rank's bytes, uint8[*], by rank.
 
         For what is no gradient, inside of ``exchanging``. In messages of their own
         kind, since a rank that has failed may answer any exchange with an abort.
 
         Args:
-            data: contiguous, on the CPU.
+            data: of any dtype and shape.
             step: see ``all_reduce``.
             bucket: the same on every rank, and no other exchange's in this step.
         """
@@ -276,23 +269,26 @@ class Engine:
         order, and sends it to all: as many bytes as a ring, in two rounds.
 
         Args:
-            values: of a floating type, on the CPU, the same shape on every rank.
+            values: of a floating type, the same shape on every rank.
             step: see ``all_reduce``.
             bucket: see ``share``.
         """
         parts = values.reshape(-1).tensor_split(self.exchange.world)
         everybody = self.share(self.mean_here(parts, step, bucket), step, bucket)
         whole = torch.cat([data.clone() for data in everybody]).view(values.dtype)
-        return whole.view(values.shape)
+        return whole.view(values.shape).to(values.device)
 
     def mean_here(self, parts: Sequence[Tensor], step: int, bucket: int) -> Tensor:
         """Return the mean over ranks of this rank's part; the first half of ``mean``.
 
         Args:
-            parts: by rank, what it is to get, of a floating type, flat, on the CPU; the
-                same shapes on every rank.
+            parts: by rank, what it is to get, of a floating type, flat; the same shapes
+                on every rank.
             step: see ``all_reduce``.
             bucket: see ``share``.
+
+        Returns:
+            The mean, on the CPU.
         """
         messages = [self._sealed(part, step, bucket) for part in parts]
         arrived = self._unsealed(self.exchange.all_to_all(messages), step, bucket)
@@ -324,7 +320,7 @@ class Engine:
             mine.shape,
             check_invariants=True,  # the indices came from other ranks
         ).coalesce()
-        return total / self.exchange.world
+        return (total / self.exchange.world).to(tensor.device)
 
     def aside(self) -> tuple[int, int]:
         """Return (step, bucket) of an exchange that belongs to no step."""
@@ -378,20 +374,18 @@ class Engine:
         with self.meter.stage("decode"):
             owned = pieces[self.exchange.rank]
             by_sender = [
-                unpack(message, self._tag(sender, step, bucket), owned, self.codec)
+                unpack(message, self._tag(sender, step, bucket), owned, self.coder.host)
                 for sender, message in enumerate(arrived)
             ]
             means = [self.mean_of(piece).zero_() for piece in owned]
-            self.workers.run(
-                [
-                    (len(arrived) * piece.numel, partial(self._sum, mean, piece, said))
-                    for piece, mean, said in zip(
-                        owned, means, zip(*by_sender, strict=True), strict=True
-                    )
-                ]
-            )
-            # A tensor: dividing by a Python number may multiply by 1/W on CUDA.
-            world = torch.tensor(float(self.exchange.world))
+            said = list(zip(*by_sender, strict=True))
+            both = list(zip(owned, means, said, strict=True))
+            self.coder.add([(mean, frames) for p, mean, frames in both if p.coded])
+            for piece, mean, chunks_of in both:
+                if not piece.coded:
+                    mean.copy_(_sum(chunks_of))
+            # On the device: CUDA multiplies by 1/W when W is a number on the host.
+            world = torch.tensor(float(self.exchange.world), device=self.coder.device)
             for mean in means:
                 mean /= world
         return means
@@ -433,7 +427,10 @@ class Engine:
         with self.meter.stage("decode"):
             return [
                 unpack(
-                    message, self._tag(owner, step, bucket), pieces[owner], self.codec
+                    message,
+                    self._tag(owner, step, bucket),
+                    pieces[owner],
+                    self.coder.host,
                 )
                 for owner, message in enumerate(arrived)
             ]
@@ -461,14 +458,14 @@ class Engine:
         into: Mapping[str, Tensor],
     ) -> None:
         """Add coded pieces to ``into``, float32[numel] by name; copy raw ones there."""
-        jobs: list[tuple[int, Job]] = []
+        sums: list[tuple[Tensor, list[Tensor]]] = []
         chunks = (chunk for of_owner in pulled for chunk in of_owner)
         for (piece, view), chunk in zip(self._views(pieces, into), chunks, strict=True):
             if piece.coded:
-                jobs.append((piece.numel, partial(self.codec.add, chunk, view)))
+                sums.append((view, [chunk]))
             else:
                 view.copy_(_floats(chunk))
-        self.workers.run(jobs)
+        self.coder.add(sums)
 
     def gather(
         self, shares: Mapping[str, Tensor], names: Collection[str]
@@ -484,8 +481,11 @@ class Engine:
         """
         mine = self.plan.slices_of(names, self.exchange.rank)
         parts = [shares[slice_.name].reshape(-1) for slice_ in mine]
-        message = torch.cat([torch.empty(0), *parts])
-        whole = {name: torch.zeros(self.plan.numel[name]) for name in names}
+        device = self.coder.device
+        message = torch.cat([torch.empty(0, device=device), *parts])
+        whole = {
+            name: torch.zeros(self.plan.numel[name], device=device) for name in names
+        }
         step, bucket = self.aside()
         with self.exchanging(0, step, bucket):
             everybody = self.share(message, step, bucket)
@@ -521,7 +521,7 @@ class Engine:
 
     def close(self) -> None:
         """End the threads. Calling it again does nothing."""
-        self.workers.close()
+        self.coder.close()
 
     @staticmethod
     def _views(
@@ -546,37 +546,24 @@ class Engine:
         (a parameter unused on this rank, or on every rank) says nothing and keeps its
         residual: DDP may throw the result away.
         """
-        sizes = [self.codec.max_frame_bytes(p.numel) if p.coded else 0 for p in pieces]
-        if self._scratch.numel() < sum(sizes):
-            self._scratch = torch.empty(sum(sizes), dtype=torch.uint8)
-        rooms = torch.split(self._scratch[: sum(sizes)], sizes)
-        chunks: list[Tensor] = [x.view(torch.uint8) for x in values]
-        digits = [0] * len(pieces)
-
-        def encode(index: int) -> None:
-            x, room, residual = values[index], rooms[index], residuals[index]
-            used, digits[index] = self.codec.encode(
-                x, sparsity, room, residual, self.config.density
-            )
-            chunks[index] = room[:used]
-
-        self.workers.run(
-            [(p.numel, partial(encode, i)) for i, p in enumerate(pieces) if p.coded]
+        coded = [i for i, piece in enumerate(pieces) if piece.coded]
+        frames = self.coder.encode(
+            [values[i] for i in coded],
+            [residuals[i] for i in coded],
+            sparsity,
+            self.config.density,
         )
-        for piece, chunk, nonzero in zip(pieces, chunks, digits, strict=True):
-            if piece.coded:
-                direction.add_frame(piece.name, piece.numel, chunk.numel(), nonzero)
-            else:
-                direction.raw_bytes[piece.name] += chunk.numel()
-        return chunks
-
-    def _sum(self, mean: Tensor, piece: Piece, said: Sequence[Tensor]) -> None:
-        """Add what was said, in rank order: float addition is not associative."""
-        for chunk in said:
-            if piece.coded:
-                self.codec.add(chunk, mean)
-            else:
-                mean += _floats(chunk)
+        raw = [i for i, piece in enumerate(pieces) if not piece.coded]
+        chunks = dict(
+            zip(raw, self.coder.to_host([values[i] for i in raw]), strict=True)
+        )
+        for i, (frame, nonzero) in zip(coded, frames, strict=True):
+            chunks[i] = frame
+            piece = pieces[i]
+            direction.add_frame(piece.name, piece.numel, frame.numel(), nonzero)
+        for i in raw:
+            direction.raw_bytes[pieces[i].name] += chunks[i].numel()
+        return [chunks[i] for i in range(len(pieces))]
 
     def _pack(
         self,
@@ -593,7 +580,7 @@ class Engine:
     def _sealed(self, data: Tensor, step: int, bucket: int) -> Tensor:
         room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         body = data.contiguous().view(-1).view(torch.uint8)
-        message = torch.cat([room, body])
+        message = torch.cat([room, body.cpu()])
         return seal(message, self._tag(self.exchange.rank, step, bucket))
 
     def _unsealed(
@@ -644,6 +631,14 @@ class Engine:
 def _square(values: Iterable[Tensor]) -> float:
     """Return the squared norm of some float32 tensors."""
     return sum(float(v.norm()) ** 2 for v in values)
+
+
+def _sum(chunks: Sequence[Tensor]) -> Tensor:
+    """Return the sum of raw pieces, in rank order: float sums depend on it."""
+    total = torch.zeros(chunks[0].numel() // 4)
+    for chunk in chunks:
+        total += _floats(chunk)
+    return total
 
 
 def _floats(chunk: Tensor) -> Tensor:

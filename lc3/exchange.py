@@ -87,7 +87,8 @@ class GroupExchange:
 
     Args:
         group: the process group.
-        device: where messages live.
+        device: that the backend moves tensors of: the CPU, but for NCCL. Messages are
+            on the CPU all the same.
         members: ranks in the group that exchange, this one among them. Default: all.
     """
 
@@ -164,7 +165,7 @@ class GroupExchange:
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
         in_job_order = sorted(self._peers, key=lambda peer: self._members[peer])
-        payload = torch.cat([messages[peer] for peer in in_job_order])
+        payload = torch.cat([messages[peer] for peer in in_job_order]).to(self._device)
         outgoing = [0] * dist.get_world_size(self._group)
         for peer in self._peers:
             outgoing[self._members[peer]] = messages[peer].numel()
@@ -174,7 +175,7 @@ class GroupExchange:
         incoming = sizes.tolist()
         received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
         self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
-        parts = torch.split(received, incoming)
+        parts = torch.split(received.cpu(), incoming)
         arrived = [parts[member] for member in self._members]
         arrived[self.rank] = messages[self.rank]
         return arrived

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lc3.codec import codec_for, warm_up
+from lc3.coder import Coder
 from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import InputError
@@ -88,8 +89,8 @@ class Recorder:
         self.step_s: list[float] = []
         self._steps = steps
         self._config = config
-        self._codec = codec_for(torch.device("cpu"))
-        warm_up(self._codec)
+        self._coder = Coder(codec_for(torch.device("cpu")))
+        warm_up(self._coder.host)
         self._engines: dict[int, list[Engine]] = {}
         self._first: int | None = None
         self._left_at = math.nan
@@ -125,7 +126,7 @@ class Recorder:
             knobs = {**_knobs(self._config), "sparsity": figures.sparsity}
             config = Config(**knobs)
             plan = make_plan(shapes, 1, config)
-            engines.append(Engine(plan, config, exchange, self._codec, figures.meter))
+            engines.append(Engine(plan, config, exchange, self._coder, figures.meter))
         return engines
 
     def _code(self, engine: Engine, figures: Figures, grads: dict[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """The error-feedback buffers, by parameter name: what was not sent yet."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,12 @@ class Residuals:
     """
 
     def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
-        self.sent = {
-            name: torch.zeros(plan.numel[name], device=device)
-            for name in plan.numel
-            if name in plan.coded
-        }
-        self.owned = {
-            slice_.name: torch.zeros(slice_.numel, device=device)
-            for slice_ in plan.slices_of(plan.coded, rank)
-        }
+        coded = [name for name in plan.numel if name in plan.coded]
+        slices = list(plan.slices_of(plan.coded, rank))
+        sent = arena([plan.numel[name] for name in coded], device)
+        owned = arena([slice_.numel for slice_ in slices], device)
+        self.sent = dict(zip(coded, sent, strict=True))
+        self.owned = {s.name: room for s, room in zip(slices, owned, strict=True)}
 
     def of_sent(self, piece: Piece) -> Tensor:
         """Return the worker-side residual of a coded piece: a view, float32[piece]."""
@@ -38,3 +37,11 @@ class Residuals:
     def buffers(self) -> list[Tensor]:
         """Return all of them, both sides."""
         return [*self.sent.values(), *self.owned.values()]
+
+
+def arena(sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
+    """Return zeros, float32[size] each, that lie in one block of memory.
+
+    Kernels that work on many of them at once then need one address.
+    """
+    return torch.split(torch.zeros(sum(sizes), device=device), list(sizes))

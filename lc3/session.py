@@ -6,8 +6,10 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +17,8 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3.auto import Auto, measure
-from lc3.codec import Codec, codec_for, warm_up
+from lc3.codec import codec_for, warm_up
+from lc3.coder import Coder
 from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
@@ -81,36 +84,38 @@ class Session:
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
         world = exchange.world
 
-        def build() -> tuple[Codec, Plan, Nodes]:
-            _check_parameters(self.names)
+        def build() -> tuple[Coder, Plan, Nodes]:
+            device = _check_parameters(self.names, config)
             nodes = [[rank] for rank in range(world)]
             if mesh is not None:
                 check_mode(config, "ddp with a mesh")
                 nodes = nodes_of(mesh, ranks)
-            codec = codec_for(_CPU)
-            warm_up(codec)
-            return codec, make_plan(shapes, world, config), nodes
+            coder = Coder(codec_for(device), threads, device)
+            warm_up(coder.host)
+            if device != _CPU:
+                warm_up(codec_for(device), device)
+            return coder, make_plan(shapes, world, config), nodes
 
         try:
             threads = threads_for(exchange, config)
             table = mesh if isinstance(mesh, int | None) else mesh.mesh.tolist()
             facts = {"mesh": table}
-            codec, plan, nodes = agree(
+            coder, plan, nodes = agree(
                 exchange, __version__, config, shapes, build, facts
             )
-            shared = codec, self.meter, threads
+            shared = coder, self.meter
             if len(nodes) == world:
                 self.engine = Engine(plan, config, exchange, *shared)
             else:
                 assert isinstance(exchange, Divisible)
                 self.engine = TwoLevels(plan, config, exchange, nodes, *shared)
             if config.mode == "auto" and world > 1:
-                costs = measure(exchange, codec, config, threads)
+                costs = measure(exchange, coder.host, config, threads)
                 self.engine.auto = Auto(costs, world)
         except BaseException:
             leave()
             raise
-        self.lane = Lane(f"lc3-rank{exchange.rank}")
+        self.lane = Lane(f"lc3-rank{exchange.rank}", coder.device)
         self.begin_step(0)
 
     def on_bucket(
@@ -156,7 +161,7 @@ class Session:
 
         def compare() -> Tensor:
             mine = [
-                zlib.crc32(p.detach().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer since 3.12
+                zlib.crc32(_bytes_of(p))  # type: ignore[arg-type]  # a buffer since 3.12
                 for p in self.names
             ]
             sums_here = torch.tensor(mine, dtype=torch.int64)
@@ -234,12 +239,8 @@ def session_beside(
         mesh: for two levels, see ``lc3.two_levels.nodes_of``.
 
     Raises:
-        AttachError: a parameter is not on the CPU, or the group is no such group; and
-            what ``Session`` raises.
+        AttachError: the group is no such group; and what ``Session`` raises.
     """
-    named = list(parameters)
-    for name, parameter in named:
-        check_device(name, parameter)
     own, is_mine = _group_for(beside, group)
     ranks = dist.get_process_group_ranks(own)
 
@@ -247,7 +248,11 @@ def session_beside(
         if is_mine:
             dist.destroy_process_group(own)
 
-    return Session(named, config, GroupExchange(own, _CPU), leave, mesh, ranks)
+    device = _CPU
+    if dist.get_backend(own) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    exchange = GroupExchange(own, device)
+    return Session(parameters, config, exchange, leave, mesh, ranks)
 
 
 def session_for(
@@ -287,15 +292,6 @@ def session_for(
     return session_beside(trained, config, model.process_group, group, mesh)
 
 
-def check_device(name: str, parameter: Tensor) -> None:
-    """Raise ``AttachError`` unless a parameter is where lc3 can exchange."""
-    if parameter.device != _CPU:
-        raise AttachError(
-            f"parameter {name!r} is on {parameter.device}; in this version lc3 "
-            "exchanges on the CPU only (lc3.encode works on any device)"
-        )
-
-
 def check_mode(config: Config, hook: str) -> None:
     """Raise ``ConfigError`` if a hook always codes, but the configuration may not."""
     if config.mode != "3lc":
@@ -305,11 +301,13 @@ def check_mode(config: Config, hook: str) -> None:
         )
 
 
-def _check_parameters(names: Mapping[Tensor, str]) -> None:
+def _check_parameters(names: Mapping[Tensor, str], config: Config) -> torch.device:
+    """Return the device that all parameters are on."""
     if not names:
         raise AttachError(
             "the model has no trainable parameter, so nothing to compress"
         )
+    first, first_name = next(iter(names.items()))
     for parameter, name in names.items():
         if parameter.is_complex():
             raise AttachError(
@@ -317,6 +315,23 @@ def _check_parameters(names: Mapping[Tensor, str]) -> None:
                 "gradients: keep complex parameters as two real ones "
                 "(torch.view_as_real)"
             )
+        if parameter.device != first.device:
+            raise AttachError(
+                f"parameter {first_name!r} is on {first.device}, {name!r} on "
+                f"{parameter.device}; lc3 needs a model on one device a rank"
+            )
+    if config.mode == "auto" and first.device != _CPU:
+        raise ConfigError(
+            f"mode='auto' compares 3LC with an all-reduce on the CPU, the model is on "
+            f"{first.device}; python -m lc3 doctor says below which link rate 3LC "
+            "wins: leave mode out, or do not attach"
+        )
+    return first.device
+
+
+def _bytes_of(parameter: Tensor) -> NDArray[np.uint8]:
+    flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
+    return flat.cpu().numpy()
 
 
 def _group_for(
@@ -344,9 +359,12 @@ def _group_for(
             f"the model is replicated on the ranks {ranks} only; call dist.new_group("
             f"{ranks}) on every rank of the job and attach(model, group=that)"
         )
-    options = getattr(beside._get_backend(_CPU), "options", None)
+    backend: str = dist.get_backend(beside)
+    if backend not in ("gloo", "mpi", "ucc"):
+        backend = "gloo"  # what lc3 sends is small, and on the host to be checked
+    device = next(iter(beside._device_types), _CPU)
+    options = getattr(beside._get_backend(device), "options", None)
     timeout: timedelta | None = getattr(options, "_timeout", None)
-    backend = dist.get_backend(beside)
     own = dist.new_group(timeout=timeout, backend=backend, group_desc="lc3")
     assert isinstance(own, dist.ProcessGroup)
     return own, True

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lc3.auto import Wire
-from lc3.codec import Codec
+from lc3.coder import Coder
 from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import AttachError, PeerError
@@ -71,9 +71,8 @@ class TwoLevels(Engine):
         config: the same on every rank.
         exchange: between all ranks.
         nodes: the ranks of each node.
-        codec: for the device of the gradients.
+        coder: for the device of the gradients.
         meter: is written to; counts what goes between nodes.
-        threads: that encode and decode.
 
     Attributes:
         inside: the engine of this node; its ``meter`` counts what stays in it.
@@ -86,11 +85,10 @@ class TwoLevels(Engine):
         config: Config,
         exchange: Divisible,
         nodes: Nodes,
-        codec: Codec,
+        coder: Coder,
         meter: Meter,
-        threads: int = 1,
     ) -> None:
-        super().__init__(plan, config, exchange, codec, meter)
+        super().__init__(plan, config, exchange, coder, meter)
         self._node = next(node for node in nodes if exchange.rank in node)
         self._places = [list(place) for place in zip(*nodes, strict=True)]
         place = self._places[self._node.index(exchange.rank)]
@@ -98,16 +96,15 @@ class TwoLevels(Engine):
             make_plan([], len(self._node), Config()),
             config,
             exchange.among(self._node),
-            codec,
+            coder,
             Meter(),
         )
         self.between = Engine(
             plan,
             config,
             exchange.among(place),
-            codec,
+            coder,
             meter,
-            threads,
             owners=place,
             residuals=self.residuals,
         )
@@ -185,7 +182,8 @@ class TwoLevels(Engine):
 def _cut(values: Mapping[str, Tensor], part: Sequence[Piece]) -> Tensor:
     """Return the values of some pieces in a row, float32[*]."""
     cuts = [values[piece.name][piece.start : piece.stop] for piece in part]
-    return torch.cat([torch.empty(0), *cuts])
+    device = next(iter(values.values())).device
+    return torch.cat([torch.empty(0, device=device), *cuts])
 
 
 def _paste(values: Mapping[str, Tensor], part: Sequence[Piece], row: Tensor) -> None:

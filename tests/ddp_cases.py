@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import AttachError, Config, Lc3Error
 from lc3.codec import Encoded, cpu
+from lc3.coder import Coder
 from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
 from lc3.two_levels import nodes_of
@@ -294,7 +295,7 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
         state.close()
     for step in range(3):
         if what == "encode fails" and step == 1 and rank == world - 1:
-            state.engine.codec = Broken()
+            state.engine.coder = Coder(Broken())
         if what == "another lc3 step" and step == 1 and rank == 0:
             state.session.step += 1
         try:

@@ -29,6 +29,7 @@ from rich.progress import track
 from lc3 import Config
 from lc3.checkpoint import load_checkpoint, merge
 from lc3.codec import codec_for
+from lc3.coder import Coder
 from lc3.engine import Engine
 from lc3.exchange import Loopback
 from lc3.meter import Meter
@@ -66,7 +67,7 @@ def steps(count: int, seed: int) -> dict[str, float]:
     plan = make_plan(SHAPES, WORLD, CONFIG)
     codec = codec_for(torch.device("cpu"))
     engines = [
-        Engine(plan, CONFIG, exchange, codec, Meter())
+        Engine(plan, CONFIG, exchange, Coder(codec), Meter())
         for exchange in Loopback(WORLD).ranks
     ]
     oracle = Oracle(SHAPES, WORLD, CONFIG)

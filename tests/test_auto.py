@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lc3
 from lc3.auto import TRIAL_STEPS, Auto, Costs, measure
 from lc3.codec import cpu
+from lc3.coder import Coder
 from lc3.engine import Engine
 from lc3.exchange import Exchange
 from lc3.hooks import ddp, local_sgd, push_pull
@@ -88,7 +89,7 @@ def test_what_is_owed_comes_along_when_the_choice_changes(overflow: bool) -> Non
     def job(rank: int, exchange: Exchange) -> Any:
         plan = make_plan(SHAPES, exchange.world, SMALL)
         auto = Auto(nobody, exchange.world)
-        engine = Engine(plan, SMALL, exchange, cpu, Meter(), 1, auto)
+        engine = Engine(plan, SMALL, exchange, Coder(cpu), Meter(), auto)
         sums = {name: torch.zeros(n).double() for name, n in plan.numel.items()}
         for step in range(steps):
             grads = gradients(rank, step)

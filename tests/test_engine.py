@@ -16,6 +16,7 @@ from torch import Tensor
 import lc3
 from lc3 import Config
 from lc3.codec import Codec, Encoded, cpu, reference
+from lc3.coder import Coder
 from lc3.config import ENTROPY_STAGES, EntropyStage
 from lc3.engine import Engine
 from lc3.exchange import Exchange, Loopback
@@ -61,7 +62,8 @@ def engine_of(
     exchange: Exchange, config: Config = SMALL, codec: Codec = cpu, shapes: Any = SHAPES
 ) -> Engine:
     plan = make_plan(shapes, exchange.world, config)
-    return Engine(plan, config, exchange, codec, Meter(), config.threads or 1)
+    coder = Coder(codec, config.threads or 1)
+    return Engine(plan, config, exchange, coder, Meter())
 
 
 Gradients = Callable[[int, int], dict[str, Tensor]]
@@ -167,7 +169,7 @@ def test_threads_change_nothing(threads: int) -> None:
 
     config = dataclasses.replace(SMALL, threads=threads, block=1000)
     for engine in run(2, 4, config, gradients, shapes=shapes):
-        assert engine.workers.threads == threads
+        assert engine.coder.threads == threads
         engine.close()
 
 

@@ -22,16 +22,18 @@ BELOW = {
     "monitor": {"meter"},
     "message": {"codec", "entropy", "errors", "format", "meter", "plan"},
     "workers": set(),
+    "coder": {"codec", "workers"},
     "lane": {"errors"},
     "handshake": {"config", "errors", "exchange", "workers"},
     "owners": {"engine", "errors", "format", "plan"},
     "two_levels": {
-        *("auto", "codec", "config", "engine", "errors", "exchange", "meter", "plan"),
+        *("auto", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),
     },
     "session": {
         *(
             "auto",
             "codec",
+            "coder",
             "config",
             "engine",
             "errors",
@@ -41,7 +43,9 @@ BELOW = {
         ),
         *("meter", "plan", "two_levels", "version"),
     },
-    "measure": {"codec", "config", "engine", "errors", "exchange", "meter", "plan"},
+    "measure": {
+        *("codec", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),
+    },
     "doctor": {
         "auto",
         "codec",
@@ -56,7 +60,7 @@ BELOW = {
     "engine": {
         *(
             "auto",
-            "codec",
+            "coder",
             "config",
             "entropy",
             "errors",
@@ -64,7 +68,7 @@ BELOW = {
             "format",
             "message",
         ),
-        *("meter", "plan", "residual", "workers"),
+        *("meter", "plan", "residual"),
     },
 }
 

@@ -11,6 +11,7 @@ import torch
 
 from lc3 import AttachError, Config
 from lc3.codec import cpu
+from lc3.coder import Coder
 from lc3.exchange import Exchange, LoopbackExchange
 from lc3.meter import Meter
 from lc3.plan import make_plan
@@ -61,7 +62,7 @@ def test_two_levels_equal_the_oracle(nodes: Nodes, config: Config) -> None:
     def job(rank: int, exchange: Exchange) -> TwoLevels:
         assert isinstance(exchange, LoopbackExchange)
         plan = make_plan(SHAPES, world, config)
-        engine = TwoLevels(plan, config, exchange, nodes, cpu, Meter())
+        engine = TwoLevels(plan, config, exchange, nodes, Coder(cpu), Meter())
         for step in range(steps):
             grads = gradients(rank, step)
             engine.all_reduce(grads, step, 0)

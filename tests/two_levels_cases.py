@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
+from lc3.coder import Coder
 from lc3.hooks import ddp
 from lc3.two_levels import TwoLevels
 from tests.ddp_cases import CONFIG, Broken, Deep, hash_of
@@ -77,7 +78,7 @@ def a_rank_fails(rank: int, world: int, failing: int) -> list[str]:
     said = []
     for step in range(3):
         if rank == failing and step == 1:
-            state.engine.between.codec = Broken()
+            state.engine.between.coder = Coder(Broken())
         try:
             model(torch.randn(4, 64)).square().mean().backward()
         except Exception as error:  # noqa: BLE001  # it is the result

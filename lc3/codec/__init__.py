@@ -1,5 +1,7 @@
 """The ``Codec`` protocol, ``codec_for(device)``, and encode/decode of one tensor."""
 
+import logging
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,6 +11,8 @@ from lc3.config import check_sparsity
 from lc3.entropy import compress, decompress, is_compressed
 from lc3.errors import FormatError, InputError
 from lc3.format import ZSTD_MAGIC, max_frame_bytes
+
+log = logging.getLogger("lc3")
 
 
 class Encoded(NamedTuple):
@@ -98,19 +102,44 @@ def codec_for(device: torch.device) -> Codec:
         return cpu
     if device.type == "meta":
         raise InputError("tensors on the meta device have no values to encode")
+    if device.type == "cuda" and torch.version.hip is None:
+        return _kernels_or_operators()
     from lc3.codec import tensor
 
     return tensor
 
 
-def warm_up(codec: Codec) -> None:
+@cache
+def _kernels_or_operators() -> Codec:
+    """Return the backend for CUDA; say which, once."""
+    from lc3.codec import tensor
+
+    try:
+        from lc3.codec import cuda
+    except ImportError as error:
+        reason = f"{error}; pip install 'torch-lc3[cuda]'"
+    else:
+        if cuda.usable():
+            log.info("lc3: gradients on CUDA are coded by numba-cuda kernels")
+            return cuda
+        reason = "numba-cuda finds no driver; numba -s says what it looked for"
+    log.warning(
+        "lc3: gradients on CUDA are coded by torch operators, the same bytes but "
+        "several times slower (%s)",
+        reason,
+    )
+    return tensor
+
+
+def warm_up(codec: Codec, device: torch.device | str = "cpu") -> None:
     """Run every path of ``codec`` once, so that nothing compiles during a step."""
-    out = torch.empty(max_frame_bytes(400), dtype=torch.uint8)
-    spike = torch.zeros(400)
+    out = torch.empty(max_frame_bytes(400), dtype=torch.uint8, device=device)
+    spike = torch.zeros(400, device=device)
     spike[7] = 1
-    for x in (spike, torch.arange(400.0), torch.full((400,), torch.nan)):
-        used, _ = codec.encode(x, 1.0, out, torch.zeros(400))
-        decode_add(codec, out[:used], torch.zeros(400))
+    full = torch.full_like(spike, torch.nan)
+    for x in (spike, torch.arange(400.0, device=device), full):
+        used, _ = codec.encode(x, 1.0, out, torch.zeros_like(x))
+        decode_add(codec, out[:used], torch.zeros_like(x))
 
 
 def encode(

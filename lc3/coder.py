@@ -1,0 +1,118 @@
+"""Coding all pieces of a bucket: floats stay on their device, frames are host bytes.
+
+What travels is checked, packed, sealed and compressed on the host, and it is small: so
+of a gradient on an accelerator only its frames come to the host, and only what arrived
+goes back. Pieces of one call do not overlap.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lc3.codec import Codec, codec_for
+from lc3.workers import Job, Workers
+
+_HOST = torch.device("cpu")
+
+
+class Coder:
+    """Encodes and adds up pieces, on one device.
+
+    Args:
+        codec: for that device.
+        threads: that code, on the host.
+        device: of the values.
+
+    Attributes:
+        device: of the values.
+        threads: that code, on the host.
+        host: checks what arrives: a frame is host bytes until it has been.
+    """
+
+    def __init__(
+        self, codec: Codec, threads: int = 1, device: torch.device = _HOST
+    ) -> None:
+        self.device = device
+        self.host = codec if device == _HOST else codec_for(_HOST)
+        self._codec = codec
+        self.threads = threads
+        self._workers = Workers(threads)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        # A backend that is better at all pieces at once than at one after the other.
+        batch = getattr(codec, "Batch", None)
+        self._batch = None if batch is None else batch(device)
+
+    def encode(
+        self,
+        values: Sequence[Tensor],
+        residuals: Sequence[Tensor | None],
+        sparsity: float,
+        density: float | None,
+    ) -> list[tuple[Tensor, int]]:
+        """Write every piece plus its residual as a frame; see ``Codec.encode``.
+
+        Args:
+            values: float32[piece] each, contiguous; left with what their frames lack.
+            residuals: float32[piece] each, or ``None``.
+            sparsity: see ``Codec.encode``.
+            density: see ``Codec.encode``.
+
+        Returns:
+            For each piece its frame, uint8[*] on the host, until the next call, and how
+            many values it sends.
+        """
+        if self._batch is not None:
+            frames_of: list[tuple[Tensor, int]] = self._batch.encode(
+                values, residuals, sparsity, density
+            )
+            return frames_of
+        sizes = [self._codec.max_frame_bytes(x.numel()) for x in values]
+        if self._scratch.numel() < sum(sizes):
+            self._scratch = self._scratch.new_empty(sum(sizes))
+        rooms = torch.split(self._scratch[: sum(sizes)], sizes)
+        frames = list(rooms)
+        digits = [0] * len(values)
+
+        def encode(index: int) -> None:
+            used, digits[index] = self._codec.encode(
+                values[index], sparsity, rooms[index], residuals[index], density
+            )
+            frames[index] = rooms[index][:used]
+
+        self._workers.run(
+            [(x.numel(), partial(encode, index)) for index, x in enumerate(values)]
+        )
+        return list(zip(self.to_host(frames), digits, strict=True))
+
+    def add(self, sums: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+        """Add checked frames to values, each value's in their order.
+
+        Args:
+            sums: values, float32[piece], contiguous, with their frames, on the host.
+        """
+        if self._batch is not None:
+            self._batch.add(sums)
+            return
+        jobs: list[tuple[int, Job]] = [
+            (len(frames) * acc.numel(), partial(self._add, acc, frames))
+            for acc, frames in sums
+        ]
+        self._workers.run(jobs)
+
+    def _add(self, acc: Tensor, frames: Sequence[Tensor]) -> None:
+        for frame in frames:
+            self._codec.add(frame.to(self.device), acc)
+
+    def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the bytes of some tensors, uint8[*] each, by one copy at most."""
+        parts = [tensor.view(torch.uint8) for tensor in tensors]
+        if self.device == _HOST or not parts:
+            return parts
+        whole = torch.cat(parts).cpu()
+        return list(torch.split(whole, [part.numel() for part in parts]))
+
+    def close(self) -> None:
+        """End the threads. Calling it again does nothing."""
+        self._workers.close()
