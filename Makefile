@@ -6,7 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench evaluate fuzz test-install test-horovod test-launch soak clean
+.PHONY: demo test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
+	gpu-check gpu-bench soak clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -50,6 +51,25 @@ test-horovod: .venv-horovod/ready
 # The launchers by their own tools: Ray, Kubeflow's and SkyPilot's schemas, linters.
 test-launch: .venv-launch/ready
 	.venv-launch/bin/python -m pytest tests/test_launchers.py
+
+# The CUDA kernels without a GPU: numba's simulator, and NVIDIA's compiler and assembler.
+test-cuda: .venv/cuda-ready
+	$(BIN)/python -m pytest tests/test_cuda.py
+
+.venv/cuda-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cuda-test]"
+	@touch $@
+
+# On a machine with a GPU: the kernels' cases, DDP, push-pull and local steps on the device,
+# NCCL if there are two, and NVIDIA's memory checker if it is installed.
+gpu-check: .venv/cuda-ready
+	$(BIN)/python -W ignore -m tests.cuda_cases
+	$(BIN)/python -m pytest tests/test_cuda.py tests/test_gpu.py
+	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 \
+		$(BIN)/python -W ignore -m tests.cuda_cases special_values whole_exchange; fi
+
+gpu-bench: .venv/cuda-ready
+	$(BIN)/python -m experiments.bench_gpu --out experiments/results
 
 .venv-horovod/ready: pyproject.toml constraints.txt launch/install_horovod.sh
 	$(PYTHON) -m venv .venv-horovod

@@ -43,8 +43,7 @@ def attach(
     Collective: every rank of the group calls it, with the same configuration.
 
     Args:
-        model: wrapped in DistributedDataParallel, on the CPU, without a hook of
-            its own.
+        model: wrapped in DistributedDataParallel, without a hook of its own.
         config: what to compress, and how much.
         scaler: that multiplies the loss. Residuals follow its scale, and a step that it
             skips for one tensor's overflow is undone for all of them; that takes one

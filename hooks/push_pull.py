@@ -46,7 +46,7 @@ def attach(
     Collective: every rank calls it with the same arguments.
 
     Args:
-        model: wrapped in DistributedDataParallel, on the CPU, without a hook.
+        model: wrapped in DistributedDataParallel, without a hook.
         make_optimizer: makes the optimizer of this rank's share from parameter groups:
             ``functools.partial(torch.optim.AdamW, lr=1e-3)``. Masters are slices
             without a shape, so it must work element by element; with

@@ -34,6 +34,13 @@ def versions() -> list[str]:
     return lines
 
 
+def _coded_by() -> str:
+    """Say what codes gradients there."""
+    backend = getattr(codec_for(torch.device("cuda")), "__name__", "")
+    kernels = backend.endswith("cuda")
+    return f"; coded by {'numba-cuda kernels' if kernels else 'torch operators'}"
+
+
 def report(elements: int, compute_ms: float) -> None:
     """Print everything; collective if torchrun's environment is there.
 
@@ -51,7 +58,7 @@ def report(elements: int, compute_ms: float) -> None:
         print("\n".join(versions()))
         print(f"{cores()} cores for this process; torch uses {torch.get_num_threads()}")
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        print(f"CUDA devices: {devices}; gradients must be on the CPU in this version")
+        print(f"CUDA devices: {devices}{_coded_by() if devices else ''}")
         print(
             f"codec, one thread, 5 % sent: encode {4e-9 / encode:.2f} GB/s of float32, "
             f"decode {4e-9 / decode:.2f}; {config.entropy!r} entropy stage"

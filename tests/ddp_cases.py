@@ -35,6 +35,7 @@ class Case:
         accumulate: backward passes per step, all but the last under ``no_sync``.
         options: of DistributedDataParallel.
         mesh: of attach; ranks in a node.
+        device: of the model.
     """
 
     options: tuple[tuple[str, Any], ...] = ()
@@ -45,6 +46,7 @@ class Case:
     config: Config = CONFIG
     steps: int = 20
     mesh: int | None = None
+    device: str = "cpu"
 
 
 class Net(nn.Module):
@@ -118,6 +120,7 @@ def make_net(case: Case) -> Net:
     torch.manual_seed(7)
     net = Net().to(case.dtype)
     net.alone = nn.Parameter(torch.zeros(0, 4, dtype=alone_in_its_dtype(case)))
+    net.to(case.device)
     if case.channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
@@ -133,8 +136,10 @@ def batch(rank: int, step: int, part: int, case: Case) -> tuple[Tensor, Tensor, 
     x = torch.randn(4, 3, 8, 8, generator=generator).to(case.dtype)
     if case.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
+    x = x.to(case.device)
     use_spare = bool(eval(case.used, {"rank": rank, "step": step}))
-    return x, torch.randint(10, (4,), generator=generator), use_spare
+    y = torch.randint(10, (4,), generator=generator)
+    return x, y.to(case.device), use_spare
 
 
 def loss_of(output: Tensor, y: Tensor) -> Tensor:
@@ -159,7 +164,7 @@ def flat(parameter: Tensor, grad: Tensor | None) -> Any:
     like = torch.zeros_like(parameter)
     if grad is not None:
         like.copy_(grad)
-    return like.as_strided((like.numel(),), (1,)).float().numpy()
+    return like.as_strided((like.numel(),), (1,)).float().cpu().numpy()
 
 
 def check_gradients(

@@ -1,0 +1,95 @@
+"""What the ranks of ``test_gpu`` do."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lc3
+from lc3.codec import codec_for
+from lc3.coder import Coder
+from lc3.hooks import ddp, local_sgd, push_pull
+from tests.ddp_cases import CONFIG, hash_of
+
+CALLS = 10
+
+
+def device_of(rank: int, kind: str) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def trains(rank: int, world: int, hook: str, kind: str) -> list[float]:
+    """Return some losses of a short training."""
+    device = device_of(rank, kind)
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 10)).to(device)
+    model: Any = net
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    if hook == "local_sgd":
+        state: Any = local_sgd.attach(net, optimizer, every=4, delay=1)
+    else:
+        model = DistributedDataParallel(net)
+        if hook == "ddp":
+            state = ddp.attach(model, CONFIG)
+        else:
+            optimizer = push_pull.attach(
+                model, partial(torch.optim.SGD, lr=0.1, momentum=0.9), lc3.Config()
+            )
+            state = optimizer
+    generator = torch.Generator().manual_seed(rank)
+    losses = []
+    for step in range(40):
+        y = torch.randint(10, (32,), generator=generator)
+        x = torch.randn(32, 64, generator=generator) + 2 * nn.functional.one_hot(y, 64)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x.to(device)), y.to(device))
+        loss.backward()
+        optimizer.step()
+        if step % 8 == 7:
+            losses.append(loss.item())
+    state.check_replicas() if hook != "local_sgd" else state.sync()
+    state.close()
+    return losses
+
+
+def over_nccl(rank: int, world: int, own: bool) -> str:
+    """Train a model whose group is NCCL; return a hash of it."""
+    device = device_of(rank, "cuda")
+    torch.cuda.set_device(device)
+    nccl = dist.new_group(list(range(world)), backend="nccl")
+    second = dist.new_group(list(range(world)), backend="nccl") if own else None
+    torch.manual_seed(3)
+    model = DistributedDataParallel(
+        nn.Linear(200, 200).to(device), device_ids=[device], process_group=nccl
+    )
+    state = ddp.attach(model, CONFIG, group=second)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(10):
+        torch.manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        model(torch.randn(8, 200, device=device)).square().mean().backward()
+        optimizer.step()
+    state.check_replicas()
+    state.close()
+    return hash_of(model.module)
+
+
+def encode_and_add() -> None:
+    """Code a bucket of twenty pieces some times."""
+    device = torch.device("cuda")
+    coder = Coder(codec_for(device), device=device)
+    bucket, owed = (
+        torch.randn(200_000, device=device) ** 3,
+        torch.zeros(200_000).to(device),
+    )
+    values, residuals = torch.split(bucket, 10_000), torch.split(owed, 10_000)
+    sums = torch.split(torch.zeros_like(bucket), 10_000)
+    for _ in range(CALLS):
+        frames = coder.encode(values, list(residuals), 1.0, None)
+        both = zip(sums, frames, strict=True)
+        coder.add([(acc, [frame]) for acc, (frame, _) in both])

@@ -1,0 +1,62 @@
+"""On a GPU: make gpu-check runs this; without one every test says so and is skipped."""
+
+import pytest
+import torch
+
+from tests import ddp_cases, gpu_cases
+from tests.ddp_cases import Case
+from tests.ranks import Ranks
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU; make gpu-check runs it"
+    ),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Ranks:  # type: ignore[misc]
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("view", [False, True])
+def test_ddp_on_a_gpu_equals_the_oracle(
+    pair: Ranks, dtype: torch.dtype, view: bool
+) -> None:
+    """Two ranks on one GPU or two, over gloo."""
+    options = (("bucket_cap_mb", 0.1), ("gradient_as_bucket_view", view))
+    case = Case(options, dtype=dtype, device="cuda", steps=8)
+    first, second = pair.run(ddp_cases.equals_the_oracle, case, timeout_s=300)
+    assert first["hash"] == second["hash"]
+
+
+@pytest.mark.parametrize("hook", ["ddp", "push_pull", "local_sgd"])
+def test_a_gpu_trains_as_the_cpu_does(pair: Ranks, hook: str) -> None:
+    losses = pair.run(gpu_cases.trains, hook, "cuda", timeout_s=300)
+    expected = pair.run(gpu_cases.trains, hook, "cpu", timeout_s=300)
+    assert losses == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_over_nccl(pair: Ranks, own: bool) -> None:
+    """lc3's own group is gloo, or NCCL if it is given one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for each rank; there is one")
+    first, second = pair.run(gpu_cases.over_nccl, own, timeout_s=300)
+    assert first == second
+
+
+def test_nothing_waits_for_the_gpu_but_what_has_to() -> None:
+    """Encoding a bucket takes one synchronisation, adding one up none of the host."""
+    with torch.profiler.profile() as profile:
+        gpu_cases.encode_and_add()
+    waits = {
+        event.key: event.count
+        for event in profile.key_averages()
+        if "Synchronize" in event.key
+    }
+    assert sum(waits.values()) <= gpu_cases.CALLS * 3, waits
