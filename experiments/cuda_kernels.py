@@ -149,7 +149,7 @@ def main() -> None:
     made = table()
     print(made)
     if options.docs:
-        text = report.insert(options.docs.read_text(), "cuda-kernels", made)
+        text = report.insert(options.docs.read_text(), "cuda-kernels", made + "\n")
         options.docs.write_text(text)
 
 

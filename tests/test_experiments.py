@@ -157,7 +157,8 @@ DOCS = (ROOT / "docs/results.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "name", ["chars", "chars-longer", "chars-muon", "fashion-mnist", "forms"]
+    "name",
+    ["chars", "chars-longer", "chars-muon", "cifar10", "fashion-mnist", "forms"],
 )
 def test_the_tables_in_the_docs_are_the_committed_results(name: str) -> None:
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
