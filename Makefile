@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: demo test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
-	gpu-check gpu-bench soak clean
+	test-adapters gpu-check gpu-bench soak clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -51,6 +51,15 @@ test-horovod: .venv-horovod/ready
 # The launchers by their own tools: Ray, Kubeflow's and SkyPilot's schemas, linters.
 test-launch: .venv-launch/ready
 	.venv-launch/bin/python -m pytest tests/test_launchers.py
+
+# Lightning, Accelerate and the Hugging Face Trainer, in an environment of their own.
+test-adapters: .venv-adapters/ready
+	.venv-adapters/bin/python -m pytest tests/test_adapters.py
+
+.venv-adapters/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test,lightning,accelerate,transformers]"
+	@touch $@
 
 # The CUDA kernels without a GPU: numba's simulator, and NVIDIA's compiler and assembler.
 test-cuda: .venv/cuda-ready

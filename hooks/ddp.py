@@ -4,8 +4,9 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
+import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,9 +20,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3.checkpoint import Parts, load, save
+from lc3.checkpoint import Parts, load, merge, save
 from lc3.config import Config
 from lc3.errors import AttachError, StateError
+from lc3.meter import Meter
 from lc3.owners import flat_view
 from lc3.session import session_for
 
@@ -291,6 +293,37 @@ class State:
         self._scale = float(found.counters["scale"])
         self.session.begin_step(int(found.counters["step"]))
 
+    def gather_state(self) -> list[dict[str, Any]]:
+        """Return every rank's ``state_dict()`` on rank 0, none elsewhere; collective.
+
+        For checkpoints that one rank writes; ``load_gathered`` takes it on any.
+        """
+        mine, gathered = io.BytesIO(), list[dict[str, Any]]()
+        torch.save(self.state_dict(), mine)
+        data = torch.frombuffer(bytearray(mine.getbuffer()), dtype=torch.uint8)
+
+        def collect() -> Tensor:
+            for state in self.engine.collect(data):
+                file = io.BytesIO(bytes(state.numpy()))
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+                gathered.append(loaded)
+            return torch.empty(0)
+
+        self.session.lane.submit(collect).wait()
+        return gathered
+
+    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from what ``gather_state`` returned on rank 0, with any ranks.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        exchange = self.engine.exchange
+        if len(states) == exchange.world:
+            self.load_state_dict(states[exchange.rank])
+        else:
+            self.load_state_dict(merge(states))
+
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
         self.session.close()
@@ -300,6 +333,17 @@ class State:
             "an lc3 State holds a process group and cannot be pickled; save "
             "state.state_dict(), and save model.module, not the DDP wrapper"
         )
+
+
+def figures(meter: Meter) -> dict[str, float]:
+    """Return the main figures under the names that loggers get."""
+    stages = {f"lc3/seconds_{stage}": spent for stage, spent in meter.seconds.items()}
+    return {
+        "lc3/ratio": meter.ratio,
+        "lc3/bits_push": meter.push.bits_per_element,
+        "lc3/bits_pull": meter.pull.bits_per_element,
+        **stages,
+    }
 
 
 def _coded(buffer: Tensor) -> bool:

@@ -497,6 +497,19 @@ class Engine:
                 whole[slice_.name][slice_.start : slice_.stop] = part
         return whole
 
+    def collect(self, data: Tensor) -> list[Tensor]:
+        """Return every rank's bytes on rank 0, nothing elsewhere; collective.
+
+        Args:
+            data: uint8[*].
+        """
+        step, bucket = self.aside()
+        parts = [data, *(data[:0] for _ in range(1, self.exchange.world))]
+        with self.exchanging(0, step, bucket):
+            messages = [self._sealed(part, step, bucket) for part in parts]
+            arrived = self._unsealed(self.exchange.all_to_all(messages), step, bucket)
+        return arrived if self.exchange.rank == 0 else []
+
     @property
     def senders(self) -> int:
         """How many ranks' worker-side residuals there are of each element."""

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "errors": set(),
     "version": set(),
+    "frameworks": {"errors"},
     "format": {"errors"},
     "config": {"errors"},
     "entropy": {"errors", "format"},

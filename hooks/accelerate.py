@@ -1,0 +1,71 @@
+"""3LC in a training loop with Accelerate.
+
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    state = lc3.hooks.accelerate.attach(accelerator, model, lc3.Config())
+
+Accelerate's own list of communication hooks is closed; what ``prepare`` returns is a
+DistributedDataParallel that takes any.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lc3.config import Config
+from lc3.errors import AttachError
+from lc3.frameworks import require
+from lc3.hooks import ddp
+
+_LEAST = "0.30"
+
+
+def attach(
+    accelerator: Accelerator,
+    model: nn.Module,
+    config: Config = Config(),  # noqa: B008  # frozen
+) -> ddp.State:
+    """Compress the gradients of a prepared model; collective.
+
+    What every rank has not sent yet becomes a part of ``accelerator.save_state`` and
+    ``load_state``: with as many ranks a run goes on bit for bit, with others it keeps
+    the mean.
+
+    Args:
+        accelerator: that prepared it.
+        model: what ``prepare`` returned.
+        config: what to compress, and how much; the same on every rank.
+
+    Returns:
+        The state of ``lc3.hooks.ddp``: its ``meter``, ``close()``.
+
+    Raises:
+        AttachError: this Accelerate is too old, or the model is not wrapped in
+            DistributedDataParallel; and what ``ddp.attach`` raises.
+    """
+    require("accelerate", version("accelerate"), _LEAST)
+    if not isinstance(model, DistributedDataParallel):
+        raise AttachError(
+            "lc3 needs a model that accelerator.prepare wrapped in "
+            f"DistributedDataParallel; with {accelerator.num_processes} process(es) "
+            f"and {accelerator.distributed_type} it is a {type(model).__name__}"
+        )
+    state = ddp.attach(model, config, scaler=accelerator.scaler)
+    accelerator.register_for_checkpointing(_OfAllRanks(state))
+    return state
+
+
+class _OfAllRanks:
+    """What Accelerate saves from its first process, and loads in every one."""
+
+    def __init__(self, state: ddp.State) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": self._state.gather_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._state.load_gathered(state["ranks"])

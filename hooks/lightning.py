@@ -1,0 +1,92 @@
+"""3LC in a Lightning Trainer that trains with DDP: a callback.
+
+    Trainer(strategy="ddp", callbacks=[LC3(lc3.Config())])
+
+Lightning itself registers communication hooks on CUDA only, and before it has a process
+group; a callback can do so on any device, when the model is wrapped.
+"""
+
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.parallel import DistributedDataParallel
+
+from lc3.config import Config
+from lc3.errors import AttachError
+from lc3.frameworks import require
+from lc3.hooks import ddp
+
+log = logging.getLogger(__name__)
+
+_LEAST = "2.2"
+
+
+class LC3(Callback):
+    """Compresses the gradients of the model that the Trainer fits.
+
+    Saves what every rank has not sent yet in the Trainer's checkpoints (with as many
+    ranks a run goes on bit for bit, with others it keeps the mean), and logs
+    ``lc3/ratio``, ``lc3/bits_push``, ``lc3/bits_pull`` and ``lc3/seconds_wait`` and so
+    on where the module logs. On one rank it does nothing.
+
+    Args:
+        config: what to compress, and how much; the same on every rank.
+
+    Attributes:
+        state: of ``lc3.hooks.ddp``, while the Trainer fits.
+
+    Raises:
+        AttachError: this Lightning is too old; at the start of ``fit``: the strategy
+            does not wrap the module in DistributedDataParallel.
+    """
+
+    def __init__(self, config: Config = Config()) -> None:  # noqa: B008  # frozen
+        require("lightning", version("lightning"), _LEAST)
+        self.config = config
+        self.state: ddp.State | None = None
+        self._loaded: list[Mapping[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: the strategy has wrapped the module by now."""
+        if trainer.world_size == 1:
+            log.info("lc3: one rank, so nothing to compress")
+            return
+        model = trainer.strategy.model
+        if not isinstance(model, DistributedDataParallel):
+            raise AttachError(
+                f"lc3 needs Trainer(strategy='ddp'), this one has "
+                f"{type(trainer.strategy).__name__}, which makes the module a "
+                f"{type(model).__name__}"
+            )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.state = ddp.attach(model, self.config, scaler=scaler)
+        if self._loaded:
+            self.state.load_gathered(self._loaded)
+            self._loaded = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: object
+    ) -> None:
+        """Log what compression did so far."""
+        if self.state is not None:
+            figures = ddp.figures(self.state.meter)
+            pl_module.log_dict(figures, rank_zero_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all ranks have to keep; collective, as saving is."""
+        return {} if self.state is None else {"ranks": self.state.gather_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember a checkpoint's state until there is a model to attach to."""
+        self._loaded = state_dict.get("ranks", [])
+
+    def teardown(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str
+    ) -> None:
+        """End what ``attach`` started."""
+        if self.state is not None:
+            self.state.close()
+            self.state = None

@@ -1,0 +1,140 @@
+"""3LC in a Hugging Face Trainer.
+
+trainer = Trainer(model, TrainingArguments(...), train_dataset=...)
+lc3.hooks.transformers.attach(trainer, lc3.Config())
+trainer.train()
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from lc3.checkpoint import load_checkpoint, save_checkpoint
+from lc3.config import Config
+from lc3.errors import AttachError, StateError
+from lc3.frameworks import require
+from lc3.hooks import ddp
+
+_LEAST = "4.46"
+
+
+def attach(
+    trainer: Trainer,
+    config: Config = Config(),  # noqa: B008  # frozen
+) -> "LC3Callback":
+    """Compress the gradients of what a Trainer trains, from ``train()`` on.
+
+    Every rank's residuals are saved beside each checkpoint, as ``lc3.pt``, and loaded
+    when training resumes from there. ``lc3/ratio``, ``lc3/bits_push`` and so on are
+    logged with the Trainer's figures. On one rank it does nothing. Say
+    ``ddp_find_unused_parameters=False`` where every parameter is used: the Trainer's
+    default searches the graph in every step.
+
+    Args:
+        trainer: not training yet.
+        config: what to compress, and how much; the same on every rank.
+
+    Raises:
+        AttachError: this Transformers is too old; in ``train()``: the Trainer does not
+            wrap its model in DistributedDataParallel.
+    """
+    require("transformers", version("transformers"), _LEAST)
+    callback = LC3Callback(trainer, config)
+    trainer.add_callback(callback)
+    # Before those that print and report, so that they get lc3's figures, too.
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
+    return callback
+
+
+class LC3Callback(TrainerCallback):
+    """Made by ``attach``.
+
+    Attributes:
+        state: of ``lc3.hooks.ddp``, from the start of training on.
+    """
+
+    def __init__(self, trainer: Trainer, config: Config) -> None:
+        self.state: ddp.State | None = None
+        self._trainer = trainer
+        self._config = config
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Attach: the model is wrapped by now; go on from a checkpoint's residuals."""
+        if args.world_size == 1:
+            return
+        model = self._trainer.model_wrapped
+        if not isinstance(model, DistributedDataParallel):
+            raise AttachError(
+                f"lc3 needs a Trainer that trains with DistributedDataParallel; its "
+                f"model is a {type(model).__name__}: leave fsdp and deepspeed out"
+            )
+        scaler = self._trainer.accelerator.scaler
+        self.state = ddp.attach(model, self._config, scaler=scaler)
+        if state.global_step:
+            path = _path(args, state)
+            if not path.exists():
+                raise StateError(
+                    f"training resumes at step {state.global_step}, but {path} with "
+                    "lc3's residuals is not there; resume from a checkpoint in "
+                    "output_dir that was saved with lc3 attached"
+                )
+            self.state.load_gathered(load_checkpoint(path))
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Save every rank's residuals beside the checkpoint; collective."""
+        if self.state is not None:
+            ranks = self.state.gather_state()
+            if ranks:
+                save_checkpoint(ranks, _path(args, state))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add lc3's figures to what the Trainer logs."""
+        if self.state is not None and logs is not None:
+            figures = ddp.figures(self.state.meter)
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """End what ``attach`` started."""
+        if self.state is not None:
+            self.state.close()
+
+
+def _path(args: TrainingArguments, state: TrainerState) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "lc3.pt"

@@ -1,0 +1,230 @@
+"""A training by each framework, for ``test_adapters``; run by torchrun.
+
+    torchrun --nproc-per-node 2 -m tests.adapter_cases FRAMEWORK MODE FOLDER
+
+Modes: ``straight``, all epochs; ``half`` and ``rest``, stopped in between and resumed
+in new processes; ``plain``, DDP and lc3's hook without the framework, on the same
+batches. Rank 0 writes what came of it to ``FOLDER/FRAMEWORK-MODE.pt``; ranks that
+differ raise.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+
+import lc3
+from lc3.hooks import ddp
+
+BATCH, BATCHES, EPOCHS = 8, 6, 4  # batches a rank and epoch
+CONFIG = lc3.Config(sparsity=1.5, min_numel=64, log_every=None)
+
+
+def dataset(world: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(5)
+    count = BATCH * BATCHES * world
+    x = torch.randn(count, 64, generator=generator)
+    return TensorDataset(x, torch.randint(10, (count,), generator=generator))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(64, 200), nn.Tanh(), nn.Linear(200, 10))
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def report(framework: str, mode: str, folder: Path, net: nn.Module, meter: Any) -> None:
+    """Write parameters on rank 0; raise where ranks differ."""
+    flat = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, flat)
+    assert all(torch.equal(flat, other) for other in everybody), "replicas differ"
+    if dist.get_rank() == 0:
+        found = {"parameters": flat, "ratio": meter.ratio, "steps": meter.steps}
+        torch.save(found, folder / f"{framework}-{mode}.pt")
+
+
+def batches(framework: str, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's batches of an epoch as the framework deals them."""
+    x, y = dataset(world).tensors
+    if framework == "lightning":  # example after example
+        x, y = x[rank::world], y[rank::world]
+        yield from zip(x.split(BATCH), y.split(BATCH), strict=True)
+    else:  # batch after batch
+        pairs = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+        yield from pairs[rank::world]
+
+
+def plain(framework: str, mode: str, folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    net = network()
+    model = DistributedDataParallel(net)
+    state = ddp.attach(model, CONFIG)
+    optimizer = sgd(net.parameters())
+    for _ in range(EPOCHS):
+        for x, y in batches(framework, dist.get_rank(), dist.get_world_size()):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    report(framework, mode, folder, net, state.meter)
+    state.close()
+    dist.destroy_process_group()
+
+
+def with_lightning(mode: str, folder: Path) -> None:
+    import lightning
+
+    from lc3.hooks.lightning import LC3
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            x, y = batch
+            return nn.functional.cross_entropy(self.net(x), y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return sgd(self.net.parameters())
+
+        def on_train_end(self) -> None:
+            assert callback.state is not None
+            report("lightning", mode, folder, self.net, callback.state.meter)
+
+    callback = LC3(CONFIG)
+    half = mode == "half"
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=EPOCHS // 2 if half else EPOCHS,
+        callbacks=[callback],
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        logger=False,
+        use_distributed_sampler=False,
+    )
+    world = trainer.world_size
+    data = dataset(world)
+    sampler: Any = DistributedSampler(data, world, trainer.global_rank, shuffle=False)
+    loader = DataLoader(data, batch_size=BATCH, sampler=sampler)
+    saved = str(folder / "lightning.ckpt")
+
+    class Saving(lightning.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(saved)
+
+    if half:
+        trainer.callbacks.append(Saving())
+    trainer.fit(Module(), loader, ckpt_path=saved if mode == "rest" else None)
+    if mode == "straight":
+        assert trainer.callback_metrics["lc3/ratio"] > 1
+    dist.destroy_process_group()
+
+
+def with_accelerate(mode: str, folder: Path) -> None:
+    from accelerate import Accelerator
+
+    from lc3.hooks import accelerate as adapter
+
+    accelerator = Accelerator(cpu=True)
+    net = network()
+    loader = DataLoader(dataset(accelerator.num_processes), batch_size=BATCH)
+    model, optimizer, loader = accelerator.prepare(net, sgd(net.parameters()), loader)
+    state = adapter.attach(accelerator, model, CONFIG)
+    saved = str(folder / "accelerate")
+    if mode == "rest":
+        accelerator.load_state(saved)
+    for _ in range(EPOCHS if mode == "straight" else EPOCHS // 2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+    if mode == "half":
+        accelerator.save_state(saved)
+    report("accelerate", mode, folder, net, state.meter)
+    state.close()
+    accelerator.end_training()
+
+
+def with_transformers(mode: str, folder: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from lc3.hooks import transformers as adapter
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    def collate(examples: Sequence[Any]) -> dict[str, Tensor]:
+        x, y = zip(*examples, strict=True)
+        return {"x": torch.stack(x), "labels": torch.stack(y)}
+
+    steps = EPOCHS * BATCHES
+    options = TrainingArguments(
+        str(folder / "trainer"),
+        use_cpu=True,
+        max_steps=steps // 2 if mode == "half" else steps,
+        per_device_train_batch_size=BATCH,
+        max_grad_norm=0,
+        save_strategy="steps" if mode == "half" else "no",
+        save_steps=steps // 2,
+        logging_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+    module = Module()
+    optimizer = sgd(module.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    world = options.world_size
+    trainer = InOrder(
+        module, options, collate, dataset(world), optimizers=(optimizer, scheduler)
+    )
+    callback = adapter.attach(trainer, CONFIG)
+    trainer.train(resume_from_checkpoint=True if mode == "rest" else None)
+    assert callback.state is not None
+    report("transformers", mode, folder, module.net, callback.state.meter)
+    logged = [entry for entry in trainer.state.log_history if "lc3/ratio" in entry]
+    assert logged
+    assert logged[-1]["lc3/ratio"] > 1
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    framework, mode, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    if mode == "plain":
+        plain(framework, mode, Path(folder))
+    else:
+        globals()[f"with_{framework}"](mode, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

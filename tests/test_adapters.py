@@ -1,0 +1,119 @@
+"""Lightning, Accelerate and the Trainer give what DDP with lc3's hook gives."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lc3 import AttachError
+from lc3.frameworks import require
+
+ROOT = Path(__file__).parents[1]
+FRAMEWORKS = ["lightning", "accelerate", "transformers"]
+EXAMPLES = {
+    "lightning": "with_lightning",
+    "accelerate": "with_accelerate",
+    "transformers": "with_trainer",
+}
+pytestmark = pytest.mark.timeout(600)
+
+
+def needs(framework: str) -> None:
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"needs the extra {framework}; make test-adapters installs it")
+
+
+def torchrun(*arguments: str) -> str:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def trained(framework: str, mode: str, folder: Path) -> dict[str, Any]:
+    torchrun("tests.adapter_cases", framework, mode, str(folder))
+    found: dict[str, Any] = torch.load(folder / f"{framework}-{mode}.pt")
+    return found
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_framework_trains_what_ddp_trains_and_resumes(
+    framework: str, tmp_path: Path
+) -> None:
+    """Bit for bit, and on both ranks."""
+    needs(framework)
+    plain = trained(framework, "plain", tmp_path)
+    straight = trained(framework, "straight", tmp_path)
+    assert torch.equal(straight["parameters"], plain["parameters"])
+    assert straight["ratio"] == pytest.approx(plain["ratio"], rel=0.01)
+    half = trained(framework, "half", tmp_path)
+    assert not torch.equal(half["parameters"], plain["parameters"])
+    rest = trained(framework, "rest", tmp_path)
+    assert torch.equal(rest["parameters"], plain["parameters"])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_example(framework: str) -> None:
+    needs(framework)
+    path = ROOT / f"experiments/examples/{EXAMPLES[framework]}.py"
+    assert len(path.read_text().splitlines()) < 60
+    said = torchrun(f"experiments.examples.{EXAMPLES[framework]}")
+    found = re.search(r"accuracy (0\.\d+), (\d+) times fewer bytes", said)
+    assert found, said
+    assert float(found[1]) > 0.8
+    assert int(found[2]) > 20
+
+
+def test_lightning_without_ddp_is_refused() -> None:
+    needs("lightning")
+    from types import SimpleNamespace
+
+    from lc3.hooks.lightning import LC3
+
+    strategy = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    trainer: Any = SimpleNamespace(world_size=2, strategy=strategy)
+    module: Any = None
+    with pytest.raises(AttachError, match=r"needs Trainer\(strategy='ddp'\)"):
+        LC3().on_fit_start(trainer, module)
+    trainer.world_size = 1
+    callback = LC3()
+    callback.on_fit_start(trainer, module)
+    assert callback.state is None
+
+
+def test_accelerate_without_ddp_is_refused() -> None:
+    needs("accelerate")
+    from accelerate import Accelerator
+
+    from lc3.hooks import accelerate
+
+    with pytest.raises(AttachError, match=r"with 1 process\(es\)"):
+        accelerate.attach(Accelerator(cpu=True), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("found", "fine"),
+    [("2.2.0", True), ("2.1.9", False), ("2.10.0+cpu", True), ("1.9", False)],
+)
+def test_a_version_that_is_too_old_is_named(found: str, fine: bool) -> None:
+    if fine:
+        require("lightning", found, "2.2")
+        return
+    said = rf"needs lightning 2\.2 or newer, {re.escape(found)} is installed"
+    with pytest.raises(AttachError, match=said):
+        require("lightning", found, "2.2")
