@@ -70,7 +70,7 @@ class Session:
 
     def __init__(
         self,
-        parameters: Iterable[tuple[str, Parameter]],
+        parameters: Iterable[tuple[str, Tensor]],
         config: Config,
         exchange: Exchange,
         leave: Callable[[], None],
@@ -133,7 +133,7 @@ class Session:
         """
         buffer = bucket.buffer()
         names = [self._name_of(parameter) for parameter in bucket.parameters()]
-        step, index = self._next_bucket(names)
+        step, index = self.next_bucket(names)
         if native is not None and (started := native(bucket, names, step)) is not None:
             return started
         future = self.lane.submit(lambda: job(buffer, names, step, index))
@@ -199,7 +199,7 @@ class Session:
             )
         return name
 
-    def _next_bucket(self, names: Sequence[str]) -> tuple[int, int]:
+    def next_bucket(self, names: Sequence[str]) -> tuple[int, int]:
         """Return (step, bucket) for the bucket with the parameters ``names``.
 
         Counted here: under ``static_graph`` DDP gives every bucket of the first step

@@ -1,5 +1,6 @@
 """Every backend writes the same bytes and keeps the same residual, for every input."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -444,3 +445,25 @@ def test_nothing_compiles_in_a_step() -> None:
         "assert before == [len(k.signatures) for k in kernels]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_operators_compiled_by_torch_write_the_same_bytes(backend: str) -> None:
+    """``torch.compile`` may fuse them; it may not change a bit."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    compiled = torch.compile(tensor.encode, backend=backend)
+    try:
+        for numel in (70, 333):
+            generator = torch.Generator().manual_seed(numel)
+            x = torch.randn(numel, generator=generator) ** 3
+            owed = torch.randn(numel, generator=generator)
+            ours, theirs = x.clone(), x.clone()
+            out, expected = torch.zeros(2, numel, dtype=torch.uint8)
+            used = reference.encode(theirs, 1.75, expected, owed)
+            assert compiled(ours, 1.75, out, owed) == used
+            assert torch.equal(out, expected)
+            assert same_bits(ours, theirs)
+    finally:
+        torch._dynamo.reset()

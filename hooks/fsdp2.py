@@ -1,0 +1,223 @@
+"""3LC between replicas of a model that FSDP2 shards: dense inside of a node or site.
+
+    mesh = init_device_mesh("cuda", (sites, per_site), mesh_dim_names=("between", "in"))
+    fully_shard(model, mesh=mesh["in"])               # and its layers, as always
+    state = lc3.hooks.fsdp2.attach(model, mesh, lc3.Config())
+
+FSDP shards and gathers over the fast network; each rank then holds the mean gradient of
+its shard over its own site, which lc3 averages with the same shard of the other sites.
+So a rank sends 1/G of what it would in DDP, G being the ranks of a site, compressed.
+Between all ranks of one sharded model lc3 would save little: two thirds of FSDP's bytes
+are parameters.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from lc3.checkpoint import Parts, load, save
+from lc3.config import Config
+from lc3.errors import AttachError
+from lc3.exchange import GroupExchange
+from lc3.session import Session, check_mode
+
+
+def attach(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    config: Config = Config(),  # noqa: B008  # frozen
+) -> "State":
+    """Average the shards' gradients over replicas of a sharded model by 3LC.
+
+    Collective over all ranks of the job, after ``fully_shard`` and before the first
+    backward. A module is exchanged in backward, where FSDP would run its own all-reduce
+    between replicas, and backward waits for it.
+
+    Args:
+        model: that ``fully_shard`` was applied to, over the mesh's second dimension.
+        mesh: of two dimensions, between sites and inside of them, of all ranks.
+        config: what to compress, and how much. A tensor is a shard of a parameter.
+
+    Raises:
+        AttachError: the model or the mesh is not of that kind.
+        ConfigError: a pattern of the configuration matches no parameter.
+        PlanMismatch: replicas differ in configuration, parameters or version.
+        PeerError: one of these happened on another rank.
+    """
+    check_mode(config, "fsdp2")
+    return State(model, mesh, config)
+
+
+class State:
+    """Everything lc3 keeps for one sharded model: made by ``attach``.
+
+    Attributes:
+        config: the configuration.
+        meter: bytes and seconds so far, of what this rank sends to other sites.
+        engine: averages gradients; holds the plan and the residuals.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, config: Config) -> None:
+        sites = _sites(mesh)
+        modules = _shards(model)
+        named = [shard for shards in modules.values() for shard in shards]
+        for ranks in zip(*sites, strict=True):  # groups are made by everybody
+            group = dist.new_group(list(ranks), backend="gloo", group_desc="lc3")
+            if dist.get_rank() in ranks:
+                own = group
+
+        def leave() -> None:
+            dist.destroy_process_group(own)
+
+        exchange = GroupExchange(own, torch.device("cpu"))
+        self._session = Session(named, config, exchange, leave)
+        self.config = config
+        self.meter = self._session.meter
+        self.engine = self._session.engine
+        for module, shards in modules.items():
+            names = [name for name, _ in shards]
+            module.set_all_reduce_hook(partial(_reduce, self, names))
+
+    def reduce(self, output: Tensor, names: Sequence[str]) -> None:
+        """Make a module's reduced gradients their mean over replicas.
+
+        Args:
+            output: the shards' gradients in a row, flat and padded; overwritten.
+            names: of the module's parameters, in that order.
+        """
+        sizes = [self.engine.plan.numel[name] for name in names]
+        if output.numel() != sum(sizes):
+            raise AttachError(
+                f"FSDP reduced {output.numel()} elements of a module whose shards have "
+                f"{sum(sizes)}: one of {names[:3]} … had no gradient in this step; lc3 "
+                "needs all parameters of a module to be used, or none"
+            )
+        if self.engine.exchange.world == 1:
+            return
+        step, bucket = self._session.next_bucket(names)
+        self.meter.at_step(step + 1)
+
+        def exchange() -> Tensor:
+            flat = output.float()
+            parts = torch.split(flat, sizes)
+            self.engine.all_reduce(dict(zip(names, parts, strict=True)), step, bucket)
+            if flat is not output:
+                output.copy_(flat)
+            return output
+
+        with self.meter.stage("wait"):
+            self._session.lane.submit(exchange).wait()
+
+    def _parts(self) -> Parts:
+        residuals = self.engine.residuals
+        counters: dict[str, int | float] = {"step": self._session.step}
+        return Parts(counters, residuals.sent, {"owned": residuals.owned})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return residuals and step of this rank: tensors, strings, numbers only.
+
+        Every rank saves its own. The same rank of an equal run continues from it bit
+        for bit.
+        """
+        rank = self.engine.exchange.rank
+        return save("fsdp2", self.engine.plan, rank, self._parts())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict`` of this rank.
+
+        Or, with another number of replicas but shards of the same size, from
+        ``lc3.merge_states`` of those of all replicas of this shard.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        mine = self._parts()
+        rank = self.engine.exchange.rank
+        found = load(state, "fsdp2", self.engine.plan, rank, mine)
+        mine.copy_from(found)
+        self._session.begin_step(int(found.counters["step"]))
+
+    def close(self) -> None:
+        """End the lane and the group it made. The model can no longer run backward."""
+        self._session.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an lc3 State holds a process group and cannot be pickled; save "
+            "state.state_dict()"
+        )
+
+
+def _reduce(state: State, names: Sequence[str], output: Tensor) -> None:
+    state.reduce(output, names)
+
+
+def _sites(mesh: DeviceMesh) -> list[list[int]]:
+    """Return the ranks of each site."""
+    if mesh.ndim != 2 or mesh.size() != dist.get_world_size():
+        raise AttachError(
+            f"the mesh has the shape {tuple(mesh.shape)}, the job "
+            f"{dist.get_world_size()} ranks; lc3 needs a mesh of two dimensions, "
+            "between sites and inside of them, of all ranks"
+        )
+    sites: list[list[int]] = mesh.mesh.tolist()
+    return sites
+
+
+def _shards(model: nn.Module) -> dict[FSDPModule, list[tuple[str, Tensor]]]:
+    """Return for each sharded module, in order, its shards and their names.
+
+    A shard is given as a tensor of its padded size, without memory of its own: what
+    FSDP reduces a module to is these in a row.
+
+    Raises:
+        AttachError: no module is sharded, or one is over several dimensions.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[FSDPModule, list[tuple[str, Tensor]]] = {}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        try:
+            groups = module._get_fsdp_state()._fsdp_param_groups
+            several = [g for g in groups if g.mesh_info.mesh.ndim != 1]
+            shards: list[tuple[Any, torch.Size]] = [
+                (p.sharded_param, p.padded_sharded_param_size)
+                for group in groups
+                for p in group.fsdp_params
+                if p.sharded_param.requires_grad
+            ]
+        except AttributeError as error:
+            raise AttachError(
+                f"torch {torch.__version__} keeps FSDP2's shards where lc3 does not "
+                f"look ({error}); lc3 knows torch 2.13's"
+            ) from error
+        if several:
+            raise AttachError(
+                "a module is sharded over a mesh of "
+                f"{several[0].mesh_info.mesh.ndim} dimensions, so FSDP itself reduces "
+                "between replicas; fully_shard(module, mesh=mesh['inside']), and let "
+                "lc3 do the rest"
+            )
+        if len(groups) > 1:
+            raise AttachError(
+                "a module's parameters are sharded over several meshes, and FSDP does "
+                "not say which one it reduces; shard them over one"
+            )
+        if shards:
+            found[module] = [
+                (names[id(p)], p.to_local().new_empty(1).expand(size))
+                for p, size in shards
+            ]
+    if not found:
+        raise AttachError(
+            f"no module of this {type(model).__name__} is sharded; call fully_shard "
+            "before attach, or lc3.hooks.ddp for DistributedDataParallel"
+        )
+    return found

@@ -1,0 +1,83 @@
+"""FSDP2 inside of a site, 3LC between the sites."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests import fsdp2_cases
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.timeout(300)
+Pools = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize(("world", "per_site"), [(4, 2), (2, 1)])
+def test_shards_equal_the_oracle(ranks: Pools, world: int, per_site: int) -> None:
+    for found in ranks(world).run(fsdp2_cases.equals_the_oracle, per_site, 20):
+        assert found["steps"] == 20
+        assert found["buckets"] == 20 * 4
+        # Only this rank's shard travels, and only to the other site, compressed.
+        assert found["dense"] == 20 * 4 * found["elements"]
+        assert found["sent"] < found["dense"] / 5
+
+
+def test_half_precision_is_reduced_as_float32(ranks: Pools) -> None:
+    ranks(4).run(fsdp2_cases.equals_the_oracle, 2, 5, torch.bfloat16)
+
+
+def test_one_site_sends_nothing(ranks: Pools) -> None:
+    for found in ranks(2).run(fsdp2_cases.equals_the_oracle, 2, 0):
+        assert found["sent"] == 0
+
+
+def test_it_resumes_bit_for_bit(ranks: Pools) -> None:
+    assert all(ranks(4).run(fsdp2_cases.resumes))
+
+
+def test_a_module_that_nobody_uses(ranks: Pools) -> None:
+    assert len(set(ranks(4).run(fsdp2_cases.trains_with_a_module_unused))) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("auto", "ConfigError: mode='auto' is for hooks.ddp"),
+        ("one dimension", "AttachError: the mesh has the shape (4,), the job 4 ranks"),
+        ("native HSDP", "AttachError: a module is sharded over a mesh of 2 dimensions"),
+        ("not sharded", "AttachError: no module of this Net is sharded"),
+    ],
+)
+def test_what_cannot_work_is_said_at_attach(ranks: Pools, what: str, said: str) -> None:
+    for sentence in ranks(4).run(fsdp2_cases.refused, what):
+        assert sentence.startswith(said)
+
+
+def test_a_module_that_is_used_by_half_is_named(ranks: Pools) -> None:
+    for sentence in ranks(4).run(fsdp2_cases.a_parameter_without_gradient):
+        assert sentence.startswith(
+            "AttachError: FSDP reduced 128 elements of a module whose shards have 256: "
+            "one of ['used', 'unused'] … had no gradient"
+        )
+
+
+def test_the_example() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "4", "-m", "experiments.examples.with_fsdp2"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.search(r"accuracy (0\.\d+), (\d+) times fewer bytes", done.stdout)
+    assert found, done.stdout
+    assert float(found[1]) > 0.8
+    assert int(found[2]) > 20
