@@ -256,6 +256,7 @@ class State:
             "step": self.session.step,
             "scale": self._scale,
             "senders": self.engine.senders,
+            **self.engine.budget.counters(),
         }
         return Parts(counters, residuals.sent, {"owned": residuals.owned})
 
@@ -291,6 +292,7 @@ class State:
         self.engine.owing.update(self.engine.residuals.sent)
         self._overflowed = False
         self._scale = float(found.counters["scale"])
+        self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
 
     def gather_state(self) -> list[dict[str, Any]]:

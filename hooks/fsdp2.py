@@ -116,7 +116,7 @@ class State:
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals
-        counters: dict[str, int | float] = {"step": self._session.step}
+        counters = {"step": self._session.step, **self.engine.budget.counters()}
         return Parts(counters, residuals.sent, {"owned": residuals.owned})
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,6 +141,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "fsdp2", self.engine.plan, rank, mine)
         mine.copy_from(found)
+        self.engine.budget.load(found.counters)
         self._session.begin_step(int(found.counters["step"]))
 
     def close(self) -> None:

@@ -229,7 +229,7 @@ class State:
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals
-        counters: dict[str, int | float] = {"step": self.session.step}
+        counters = {"step": self.session.step, **self.engine.budget.counters()}
         return Parts(counters, residuals.sent, {"owned": residuals.owned})
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,6 +247,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "horovod", self.engine.plan, rank, mine)
         mine.copy_from(found)
+        self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
 
     def close(self) -> None:

@@ -271,7 +271,11 @@ class State:
         if self._velocity:
             shares["velocity"] = self._velocity
         return Parts(
-            {"steps": self.steps, "exchanges": self.exchanges},
+            {
+                "steps": self.steps,
+                "exchanges": self.exchanges,
+                **self.engine.budget.counters(),
+            },
             self.engine.residuals.sent,
             shares,
             {"replica": dict(self.owners.replica)},
@@ -292,6 +296,7 @@ class State:
         mine.copy_from(found)
         self.steps = int(found.counters["steps"])
         self.exchanges = int(found.counters["exchanges"])
+        self.engine.budget.load(found.counters)
 
     def close(self) -> None:
         """Stop counting steps; end the lane and the group it made."""

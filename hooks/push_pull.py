@@ -300,7 +300,11 @@ class PushPull(Optimizer):
                 else:
                     scalars.setdefault(name, {})[key] = value
         return Parts(
-            {"step": self.session.step, "scale": self._scale},
+            {
+                "step": self.session.step,
+                "scale": self._scale,
+                **self.engine.budget.counters(),
+            },
             self.engine.residuals.sent,
             shares,
             {"replica": {n: self.owners.replica[n] for n in self._flat}},
@@ -338,6 +342,7 @@ class PushPull(Optimizer):
         mine.copy_from(found)
         self._load_optimizer(found, groups)
         self._scale = float(found.counters["scale"])
+        self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
 
     def _load_optimizer(self, found: Parts, groups: Groups) -> None:

@@ -35,6 +35,7 @@ _DENSITY = 0.05
 _ELEMENTS = 1 << 19
 _FIRST_BYTES, _MOST_BYTES, _ENOUGH_S = 1 << 14, 1 << 22, 0.05
 _REPEATS = 5
+_CAST_S = 5e-4  # to call back into Python when the bytes are there, and cast
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Costs:
         byte: a byte that a rank sends in one.
         reduce: an all-reduce of nothing.
         reduce_byte: a byte of the tensor in one.
+        cast: an element to bfloat16 and back.
     """
 
     encode: float
@@ -56,13 +58,16 @@ class Costs:
     byte: float
     reduce: float
     reduce_byte: float
+    cast: float = 0.0
 
     def predict(self, elements: int, world: int) -> dict[Wire, float]:
         """Return the seconds of a bucket on its way, by form."""
         coding = 2 * self.round + self._coding(elements, world)
         return {
             "float32": self.reduce + 4 * elements * self.reduce_byte,
-            "bfloat16": self.reduce + 2 * elements * self.reduce_byte,
+            "bfloat16": self.reduce
+            + _CAST_S
+            + elements * (self.cast + 2 * self.reduce_byte),
             "3lc": coding + _sent(elements, world) * self.byte,
         }
 
@@ -106,6 +111,15 @@ def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, 
     return median(encoding) / each, median(decoding) / each
 
 
+def cast_cost() -> float:
+    """Return seconds an element to bfloat16, divided by the world size, and back."""
+    x = torch.rand(_ELEMENTS)
+    return (
+        median(_seconds(lambda: x.copy_(x.bfloat16().div_(2))) for _ in range(_REPEATS))
+        / _ELEMENTS
+    )
+
+
 def link_costs(exchange: Exchange) -> tuple[float, float, float, float]:
     """Return ``Costs``' round, byte, reduce and reduce_byte; collective."""
     others = exchange.world - 1
@@ -123,9 +137,9 @@ def link_costs(exchange: Exchange) -> tuple[float, float, float, float]:
 
 def measure(exchange: Exchange, codec: Codec, config: Config, threads: int) -> Costs:
     """Measure everything, the same on every rank; collective."""
-    own = codec_costs(codec, config, threads)
-    encode, decode = _slowest(exchange, own)
-    return Costs(encode, decode, *link_costs(exchange))
+    own = (*codec_costs(codec, config, threads), cast_cost())
+    encode, decode, cast = _slowest(exchange, own)
+    return Costs(encode, decode, *link_costs(exchange), cast)
 
 
 def _line(exchange: Exchange, send: Callable[[int], None]) -> tuple[float, float]:

@@ -168,7 +168,7 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     for state in states:
         for key in ("hook", "plan", "numel", "world", "counters"):
-            if state[key] != first[key]:
+            if _shared(state[key]) != _shared(first[key]):
                 raise StateError(
                     f"rank {state['rank']} has {key} {state[key]!r}, rank "
                     f"{first['rank']} {first[key]!r}; are they of the same step?"
@@ -190,6 +190,13 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "shares": {kind: _joined(ordered, kind, first["numel"]) for kind in kinds},
         "scalars": scalars,
     }
+
+
+def _shared(value: Any) -> Any:
+    """Return what all ranks must have alike: counters without a budget's."""
+    if not isinstance(value, dict):
+        return value
+    return {key: v for key, v in value.items() if not key.startswith("budget_")}
 
 
 def _joined(

@@ -24,6 +24,9 @@ class Config:
         density: a share of values to send, 0 < density < 1, instead of a sparsity: the
             largest ones, each as their mean magnitude. Right for the light tails of
             local steps, wrong for per-step gradients. Both ways.
+        budget: bytes that a rank may send per step, or per exchange of local steps:
+            ``sparsity``, or ``density``, then is where it begins, and all ranks move it
+            together to hold the budget. ``None``: they stay.
         min_numel: parameters with fewer elements travel raw, as float32.
         min_ndim: parameters with fewer dimensions travel raw. 2 keeps norm scales and
             biases raw; 0 codes them too.
@@ -48,6 +51,7 @@ class Config:
     sparsity: float = 1.0
     pull_sparsity: float | None = None
     density: float | None = None
+    budget: int | None = None
     min_numel: int = 1024
     min_ndim: int = 2
     raw: tuple[str, ...] = ()
@@ -69,6 +73,13 @@ class Config:
             raise ConfigError(
                 f"density={self.density!r} must be a float between 0 and 1, like 0.1"
             )
+        if self.budget is not None:
+            _check_count("budget", self.budget, 1)
+            if self.mode == "auto":
+                raise ConfigError(
+                    f"budget={self.budget!r} steers what 3LC sends, and mode='auto' "
+                    "may send without it; leave one of them out"
+                )
         _check_count("min_numel", self.min_numel, 0)
         _check_count("min_ndim", self.min_ndim, 0)
         _check_count("min_share", self.min_share, 1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lc3.auto import Auto, Wire
+from lc3.budget import Budget
 from lc3.coder import Coder
 from lc3.config import Config, EntropyStage
 from lc3.entropy import AUTO_MIN_BYTES
@@ -27,7 +28,7 @@ from lc3.plan import Piece, Plan
 from lc3.residual import Residuals, arena
 
 _ABORT_TIMEOUT_S = 5.0
-_ASIDE_BUCKET = 0xFFFFFFFD
+_ASIDE_BUCKET, _BUDGET_BUCKET = 0xFFFFFFFD, 0xFFFFFFFC
 _ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
     "auto": AUTO_MIN_BYTES,
     "zstd": 0,
@@ -53,6 +54,7 @@ class Engine:
         residuals: memory that is this rank's already.
 
     Attributes:
+        budget: what is sent of each value; moved, if the configuration has a budget.
         owing: names of parameters whose residuals may hold something.
         means: by parameter name float32[slice], of the slices that this rank owns: what
             the last push brought. The pull uses the memory again.
@@ -82,7 +84,8 @@ class Engine:
         slices = list(plan.slices_of(plan.numel, me))
         rooms = arena([slice_.numel for slice_ in slices], coder.device)
         self.means = {s.name: room for s, room in zip(slices, rooms, strict=True)}
-        self._asides = 0
+        self.budget = Budget(config)
+        self._asides = self._seen_bytes = 0
         self._failure: BaseException | None = None
 
     def all_reduce(self, grads: Mapping[str, Tensor], step: int, bucket: int) -> None:
@@ -348,13 +351,15 @@ class Engine:
             For each piece of this rank a view, float32[piece], of memory that the next
             exchange uses again. NaN where some rank's values were not finite.
         """
+        if bucket == 0:
+            self._keep_budget(step)
         with self.meter.stage("encode"):
             everything = [piece for owned in pieces for piece in owned]
             views = [view for _, view in self._views(pieces, values)]
             residuals = [
                 self.residuals.of_sent(p) if p.coded else None for p in everything
             ]
-            sparsity, direction = self.config.sparsity, self.meter.push
+            sparsity, direction = self.budget.sparsity, self.meter.push
             coded = [v for v, p in zip(views, everything, strict=True) if p.coded]
             wanted = self.meter.norms_due(step)
             before = _square(coded) if wanted else 0.0
@@ -414,10 +419,7 @@ class Engine:
         Returns:
             By owner, for each of its pieces the bytes, uint8[*].
         """
-        config = self.config
-        sparsity = (
-            config.sparsity if config.pull_sparsity is None else config.pull_sparsity
-        )
+        sparsity = self.budget.pull_sparsity
         owned = pieces[self.exchange.rank]
         with self.meter.stage("encode"):
             chunks = self._encode(owned, values, residuals, sparsity, self.meter.pull)
@@ -434,6 +436,16 @@ class Engine:
                 )
                 for owner, message in enumerate(arrived)
             ]
+
+    def _keep_budget(self, step: int) -> None:
+        """At some steps share what ranks have sent, and steer by it."""
+        sent = self.exchange.sent_bytes
+        since, self._seen_bytes = sent - self._seen_bytes, sent
+        if self.budget.due(since):
+            mine = torch.tensor([self.budget.sent_bytes], dtype=torch.float64)
+            everybody = self.share(mine, step, _BUDGET_BUCKET)
+            shared = [float(data.clone().view(torch.float64)) for data in everybody]
+            self.budget.look(sum(shared) / len(shared))
 
     def mean_of(self, piece: Piece) -> Tensor:
         """Return the room for the mean of a piece of this rank: float32[piece]."""
@@ -564,7 +576,7 @@ class Engine:
             [values[i] for i in coded],
             [residuals[i] for i in coded],
             sparsity,
-            self.config.density,
+            self.budget.density,
         )
         raw = [i for i, piece in enumerate(pieces) if not piece.coded]
         chunks = dict(

@@ -108,6 +108,7 @@ class TwoLevels(Engine):
             owners=place,
             residuals=self.residuals,
         )
+        self.budget = self.between.budget
 
     def all_reduce(self, grads: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """See ``Engine.all_reduce``: the 3LC mean over nodes of the nodes' means."""

@@ -13,6 +13,7 @@ BELOW = {
     "frameworks": {"errors"},
     "format": {"errors"},
     "config": {"errors"},
+    "budget": {"config"},
     "entropy": {"errors", "format"},
     "codec": {"config", "entropy", "errors", "format"},
     "exchange": {"errors"},
@@ -61,6 +62,7 @@ BELOW = {
     "engine": {
         *(
             "auto",
+            "budget",
             "coder",
             "config",
             "entropy",

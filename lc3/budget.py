@@ -1,0 +1,118 @@
+"""Holding a budget of bytes: how much is sent, steered alike on every rank.
+
+Every few exchanges the ranks share what each has sent, and move the sparsity, or the
+density, by how far their mean is from the budget. All compute the same from the same
+numbers, so no clock and no link decides. Frames carry their scales: a receiver need not
+know.
+"""
+
+import logging
+import math
+
+from lc3.config import Config
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY = 8  # exchanges between two looks
+_LARGEST_S = 1.98
+_DENSITIES = (1e-4, 0.5)
+# Bytes fall by a factor e for 0.2 to 0.5 more of s: a look takes off half an error.
+_S_GAIN, _DENSITY_GAIN = 0.12, 0.5
+_PATIENCE = 6  # looks at the end of the range before it is said
+
+
+class Budget:
+    """What is sent of each value, moved towards a budget.
+
+    Args:
+        config: says the budget, if there is one, and where to begin.
+
+    Attributes:
+        sparsity: of the push.
+        pull_sparsity: of the pull.
+        density: instead of both, or ``None``.
+        exchanges: so far.
+        sent_bytes: by this rank in the exchanges since the last look.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._target = config.budget
+        self.sparsity = config.sparsity
+        self.pull_sparsity = (
+            config.sparsity if config.pull_sparsity is None else config.pull_sparsity
+        )
+        self.density = config.density
+        self.exchanges = 0
+        self.sent_bytes = 0
+        self._stuck = 0
+
+    def due(self, sent_bytes: int) -> bool:
+        """Count an exchange before it begins; return whether ranks have to look.
+
+        Args:
+            sent_bytes: by this rank since the last call.
+        """
+        if self._target is None:
+            return False
+        self.sent_bytes += sent_bytes
+        self.exchanges += 1
+        return self.exchanges > 1 and self.exchanges % LOOK_EVERY == 1
+
+    def look(self, sent_bytes: float) -> None:
+        """Move towards the budget.
+
+        Args:
+            sent_bytes: since the last look, the mean over ranks.
+        """
+        assert self._target is not None
+        self.sent_bytes = 0
+        over = math.log(max(sent_bytes, 1.0) / LOOK_EVERY / self._target)
+        bounded = min(1.0, max(-1.0, over))
+        if self.density is not None:
+            least, most = _DENSITIES
+            moved = self.density * math.exp(-_DENSITY_GAIN * bounded)
+            at_an_end = not least < moved < most
+            self.density = min(most, max(least, moved))
+        else:
+            moved = self.sparsity + _S_GAIN * bounded
+            at_an_end = not 1.0 < moved < _LARGEST_S
+            # The pull keeps its distance, as far as the range lets it.
+            self.pull_sparsity = _within(self.pull_sparsity + _S_GAIN * bounded)
+            self.sparsity = _within(moved)
+        self._stuck = self._stuck + 1 if at_an_end and over > 0.1 else 0
+        if self._stuck == _PATIENCE:
+            log.warning(
+                "lc3: budget=%d cannot be held: at the end of the range an exchange "
+                "still takes %.0f bytes of this rank; raise it, exchange less often, "
+                "or let fewer parameters travel raw",
+                self._target,
+                sent_bytes / LOOK_EVERY,
+            )
+
+    def counters(self) -> dict[str, int | float]:
+        """Return what a checkpoint has to keep: nothing without a budget."""
+        if self._target is None:
+            return {}
+        kept: dict[str, int | float] = {
+            "budget_exchanges": self.exchanges,
+            "budget_sent_bytes": self.sent_bytes,
+            "budget_sparsity": self.sparsity,
+            "budget_pull_sparsity": self.pull_sparsity,
+        }
+        return (
+            kept if self.density is None else {**kept, "budget_density": self.density}
+        )
+
+    def load(self, counters: dict[str, int | float]) -> None:
+        """Go on from ``counters``."""
+        if self._target is not None:
+            self.exchanges = int(counters["budget_exchanges"])
+            self.sent_bytes = int(counters["budget_sent_bytes"])
+            self.sparsity = float(counters["budget_sparsity"])
+            self.pull_sparsity = float(counters["budget_pull_sparsity"])
+            if self.density is not None:
+                self.density = float(counters["budget_density"])
+
+
+def _within(sparsity: float) -> float:
+    return min(_LARGEST_S, max(1.0, sparsity))
