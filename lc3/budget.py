@@ -18,6 +18,8 @@ _LARGEST_S = 1.98
 _DENSITIES = (1e-4, 0.5)
 # Bytes fall by a factor e for 0.2 to 0.5 more of s: a look takes off half an error.
 _S_GAIN, _DENSITY_GAIN = 0.12, 0.5
+# What was too much or too little is made good over so many looks, by half at most.
+_DEBT_LOOKS, _MOST_CREDIT = 10, 0.5
 _PATIENCE = 6  # looks at the end of the range before it is said
 
 
@@ -33,6 +35,7 @@ class Budget:
         density: instead of both, or ``None``.
         exchanges: so far.
         sent_bytes: by this rank in the exchanges since the last look.
+        debt: bytes beyond the budget so far, the mean over ranks.
     """
 
     def __init__(self, config: Config) -> None:
@@ -44,6 +47,7 @@ class Budget:
         self.density = config.density
         self.exchanges = 0
         self.sent_bytes = 0
+        self.debt = 0.0
         self._stuck = 0
 
     def due(self, sent_bytes: int) -> bool:
@@ -66,7 +70,12 @@ class Budget:
         """
         assert self._target is not None
         self.sent_bytes = 0
-        over = math.log(max(sent_bytes, 1.0) / LOOK_EVERY / self._target)
+        allowed = float(LOOK_EVERY * self._target)
+        credit = _MOST_CREDIT * allowed
+        now = allowed - min(credit, max(-credit, self.debt / _DEBT_LOOKS))
+        most = _DEBT_LOOKS * credit
+        self.debt = min(most, max(-most, self.debt + sent_bytes - allowed))
+        over = math.log(max(sent_bytes, 1.0) / now)
         bounded = min(1.0, max(-1.0, over))
         if self.density is not None:
             least, most = _DENSITIES
@@ -96,6 +105,7 @@ class Budget:
         kept: dict[str, int | float] = {
             "budget_exchanges": self.exchanges,
             "budget_sent_bytes": self.sent_bytes,
+            "budget_debt": self.debt,
             "budget_sparsity": self.sparsity,
             "budget_pull_sparsity": self.pull_sparsity,
         }
@@ -108,6 +118,7 @@ class Budget:
         if self._target is not None:
             self.exchanges = int(counters["budget_exchanges"])
             self.sent_bytes = int(counters["budget_sent_bytes"])
+            self.debt = float(counters["budget_debt"])
             self.sparsity = float(counters["budget_sparsity"])
             self.pull_sparsity = float(counters["budget_pull_sparsity"])
             if self.density is not None:
