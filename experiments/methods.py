@@ -189,8 +189,9 @@ def _all_reduce(
     return _ddp(attach)
 
 
-def _lc3(sparsity: float) -> Method:
-    return _ddp(lambda model: _hooked(model, lc3.Config(sparsity=sparsity)))
+def _lc3(sparsity: float, **others: Any) -> Method:
+    config = lc3.Config(sparsity=sparsity, **others)
+    return _ddp(lambda model: _hooked(model, config))
 
 
 def _baseline(make_codec: Callable[[int], Codec]) -> Method:
@@ -302,6 +303,10 @@ METHODS: dict[str, Method] = {
     "3LC s=1.50": _lc3(1.5),
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
+    "s=1.00, block 1024": _lc3(1.0, block=1024),
+    "s=1.75, block 1024": _lc3(1.75, block=1024),
+    "s=1.75, pull s=1.00": _lc3(1.75, pull_sparsity=1.0),
+    "density 5 %": _lc3(1.0, density=0.05),
     "auto": _ddp(lambda model: _hooked(model, lc3.Config(mode="auto"))),
     "bf16": _all_reduce(bf16_compress_hook, 16),
     "8-bit int": _baseline(lambda _rank: Int8()),
