@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -36,8 +37,10 @@ def attach(
     """Average the shards' gradients over replicas of a sharded model by 3LC.
 
     Collective over all ranks of the job, after ``fully_shard`` and before the first
-    backward. A module is exchanged in backward, where FSDP would run its own all-reduce
-    between replicas, and backward waits for it.
+    backward. A module is exchanged where FSDP would run its own all-reduce between
+    replicas, while backward goes on with the next one, and backward ends when all have
+    been. Where FSDP works on a gradient in between (another dtype than the parameter's,
+    gradients that pile up, offloading), it waits for each.
 
     Args:
         model: that ``fully_shard`` was applied to, over the mesh's second dimension.
@@ -82,14 +85,16 @@ class State:
         self.engine = self._session.engine
         for module, shards in modules.items():
             names = [name for name, _ in shards]
-            module.set_all_reduce_hook(partial(_reduce, self, names))
+            (group,) = module._get_fsdp_state()._fsdp_param_groups
+            module.set_all_reduce_hook(partial(_reduce, self, names, group))
 
-    def reduce(self, output: Tensor, names: Sequence[str]) -> None:
+    def reduce(self, output: Tensor, names: Sequence[str], follows: bool) -> None:
         """Make a module's reduced gradients their mean over replicas.
 
         Args:
             output: the shards' gradients in a row, flat and padded; overwritten.
             names: of the module's parameters, in that order.
+            follows: whether that may be any time until backward ends.
         """
         sizes = [self.engine.plan.numel[name] for name in names]
         if output.numel() != sum(sizes):
@@ -111,8 +116,15 @@ class State:
                 output.copy_(flat)
             return output
 
+        future = self._session.lane.submit(exchange)
+        if follows:
+            Variable._execution_engine.queue_callback(partial(self._wait, future))
+        else:
+            self._wait(future)
+
+    def _wait(self, future: torch.futures.Future[Tensor]) -> None:
         with self.meter.stage("wait"):
-            self._session.lane.submit(exchange).wait()
+            future.wait()
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals
@@ -155,8 +167,23 @@ class State:
         )
 
 
-def _reduce(state: State, names: Sequence[str], output: Tensor) -> None:
-    state.reduce(output, names)
+def _reduce(state: State, names: Sequence[str], group: Any, output: Tensor) -> None:
+    state.reduce(output, names, _follows(group, output))
+
+
+def _follows(group: Any, output: Tensor) -> bool:
+    """Whether FSDP makes gradients views of what it reduced, and looks no further."""
+    return (
+        output.dtype == group._orig_dtype
+        and output.dtype in (torch.float32, torch.bfloat16)  # others it divides
+        and not group.force_sum_reduction_for_comms
+        and all(
+            p.sharded_param.grad is None
+            and not p.offload_to_cpu
+            and not getattr(p.sharded_param, "_post_accumulate_grad_hooks", None)
+            for p in group.fsdp_params
+        )
+    )
 
 
 def _sites(mesh: DeviceMesh) -> list[list[int]]:

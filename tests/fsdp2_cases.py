@@ -80,16 +80,17 @@ def equals_the_oracle(
     shapes = [(name, tuple(p.shape)) for p, name in state._session.names.items()]
     oracle = Oracle(shapes, len(peers), CONFIG)
     before: dict[str, Any] = {}
-    after: dict[str, Any] = {}
+    reduced: dict[str, Tensor] = {}
+    followed: list[bool] = []
     reduce = state.reduce
 
-    def recorded(output: Tensor, names: Any) -> None:
-        sizes = [numel[name] for name in names]
-        for seen in (before, after):
-            parts = torch.split(output.float().clone(), sizes)
-            seen.update((n, p.numpy()) for n, p in zip(names, parts, strict=True))
-            if seen is before:
-                reduce(output, names)
+    def recorded(output: Tensor, names: Any, follows: bool) -> None:
+        parts = torch.split(output, [numel[name] for name in names])
+        for name, part in zip(names, parts, strict=True):
+            before[name] = part.float().clone().numpy()
+            reduced[name] = part
+        followed.append(follows)
+        reduce(output, names, follows)
 
     state.reduce = recorded  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -98,8 +99,9 @@ def equals_the_oracle(
         everybody: list[Any] = [None] * world
         dist.all_gather_object(everybody, before)
         expected = oracle.step([everybody[peer] for peer in peers])
-        assert set(after) == set(numel)
-        for name, found in after.items():
+        assert set(reduced) == set(numel)
+        for name, part in reduced.items():
+            found = part.float().numpy()
             value = torch.from_numpy(expected[name])
             rounded = value.to(dtype or torch.float32).float().numpy()
             np.testing.assert_array_equal(found, rounded, f"step {step}: {name}")
@@ -114,9 +116,34 @@ def equals_the_oracle(
         "steps": state.meter.steps,
         "buckets": state.meter.buckets,
         "elements": sum(numel.values()),
+        "followed": sum(followed),
     }
     state.close()
     return report
+
+
+def accumulates(rank: int, world: int) -> bool:
+    """Two backward passes before a step: the second gradient is added to the first."""
+    mesh = mesh_of(world, 2)
+    found = []
+    for together in (True, False):
+        model = sharded(mesh)
+        state = fsdp2.attach(model, mesh, lc3.Config(raw=("*",)))
+        total: dict[str, Tensor] = {}
+        for part in range(2):
+            model(batch(rank, part)).square().mean().backward()
+            if not together:
+                parameters: Any = model.named_parameters()
+                for name, p in parameters:
+                    grad = p.grad.to_local().clone()
+                    total[name] = total[name] + grad if name in total else grad
+                    p.grad = None
+        if together:
+            parameters = model.named_parameters()
+            total = {name: p.grad.to_local().clone() for name, p in parameters}
+        found.append(total)
+        state.close()
+    return all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def resumes(rank: int, world: int) -> bool:

@@ -20,14 +20,20 @@ Pools = Callable[[int], Ranks]
 def test_shards_equal_the_oracle(ranks: Pools, world: int, per_site: int) -> None:
     for found in ranks(world).run(fsdp2_cases.equals_the_oracle, per_site, 20):
         assert found["steps"] == 20
-        assert found["buckets"] == 20 * 4
+        assert found["buckets"] == found["followed"] == 20 * 4
         # Only this rank's shard travels, and only to the other site, compressed.
         assert found["dense"] == 20 * 4 * found["elements"]
         assert found["sent"] < found["dense"] / 5
 
 
 def test_half_precision_is_reduced_as_float32(ranks: Pools) -> None:
-    ranks(4).run(fsdp2_cases.equals_the_oracle, 2, 5, torch.bfloat16)
+    """Into float32 gradients: FSDP casts what was reduced, so it is waited for."""
+    for found in ranks(4).run(fsdp2_cases.equals_the_oracle, 2, 5, torch.bfloat16):
+        assert (found["buckets"], found["followed"]) == (20, 0)
+
+
+def test_gradients_that_pile_up(ranks: Pools) -> None:
+    assert all(ranks(4).run(fsdp2_cases.accumulates))
 
 
 def test_one_site_sends_nothing(ranks: Pools) -> None:
