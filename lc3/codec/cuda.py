@@ -15,7 +15,8 @@ the stream that is torch's current one. Under numba's simulator (NUMBA_ENABLE_CU
 the same kernels work on tensors on the CPU, in small blocks of threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numba
@@ -418,13 +419,14 @@ class Batch:
         found: list[tuple[Tensor, int]] = [(torch.empty(0), 0)] * len(values)
         groups = list(_by_storage(values, residuals).values())
         for some in groups:
-            frames = self._encode(
-                [values[i] for i in some],
-                [residuals[i] for i in some],
-                sparsity,
-                density,
-                keep=len(groups) > 1,
-            )
+            with _current(self._device):
+                frames = self._encode(
+                    [values[i] for i in some],
+                    [residuals[i] for i in some],
+                    sparsity,
+                    density,
+                    keep=len(groups) > 1,
+                )
             for i, frame in zip(some, frames, strict=True):
                 found[i] = frame
         return found
@@ -511,7 +513,8 @@ class Batch:
             place = acc.untyped_storage().data_ptr(), len(frames)
             groups.setdefault(place, []).append((acc, frames))
         for group in groups.values():
-            self._add(group)
+            with _current(self._device):
+                self._add(group)
 
     def _add(self, sums: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
         senders = len(sums[0][1])
@@ -526,9 +529,10 @@ class Batch:
         table[:, _BODY] = np.cumsum([0, *bodies[:-1]])
         chunks = -(-table[:, _BODY_BYTES] // THREADS)
         table[:, _START] = np.cumsum([0, *chunks[:-1]])
-        data = torch.cat([frame[SCALE_BYTES:] for frame in everything]).numpy()
+        one = torch.zeros(1, dtype=torch.uint8)
+        data = torch.cat([*(frame[SCALE_BYTES:] for frame in everything), one]).numpy()
         scales = torch.cat([frame[:SCALE_BYTES] for frame in everything]).numpy()
-        starts = np.zeros(int(chunks.sum()), np.int32)
+        starts = np.zeros(int(chunks.sum()) + 1, np.int32)  # an array has an address
         _find_starts(data, table, starts)
         parts = table.reshape(-1), scales.view(np.float32), starts, data
         on_device = self._forth.to_device(parts)
@@ -589,6 +593,16 @@ class Batch:
             torch.from_numpy(pieces).to(self._device),
             torch.from_numpy(ranges).to(self._device),
         )
+
+
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Make a device the thread's: numba takes the one whose context is current."""
+    if device.type == "cpu":
+        yield
+    else:
+        with torch.cuda.device(device):
+            yield
 
 
 class _Staging:
