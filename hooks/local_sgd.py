@@ -20,6 +20,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
+from lc3.residual import arena_like
 from lc3.session import check_mode, session_beside
 
 log = logging.getLogger(__name__)
@@ -122,14 +123,16 @@ class State:
             data = tensor.contiguous().view(-1).view(torch.uint8).cpu()
             first = exchange.all_gather(data if exchange.rank == 0 else data[:0])[0]
             tensor.view(-1).copy_(first.clone().view(tensor.dtype))
-        replica = {name: flat.float().clone() for name, flat in self._flat.items()}
+        replica = arena_like(self._flat)
+        for name, flat in self._flat.items():
+            replica[name].copy_(flat)
         self.owners = Owners(self.engine, replica)
         self._velocity = {
             name: torch.zeros_like(master)
             for name, master in self.owners.masters.items()
             if outer_momentum
         }
-        self._moved = {name: torch.empty_like(flat) for name, flat in replica.items()}
+        self._moved = arena_like(self._flat)
         self._seen = {name: flat.clone() for name, flat in replica.items() if delay}
         self._pending: torch.futures.Future[Tensor] | None = None
         self._buffers = torch.empty(0)

@@ -25,6 +25,7 @@ from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
+from lc3.residual import arena_like
 from lc3.session import check_mode, session_for
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,7 +141,7 @@ class PushPull(Optimizer):
             self.session.close()
             raise
         super().__init__(groups, self.inner.defaults)
-        self._values = {n: torch.empty_like(r) for n, r in replica.items()}
+        self._values = arena_like(replica)
         self._pushed: set[str] = set()
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None

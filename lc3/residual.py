@@ -1,6 +1,6 @@
 """The error-feedback buffers, by parameter name: what was not sent yet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,3 +45,10 @@ def arena(sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
     Kernels that work on many of them at once then need one address.
     """
     return torch.split(torch.zeros(sum(sizes), device=device), list(sizes))
+
+
+def arena_like(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return zeros in one block of memory: by name float32[numel], where each is."""
+    device = next(iter(named.values())).device
+    rooms = arena([tensor.numel() for tensor in named.values()], device)
+    return dict(zip(named, rooms, strict=True))
