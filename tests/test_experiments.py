@@ -158,7 +158,15 @@ DOCS = (ROOT / "docs/results.md").read_text()
 
 @pytest.mark.parametrize(
     "name",
-    ["chars", "chars-longer", "chars-muon", "cifar10", "fashion-mnist", "forms"],
+    [
+        "chars",
+        "chars-longer",
+        "chars-muon",
+        "cifar10",
+        "fashion-mnist",
+        "forms",
+        "quantizer",
+    ],
 )
 def test_the_tables_in_the_docs_are_the_committed_results(name: str) -> None:
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
