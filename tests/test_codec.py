@@ -447,6 +447,8 @@ def test_nothing_compiles_in_a_step() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
 
 
+# Of torch's own imports, at inductor's first use.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_operators_compiled_by_torch_write_the_same_bytes(backend: str) -> None:
     """``torch.compile`` may fuse them; it may not change a bit."""
