@@ -50,7 +50,9 @@ Bytes = NDArray[np.uint8]
 _BLOCK = 1024
 _DENSE_BYTES = 32  # non-zero bytes of a block from which all of its residual is touched
 _LOOK_AHEAD = 256  # folded bytes between calling for memory and using it
-_DENSE_SHARE = 0.3  # folded bytes per quartic byte from which a frame is unfolded
+# Folded bytes per quartic byte from which a frame is unfolded and added block by block;
+# of tensors that no cache holds, whose lines each cost a way to memory.
+_DENSE_SHARE, _LARGE_DENSE_SHARE, _LARGE = 0.3, 0.15, 3 << 20
 _NO_RESIDUAL = np.empty(0, np.float32)
 _NAN_SCALE = np.frombuffer(NAN_SCALE, np.uint8)
 _POWERS = np.array([81, 27, 9, 3, 1])
@@ -140,10 +142,14 @@ def add(frame: Tensor, acc: Tensor) -> None:
     body = data[SCALE_BYTES:]
     if np.isnan(scale):
         values.fill(np.nan)
-    elif body.size > _DENSE_SHARE * quartic_bytes(values.size):
+    elif body.size > _dense_share(values.size) * quartic_bytes(values.size):
         _add_dense(body, scale, values)
     elif body.size:
         _add(body, scale, values)
+
+
+def _dense_share(numel: int) -> float:
+    return _DENSE_SHARE if numel < _LARGE else _LARGE_DENSE_SHARE
 
 
 @kernel()
