@@ -50,7 +50,7 @@ def largest_share(x: Floats, density: float) -> Floats:
     if not chosen:
         largest = np.abs(x).max()
         return np.where(np.abs(x) > largest / np.float32(2), np.sign(x) * largest, 0)
-    mean = np.float32(sum(map(Fraction, chosen)) / len(chosen))
+    mean = np.float32(float(sum(map(Fraction, chosen))) / len(chosen))
     return np.where(np.abs(x) > np.float32(limit), np.sign(x) * mean, np.float32(0))
 
 

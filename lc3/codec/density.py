@@ -3,8 +3,8 @@
 3LC's scale, the largest magnitude times s, drains the outliers of heavy-tailed
 gradients. What local steps change has light tails: there a fixed share of the largest
 values, each sent as their mean magnitude, carries more for its bytes. Both numbers come
-from a sample at fixed places and an exactly rounded sum, so that they do not depend on
-who computes them; the format does not know how they were chosen.
+from a sample at fixed places and a sum that is rounded once, to a double, so that they
+do not depend on who computes them; the format does not know how they were chosen.
 """
 
 import math
