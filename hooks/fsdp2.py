@@ -97,18 +97,20 @@ class State:
             follows: whether that may be any time until backward ends.
         """
         sizes = [self.engine.plan.numel[name] for name in names]
-        if output.numel() != sum(sizes):
-            raise AttachError(
-                f"FSDP reduced {output.numel()} elements of a module whose shards have "
-                f"{sum(sizes)}: one of {names[:3]} … had no gradient in this step; lc3 "
-                "needs all parameters of a module to be used, or none"
-            )
         if self.engine.exchange.world == 1:
             return
         step, bucket = self._session.next_bucket(names)
         self.meter.at_step(step + 1)
 
         def exchange() -> Tensor:
+            if output.numel() != sum(sizes):
+                error = AttachError(
+                    f"FSDP reduced {output.numel()} elements of a module whose shards "
+                    f"have {sum(sizes)}: one of {names[:3]} … had no gradient in this "
+                    "step; lc3 needs all parameters of a module to be used, or none"
+                )
+                self.engine.tell(error, step, bucket)
+                raise error
             flat = output.float()
             parts = torch.split(flat, sizes)
             self.engine.all_reduce(dict(zip(names, parts, strict=True)), step, bucket)
@@ -118,13 +120,11 @@ class State:
 
         future = self._session.lane.submit(exchange)
         if follows:
-            Variable._execution_engine.queue_callback(partial(self._wait, future))
+            Variable._execution_engine.queue_callback(
+                partial(self._session.wait, future)
+            )
         else:
-            self._wait(future)
-
-    def _wait(self, future: torch.futures.Future[Tensor]) -> None:
-        with self.meter.stage("wait"):
-            future.wait()
+            self._session.wait(future)
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals

@@ -50,15 +50,10 @@ class Budget:
         self.debt = 0.0
         self._stuck = 0
 
-    def due(self, sent_bytes: int) -> bool:
-        """Count an exchange before it begins; return whether ranks have to look.
-
-        Args:
-            sent_bytes: by this rank since the last call.
-        """
+    def due(self) -> bool:
+        """Count a step, or an exchange of local steps; return whether to look first."""
         if self._target is None:
             return False
-        self.sent_bytes += sent_bytes
         self.exchanges += 1
         return self.exchanges > 1 and self.exchanges % LOOK_EVERY == 1
 

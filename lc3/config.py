@@ -24,9 +24,10 @@ class Config:
         density: a share of values to send, 0 < density < 1, instead of a sparsity: the
             largest ones, each as their mean magnitude. Right for the light tails of
             local steps, wrong for per-step gradients. Both ways.
-        budget: bytes that a rank may send per step, or per exchange of local steps:
-            ``sparsity``, or ``density``, then is where it begins, and all ranks move it
-            together to hold the budget. ``None``: they stay.
+        budget: bytes that a rank may send per step, or per exchange of local steps, for
+            what lc3 exchanges itself: ``sparsity``, or ``density``, then is where it
+            begins, and all ranks move it together to hold the budget. ``None``: they
+            stay.
         min_numel: parameters with fewer elements travel raw, as float32.
         min_ndim: parameters with fewer dimensions travel raw. 2 keeps norm scales and
             biases raw; 0 codes them too.

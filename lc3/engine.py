@@ -85,7 +85,7 @@ class Engine:
         rooms = arena([slice_.numel for slice_ in slices], coder.device)
         self.means = {s.name: room for s, room in zip(slices, rooms, strict=True)}
         self.budget = Budget(config)
-        self._asides = self._seen_bytes = 0
+        self._asides = 0
         self._failure: BaseException | None = None
 
     def all_reduce(self, grads: Mapping[str, Tensor], step: int, bucket: int) -> None:
@@ -227,8 +227,11 @@ class Engine:
         with self._telling_others(step, bucket):
             yield
         share = (self.exchange.world - 1) / self.exchange.world
+        sent = self.exchange.sent_bytes - sent_before
+        if elements:
+            self.budget.sent_bytes += sent
         self.meter.add(
-            self.exchange.sent_bytes - sent_before,
+            sent,
             hops * share * 4 * elements,
             self.exchange.rounds - rounds_before,
         )
@@ -439,9 +442,7 @@ class Engine:
 
     def _keep_budget(self, step: int) -> None:
         """At some steps share what ranks have sent, and steer by it."""
-        sent = self.exchange.sent_bytes
-        since, self._seen_bytes = sent - self._seen_bytes, sent
-        if self.budget.due(since):
+        if self.budget.due():
             mine = torch.tensor([self.budget.sent_bytes], dtype=torch.float64)
             everybody = self.share(mine, step, _BUDGET_BUCKET)
             shared = [float(data.clone().view(torch.float64)) for data in everybody]

@@ -140,10 +140,11 @@ class Session:
         # DDP would cast an exception to a tensor. Waiting at the end of backward,
         # before DDP does, raises it. Outside of backward (Join) nobody but DDP can.
         with suppress(RuntimeError):
-            Variable._execution_engine.queue_callback(partial(self._wait, future))
+            Variable._execution_engine.queue_callback(partial(self.wait, future))
         return future
 
-    def _wait(self, future: torch.futures.Future[Tensor]) -> None:
+    def wait(self, future: torch.futures.Future[Tensor]) -> None:
+        """Wait for a job of the lane, on the training's clock."""
         with self.meter.stage("wait"):
             future.wait()
 

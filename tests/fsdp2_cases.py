@@ -221,17 +221,19 @@ class HalfUsed(nn.Module):
         self.unused = nn.Parameter(torch.randn(32, 8))
         self.frozen = nn.Parameter(torch.randn(32, 8), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.used + self.frozen)
+    def forward(self, x: Tensor, all_of_it: bool = False) -> Tensor:
+        weight = self.used + self.frozen
+        return x @ (weight + self.unused if all_of_it else weight)
 
 
-def a_parameter_without_gradient(rank: int, world: int) -> str:
-    mesh = mesh_of(world, 2)
+def a_parameter_without_gradient(rank: int, world: int, on: int | None) -> str:
+    """``on``: the rank that leaves it out; ``None``: all do."""
+    mesh = mesh_of(world, world // 2)
     model = HalfUsed()
     fully_shard(model, mesh=mesh["in"])
     state = fsdp2.attach(model, mesh, CONFIG)
     try:
-        model(batch(rank, 0)).sum().backward()
+        model(batch(rank, 0), on not in (None, rank)).sum().backward()
     except lc3.Lc3Error as error:
         return f"{type(error).__name__}: {error}"
     finally:

@@ -64,11 +64,17 @@ def test_what_cannot_work_is_said_at_attach(ranks: Pools, what: str, said: str) 
 
 
 def test_a_module_that_is_used_by_half_is_named(ranks: Pools) -> None:
-    for sentence in ranks(4).run(fsdp2_cases.a_parameter_without_gradient):
+    for sentence in ranks(4).run(fsdp2_cases.a_parameter_without_gradient, None):
         assert sentence.startswith(
             "AttachError: FSDP reduced 128 elements of a module whose shards have 256: "
             "one of ['used', 'unused'] … had no gradient"
         )
+
+
+def test_a_site_that_leaves_a_parameter_out_tells_the_others(ranks: Pools) -> None:
+    mine, other = ranks(2).run(fsdp2_cases.a_parameter_without_gradient, 0)
+    assert mine.startswith("AttachError: FSDP reduced 256 elements of a module")
+    assert other.startswith("PeerError: rank 0 stopped: AttachError: FSDP reduced 256")
 
 
 def test_the_example() -> None:
