@@ -1,5 +1,6 @@
 """What the ranks of ``test_ddp`` do: each function runs on every rank of a group."""
 
+import dataclasses
 import hashlib
 import logging
 import threading
@@ -368,8 +369,16 @@ def passes_through(rank: int, world: int, kind: str) -> dict[str, Any]:
     }
 
 
-def resumes_bit_for_bit(rank: int, world: int, weights_file: str) -> bool:
-    """Ten steps; or five, everything saved, loaded into a new model, and five more."""
+def resumes_bit_for_bit(
+    rank: int, world: int, weights_file: str, budget: int | None, half: int
+) -> bool:
+    """Some steps; or half, everything saved, loaded into a new model, and the rest.
+
+    A budget steers by true bytes, which depend on the buckets; a new DDP forms others
+    in its first step, unless all fits into one.
+    """
+    config = dataclasses.replace(CONFIG, budget=budget)
+    cap_mb = 0.02 if budget is None else 25
 
     def train(model: Any, state: ddp.State, optimizer: Any, steps: range) -> None:
         for step in steps:
@@ -380,17 +389,17 @@ def resumes_bit_for_bit(rank: int, world: int, weights_file: str) -> bool:
 
     def start() -> tuple[Any, ddp.State, Any]:
         torch.manual_seed(3)
-        model = DistributedDataParallel(Deep(4), bucket_cap_mb=0.02)
+        model = DistributedDataParallel(Deep(4), bucket_cap_mb=cap_mb)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, ddp.attach(model, CONFIG), optimizer
+        return model, ddp.attach(model, config), optimizer
 
     model, state, optimizer = start()
-    train(model, state, optimizer, range(10))
+    train(model, state, optimizer, range(2 * half))
     straight = hash_of(model.module)
     state.close()
 
     model, state, optimizer = start()
-    train(model, state, optimizer, range(5))
+    train(model, state, optimizer, range(half))
     path = f"{weights_file}.{rank}"
     torch.save(
         {
@@ -406,9 +415,10 @@ def resumes_bit_for_bit(rank: int, world: int, weights_file: str) -> bool:
     model.load_state_dict(saved["m"])
     optimizer.load_state_dict(saved["o"])
     state.load_state_dict(saved["lc3"])
-    train(model, state, optimizer, range(5, 10))
+    train(model, state, optimizer, range(half, 2 * half))
+    moved = state.engine.budget.sparsity != config.sparsity
     state.close()
-    return hash_of(model.module) == straight
+    return hash_of(model.module) == straight and moved == (budget is not None)
 
 
 def two_models_and_a_subgroup(rank: int, world: int) -> str:

@@ -1,5 +1,6 @@
 """What the ranks of ``test_local_sgd`` do: each function runs on every rank."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,14 @@ def plain_averaging_is_ddp(rank: int, world: int) -> float:
     )
 
 
-def resumes(rank: int, world: int, folder: str) -> bool:
+def resumes(rank: int, world: int, folder: str, budget: int | None) -> bool:
     """Ten exchanges, or four, a checkpoint, and six more: the same bits."""
+    config = dataclasses.replace(CODED, budget=budget)
 
     def fresh() -> tuple[Net, torch.optim.Optimizer, local_sgd.State]:
         net = make_net(5)
         optimizer = make_optimizer(net, "adamw")
-        return net, optimizer, local_sgd.attach(net, optimizer, CODED, every=3)
+        return net, optimizer, local_sgd.attach(net, optimizer, config, every=3)
 
     path = Path(f"{folder}-{rank}")
     net, optimizer, state = fresh()

@@ -1,5 +1,6 @@
 """What the ranks of ``test_push_pull`` do: each function runs on every rank."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,16 @@ def skips_alike(rank: int, world: int) -> tuple[str, int]:
 
 
 def resumes(rank: int, world: int, folder: str, dtype: torch.dtype) -> bool:
-    """Twelve steps, or five, a checkpoint, and seven more: the same bits."""
+    """Twelve steps, or five, a checkpoint, and seven more: the same bits.
+
+    With a budget, which steers after the eighth.
+    """
+    config = dataclasses.replace(CODED, budget=600)
 
     def fresh() -> tuple[nn.Module, DistributedDataParallel, push_pull.PushPull]:
         net = small_net().to(dtype)
         wrapped = DistributedDataParallel(net)
-        return net, wrapped, push_pull.attach(wrapped, KINDS["adamw"], CODED)
+        return net, wrapped, push_pull.attach(wrapped, KINDS["adamw"], config)
 
     def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
         for step in range(first, last):

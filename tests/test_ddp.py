@@ -202,8 +202,13 @@ def test_what_is_not_coded_passes_through_and_is_said_once(
         assert result["difference"] < 1e-6
 
 
-def test_a_run_resumes_bit_for_bit(ranks: Pools, tmp_path: Path) -> None:
-    results = ranks(2).run(ddp_cases.resumes_bit_for_bit, str(tmp_path / "state"))
+@pytest.mark.parametrize(("budget", "half"), [(None, 5), (1500, 13)])
+def test_a_run_resumes_bit_for_bit(
+    ranks: Pools, tmp_path: Path, budget: int | None, half: int
+) -> None:
+    """With a budget, between two of its looks."""
+    path = str(tmp_path / "state")
+    results = ranks(2).run(ddp_cases.resumes_bit_for_bit, path, budget, half)
     assert results == [True, True]
 
 

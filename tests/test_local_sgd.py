@@ -45,8 +45,11 @@ def test_uncoded_averaging_of_every_step_is_ddp(ranks: Pools) -> None:
         assert distance < 1e-6
 
 
-def test_it_resumes_bit_for_bit(ranks: Pools, tmp_path: Path) -> None:
-    assert all(ranks(2).run(local_cases.resumes, str(tmp_path / "state")))
+@pytest.mark.parametrize("budget", [None, 500])
+def test_it_resumes_bit_for_bit(
+    ranks: Pools, tmp_path: Path, budget: int | None
+) -> None:
+    assert all(ranks(2).run(local_cases.resumes, str(tmp_path / "state"), budget))
 
 
 def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
