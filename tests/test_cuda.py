@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lc3 import codec
+from lc3 import AttachError, Config, ConfigError, codec, session
 from lc3.codec import tensor
 from lc3.lane import Lane
 
@@ -173,3 +173,16 @@ def test_a_job_that_fails_on_a_device_is_the_futures_error() -> None:
         lane.submit(job).wait()
     assert lane.submit(lambda: torch.ones(1)).wait() == 1
     lane.close(5)
+
+
+def test_a_model_on_a_device_that_auto_cannot_serve_is_refused() -> None:
+    """Without a GPU: only where tensors are is asked."""
+    here = {torch.empty(2, 2): "a"}
+    there = {torch.empty(2, 2, device="meta"): "b"}
+    assert session._check_parameters(there, Config()).type == "meta"
+    with pytest.raises(
+        ConfigError, match="mode='auto' compares 3LC with an all-reduce"
+    ):
+        session._check_parameters(there, Config(mode="auto"))
+    with pytest.raises(AttachError, match="'a' is on cpu, 'b' on meta"):
+        session._check_parameters(here | there, Config())

@@ -306,3 +306,14 @@ def test_what_the_readme_says_of_text_is_so() -> None:
     for other in others:
         assert 6 < other.bytes_per_step / short["local H=8"].bytes_per_step < 7.2
     assert others[1].test_loss < others[0].test_loss
+
+
+def test_a_budget_is_held_as_readme_says() -> None:
+    """And a bucket takes two rounds without one."""
+    rows = record.read_csv(ROOT / "experiments/results/budget.csv")
+    plain, *held = rows
+    assert float(plain["steps_of_2_rounds"]) >= 0.95
+    assert [int(row["budget"]) for row in held] == [4500, 5000, 6000]
+    for row in held:
+        assert float(row["sent_bytes"]) == pytest.approx(float(row["budget"]), rel=0.02)
+    assert "2 % of 4 500, 5 000 and 6 000 bytes" in README

@@ -51,12 +51,13 @@ def test_a_model_over_nccl(pair: Ranks, own: bool) -> None:
 
 
 def test_nothing_waits_for_the_gpu_but_what_has_to() -> None:
-    """Encoding a bucket takes one synchronisation, adding one up none of the host."""
+    """Encoding a bucket waits for the stream once, adding one up does not."""
     with torch.profiler.profile() as profile:
         gpu_cases.encode_and_add()
     waits = {
         event.key: event.count
         for event in profile.key_averages()
-        if "Synchronize" in event.key
+        if "StreamSynchronize" in event.key
     }
-    assert sum(waits.values()) <= gpu_cases.CALLS * 3, waits
+    # The first call copies its tables, some of them from memory that is not pinned.
+    assert sum(waits.values()) <= gpu_cases.CALLS + 10, waits

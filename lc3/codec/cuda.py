@@ -611,6 +611,7 @@ class _Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host = self._room(0)
+        self._copied: Any = None  # the event behind the last copy to the device
         self._room_there = torch.empty(0, dtype=torch.uint8, device=device)
 
     def _room(self, size: int) -> Tensor:
@@ -622,14 +623,16 @@ class _Staging:
         if self._host.numel() < size:
             self._host = self._room(size + size // 2)
         self._host[:size].copy_(data[:size], non_blocking=True)
-        self._wait()
+        if self._device.type != "cpu":
+            torch.cuda.current_stream(self._device).synchronize()
         return self._host[:size]
 
     def to_device(self, parts: Sequence[NDArray[Any]]) -> list[Tensor]:
         """Return the arrays on the device, until the next call, by one copy."""
         sizes = [-(-part.nbytes // 8) * 8 for part in parts]  # each begins aligned
         total = sum(sizes)
-        self._wait()  # an earlier copy may still read the host's memory
+        if self._copied is not None:  # it may still read the host's memory
+            self._copied.synchronize()
         if self._host.numel() < total:
             self._host = self._room(2 * total)
             self._room_there = torch.empty(
@@ -639,15 +642,13 @@ class _Staging:
         for room, part in zip(rooms, parts, strict=True):
             room.numpy()[: part.nbytes] = part.view(np.uint8)
         self._room_there[:total].copy_(self._host[:total], non_blocking=True)
+        if self._device.type != "cpu":
+            self._copied = torch.cuda.current_stream(self._device).record_event()
         there = torch.split(self._room_there[:total], sizes)
         return [
             room[: part.nbytes].view(torch.from_numpy(part).dtype)
             for room, part in zip(there, parts, strict=True)
         ]
-
-    def _wait(self) -> None:
-        if self._device.type != "cpu":
-            torch.cuda.current_stream(self._device).synchronize()
 
 
 def _by_storage(
