@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import config
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lc3.codec import cuda, reference
@@ -28,6 +29,23 @@ from tests.oracle import Oracle
 from tests.test_engine import SMALL, in_threads, random_gradients
 
 SIMULATED = bool(config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
+if SIMULATED:
+    from numba.cuda.simulator import kernelapi
+
+    def _shared_array(self: Any, shape: int, dtype: Any) -> NDArray[Any]:
+        """Return one array for a line of a kernel, whichever thread asks first.
+
+        The simulator's own looks and then stores, so that now and then two threads of a
+        block are given an array each, and the kernel's result is wrong.
+        """
+        frame = sys._getframe(1)
+        place = frame.f_code.co_filename, frame.f_lineno
+        found: NDArray[Any] = self._allocations.setdefault(
+            place, kernelapi.np.empty(shape, dtype)
+        )
+        return found
+
+    kernelapi.FakeCUDAShared.array = _shared_array
 DEVICE = torch.device("cpu" if SIMULATED else "cuda")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
