@@ -45,7 +45,7 @@ if SIMULATED:
         )
         return found
 
-    kernelapi.FakeCUDAShared.array = _shared_array
+    kernelapi.FakeCUDAShared.array = _shared_array  # type: ignore[method-assign]
 DEVICE = torch.device("cpu" if SIMULATED else "cuda")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
