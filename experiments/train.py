@@ -109,7 +109,7 @@ class Run:
         )
         push_bits, pull_bits, frame_bits = bits
         average_buffers(model)
-        test_loss, accuracy = mean_over_ranks(*evaluate(model, self.task.test))
+        test_loss, accuracy = evaluate_together(model, self.task.test)
         return {
             "ranks": dist.get_world_size(),
             "steps": self.steps,
@@ -218,13 +218,23 @@ def evaluate(model: nn.Module, data: TensorDataset) -> tuple[float, float]:
     """Return the mean loss on ``data`` and the share of right labels, 0 to 1."""
     loss = right = 0.0
     model.eval()
-    for inputs, labels in zip(*(t.split(500) for t in data.tensors), strict=True):
+    for inputs, labels in zip(*(t.split(128) for t in data.tensors), strict=True):
         outputs = model(inputs)
         loss += loss_of(outputs, labels, reduction="sum").item()
         right += (outputs.argmax(dim=-1) == labels).sum().item()
     model.train()
     count = data.tensors[1].numel()
     return loss / count, right / count
+
+
+def evaluate_together(model: nn.Module, data: TensorDataset) -> tuple[float, float]:
+    """Return the same of all of ``data``, each rank's model on a part; collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = TensorDataset(*(tensor[rank::world] for tensor in data.tensors))
+    count = len(mine)
+    loss, right = evaluate(model, mine) if count else (0.0, 0.0)
+    loss, right, mean = mean_over_ranks(count * loss, count * right, count)
+    return loss / mean, right / mean
 
 
 def average_buffers(model: nn.Module) -> None:
