@@ -321,8 +321,9 @@ METHODS: dict[str, Method] = {
     "PowerSGD rank 4": _power_sgd(4),
     "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
     "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
-    "local H=8": _local(8, lc3.Config(density=0.1)),
-    "local H=16": _local(16, lc3.Config(density=0.1)),
-    "local H=32": _local(32, lc3.Config(density=0.1)),
+    **{
+        f"local H={every}": _local(every, lc3.Config(density=0.1))
+        for every in (2, 4, 8, 16, 32)
+    },
 }
 DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))

@@ -67,6 +67,7 @@ class Curve:
     method: str
     rate: str
     steps: list[int]
+    test_loss: list[float]
     accuracy: list[float]
     sent_mb: list[float]
     seconds: list[float]
@@ -93,6 +94,7 @@ def _curve(rows: Sequence[Row], method: str, rate: str) -> Curve:
         method,
         rate,
         steps,
+        over_seeds("test_loss"),
         over_seeds("accuracy", 100),
         over_seeds("sent_bytes", 1e-6),
         [step * s for step, s in zip(steps, step_s, strict=True)],

@@ -1,0 +1,83 @@
+"""The frontier: what is best at a given number of bytes, from the committed rows."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import frontier
+from experiments.record import stamped, write_csv
+
+
+def rows() -> list[dict[str, str]]:
+    """Two evaluations of three methods; "wide" has two seeds."""
+    found = []
+    for method, seed, sent, losses in (
+        ("float32", 0, 1000, (2.0, 1.0)),
+        ("wide", 0, 100, (1.5, 1.2)),
+        ("wide", 1, 120, (1.1, 1.4)),  # its best evaluation is not its last
+        ("narrow", 0, 90, (3.0, 1.1)),
+        ("least", 0, 10, (3.0, 2.9)),
+    ):
+        for step, loss in zip((10, 20), losses, strict=True):
+            found.append(
+                {
+                    "task": "t", "method": method, "seed": str(seed), "ranks": "2",
+                    "steps": "20", "step": str(step), "test_loss": str(loss),
+                    "sent_bytes": str(sent * step), "accuracy": "0.5",
+                    "push_bits": "1", "pull_bits": "1", "frame_bits": "2",
+                    "compute_ms": "1", "codec_ms": "0", "step_ms": "2",
+                    "commit": "c", "lc3": "0",
+                }
+            )
+    return found
+
+
+def test_points_are_the_best_evaluation_of_each_seed() -> None:
+    by_name = {point.method: point for point in frontier.points(rows())}
+    assert by_name["wide"] == frontier.Point("wide", 110.0, 1.15, 1.1, 1.2, 2)
+    assert by_name["narrow"].loss == 1.1
+    assert list(by_name) == ["float32", "wide", "narrow", "least"]
+
+
+def test_what_is_better_sends_no_more() -> None:
+    points = frontier.points(rows())
+    winners = {p.method: frontier.better(p, points) for p in points}
+    assert {m: w and w.method for m, w in winners.items()} == {
+        "float32": None,
+        "wide": "narrow",
+        "narrow": None,
+        "least": None,
+    }
+    text = frontier.markdown(rows())
+    assert (
+        "| wide | 110 | 9.1 × | 1.1500 (1.1000 … 1.2000) | +15.00 % | narrow |" in text
+    )
+    assert "| least | 10 | 100.0 × | 2.9000 | +190.00 % | **none** |" in text
+
+
+def test_the_command_draws_loss_against_bytes_and_time(tmp_path: Path) -> None:
+    losses, links = tmp_path / "t.csv", tmp_path / "links.csv"
+    write_csv(losses, stamped(rows()))
+    some = [r for r in rows() if r["method"] != "least"]
+    write_csv(
+        links, stamped([{**r, "rate": k} for k in ("1mbit", "9mbit") for r in some])
+    )
+    docs = tmp_path / "page.md"
+    docs.write_text("<!-- t:begin -->\n<!-- t:end -->")
+    picture = tmp_path / "picture.png"
+    frontier.main(
+        [*map(str, (losses, "--links", links, "--plot", picture, "--docs", docs))]
+    )
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "| narrow |" in docs.read_text()
+
+
+def test_links_of_another_task_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses, links = tmp_path / "t.csv", tmp_path / "links.csv"
+    write_csv(losses, stamped(rows()))
+    write_csv(links, stamped([{**r, "task": "u", "rate": "1mbit"} for r in rows()]))
+    with pytest.raises(SystemExit):
+        frontier.main([str(losses), "--links", str(links)])
+    assert "measure the links with the same task" in capsys.readouterr().err
