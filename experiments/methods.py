@@ -325,5 +325,9 @@ METHODS: dict[str, Method] = {
         f"local H={every}": _local(every, lc3.Config(density=0.1))
         for every in (2, 4, 8, 16, 32)
     },
+    **{
+        f"local H={every}, density 30 %": _local(every, lc3.Config(density=0.3))
+        for every in (16, 32, 64)
+    },
 }
 DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))

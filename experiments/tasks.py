@@ -173,7 +173,7 @@ def chars(
         train=windows(codes[:split]),
         test=windows(codes[split:]),
         make_model=lambda: models.Transformer(len(alphabet), context, **size),
-        make_optimizers=_muon if muon else _adamw,
+        make_optimizers=_muon if muon else _adamw(2e-3 if large else 8e-3),
         batch_size=8,
     )
 
@@ -196,8 +196,10 @@ def _sgd(learning_rate: float) -> Callable[[nn.Module], list[Optimizer]]:
     ]
 
 
-def _adamw(model: nn.Module) -> list[Optimizer]:
-    return [AdamW(model.parameters(), lr=8e-3, betas=(0.9, 0.99))]
+def _adamw(learning_rate: float) -> Callable[[nn.Module], list[Optimizer]]:
+    return lambda model: [
+        AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    ]
 
 
 def _muon(model: nn.Module) -> list[Optimizer]:

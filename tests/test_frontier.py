@@ -21,12 +21,23 @@ def rows() -> list[dict[str, str]]:
         for step, loss in zip((10, 20), losses, strict=True):
             found.append(
                 {
-                    "task": "t", "method": method, "seed": str(seed), "ranks": "2",
-                    "steps": "20", "step": str(step), "test_loss": str(loss),
-                    "sent_bytes": str(sent * step), "accuracy": "0.5",
-                    "push_bits": "1", "pull_bits": "1", "frame_bits": "2",
-                    "compute_ms": "1", "codec_ms": "0", "step_ms": "2",
-                    "commit": "c", "lc3": "0",
+                    "task": "t",
+                    "method": method,
+                    "seed": str(seed),
+                    "ranks": "2",
+                    "steps": "20",
+                    "step": str(step),
+                    "test_loss": str(loss),
+                    "sent_bytes": str(sent * step),
+                    "accuracy": "0.5",
+                    "push_bits": "1",
+                    "pull_bits": "1",
+                    "frame_bits": "2",
+                    "compute_ms": "1",
+                    "codec_ms": "0",
+                    "step_ms": "2",
+                    "commit": "c",
+                    "lc3": "0",
                 }
             )
     return found
