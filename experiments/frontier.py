@@ -136,7 +136,7 @@ def plot(rows: Sequence[Row], links: Sequence[Row] | None, path: Path) -> None:
         _draw(axes, everything, seconds)
         axes.set_xlabel("seconds of training")
         axes.set_title(f"links of {rate}")
-    first.legend(fontsize=7)
+    first.legend(fontsize=7, handlelength=4)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
@@ -154,6 +154,11 @@ def _draw(
                 markersize=3,
                 label=curve.method,
             )
+    ends = [curve.test_loss[-1] for curve in everything]
+    least = min(min(curve.test_loss) for curve in everything)
+    margin = 0.1 * (max(ends) - least)  # how a training begins is the same for all
+    if margin > 0:
+        axes.set_ylim(least - margin, max(ends) + 3 * margin)
     axes.set_xscale("log")
     axes.set_ylabel("test loss")
     axes.grid(visible=True, alpha=0.3)
@@ -169,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--links", type=Path, help="the same task across a lab's links")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--docs", type=Path, help="Markdown file with markers")
+    parser.add_argument("--marker", help="in it (default: the name of the file)")
     options = parser.parse_args(arguments)
     try:
         rows = read_csv(options.csv, [*COLUMNS, "step_ms"])
@@ -186,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(rows, links, options.plot)
     if options.docs:
         old = options.docs.read_text()
-        options.docs.write_text(insert(old, options.csv.stem, text))
+        options.docs.write_text(insert(old, options.marker or options.csv.stem, text))
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ METHODS: dict[str, Method] = {
     },
     **{
         f"local H={every}, density 30 %": _local(every, lc3.Config(density=0.3))
-        for every in (16, 32, 64)
+        for every in (16, 32)
     },
 }
 DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))

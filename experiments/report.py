@@ -248,7 +248,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"{rows[0]['task']}, {rows[0]['ranks']} ranks")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend()
+    axes.legend(ncols=1 + len(axes.lines) // 16)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

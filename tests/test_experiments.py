@@ -112,6 +112,19 @@ def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_rank_may_go_on_from_its_own_model() -> None:
+    """What is owed then is in the model: nothing is left to send after training."""
+    arguments = ["--task", "digits", "--steps", "8", "--every", "4", "--extra", "1"]
+    done = torchrun(
+        *("-m", "experiments.local_variants", *arguments, "--own"), cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("0 exchanges after training: loss ")
+    assert second.startswith("1 exchanges after training: loss ")
+    assert "× fewer" in first
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
