@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import lc3
+from experiments.record import read_csv, stamped, write_csv
 from experiments.tasks import TASKS, DataError
 from experiments.train import at_least, batches, evaluate_together, schedule, train_step
 from launch import ranks
@@ -52,7 +53,32 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--outer-momentum", type=float, default=0.0)
     parser.add_argument("--extra", type=at_least(0), default=0, help="exchanges at end")
     parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--out", type=Path, help="CSV file to add rows to")
     return parser.parse_args(arguments)
+
+
+def table(path: Path) -> str:
+    """Return the rows of a result file as Markdown, most bytes first."""
+    titles = ["steps between exchanges", "density", "", "fewer in coded tensors"]
+    lines = [[*titles, "test loss"], ["---:", "---:", "---", "---:", "---:"]]
+    rows = read_csv(path)
+    for row in sorted(rows, key=lambda r: float(r["fewer"] or 0)):
+        what = [row["variant"]] if row["variant"] else []
+        if float(row["outer_momentum"]):
+            what.append(f"Nesterov momentum {row['outer_momentum']} of the masters")
+        if int(row["extra"]):
+            what.append(f"{row['extra']} more exchanges at the end")
+        share = f"{100 * float(row['density']):.0f} %" if row["density"] else "float32"
+        fewer = f"{float(row['fewer']):.0f} ×" if row["fewer"] else ""
+        loss = f"{float(row['test_loss']):.4f}"
+        lines.append([row["every"], share, ", ".join(what), fewer, loss])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first = rows[0]
+    return (
+        f"{text}\n\nTask {first['task']}, {first['ranks']} ranks, {first['steps']} "
+        f"steps, seed {first['seed']}. lc3 {first['lc3']} at commit {first['commit']}."
+        "\n"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,15 +107,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_step(module, optimizers, batch)
         for rate in schedules:
             rate.step()
+    rows: list[dict[str, object]] = []
     for extra in range(options.extra + 1):
         if extra:
             state.exchange()
         loss, _ = evaluate_together(module, task.test)
         bits = sum(way.bits_per_element for way in (state.meter.push, state.meter.pull))
+        fewer = round(64 * options.steps / (state.exchanges * bits), 1)
+        rows.append(
+            {
+                "task": task.name,
+                "ranks": dist.get_world_size(),
+                "steps": options.steps,
+                "every": options.every,
+                "density": "" if options.raw else options.density,
+                "variant": "own model" if options.own else "",
+                "outer_momentum": options.outer_momentum,
+                "extra": extra,
+                "seed": options.seed,
+                "fewer": "" if options.raw else fewer,
+                "test_loss": round(loss, 5),
+            }
+        )
         if dist.get_rank() == 0:
-            exchanges = state.exchanges * bits / 64
-            fewer = "" if options.raw else f", {options.steps / exchanges:.0f} × fewer"
-            print(f"{extra} exchanges after training: loss {loss:.4f}{fewer}")
+            said = "" if options.raw else f", {fewer:.0f} × fewer"
+            print(f"{extra} exchanges after training: loss {loss:.4f}{said}")
+    if options.out and dist.get_rank() == 0:
+        earlier = read_csv(options.out) if options.out.exists() else []
+        write_csv(options.out, [*earlier, *stamped(rows)])
     state.close()
     dist.destroy_process_group()
 

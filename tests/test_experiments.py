@@ -13,6 +13,7 @@ from experiments import (
     bench_codec,
     bench_step,
     local_delay,
+    local_variants,
     pages,
     paper,
     record,
@@ -222,6 +223,29 @@ def test_replicas_stay_near_the_masters() -> None:
     rows = record.read_csv(path)
     assert sum(row["form"] == "push-pull s=1.00" for row in rows) >= 1_000
     assert all(float(row["distance"]) < 0.5 for row in rows)
+
+
+def test_what_the_docs_say_of_variants_of_local_steps_is_so() -> None:
+    path = ROOT / "experiments/results/local-variants.csv"
+    table = local_variants.table(path)
+    assert report.insert(DOCS, "local-variants", table) == DOCS
+    losses = {
+        (row["every"], row["density"], row["variant"], row["extra"]): float(
+            row["test_loss"]
+        )
+        for row in record.read_csv(path)
+        if row["outer_momentum"] == "0.0"
+    }
+    summaries = report.summarise(
+        record.read_csv(ROOT / "experiments/results/chars-muon.csv")
+    )
+    loss = {summary.method: summary.test_loss for summary in summaries}
+    assert 1.01 < losses["16", "", "", "0"] / loss["float32"] < 1.02
+    assert 1.07 < losses["16", "0.1", "", "0"] / loss["float32"] < 1.09
+    assert losses["16", "0.3", "", "0"] < loss["local H=8"]
+    assert losses["32", "0.3", "", "0"] < losses["16", "0.1", "", "0"]
+    assert losses["16", "0.1", "own model", "0"] > losses["16", "0.1", "", "0"]
+    assert abs(losses["16", "0.1", "", "8"] - losses["16", "0.1", "", "0"]) < 0.001
 
 
 def test_a_delay_hides_an_exchange_that_takes_less() -> None:
