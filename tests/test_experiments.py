@@ -12,6 +12,7 @@ from experiments import (
     alpha_beta,
     bench_codec,
     bench_step,
+    frontier,
     local_delay,
     local_variants,
     pages,
@@ -168,6 +169,9 @@ def test_insert_needs_its_markers(text: str) -> None:
 
 
 DOCS = (ROOT / "docs/results.md").read_text()
+FRONTIERS = [  # result file, marker in the docs
+    ("chars-muon-longer", "chars-muon-longer"),
+]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +227,28 @@ def test_replicas_stay_near_the_masters() -> None:
     rows = record.read_csv(path)
     assert sum(row["form"] == "push-pull s=1.00" for row in rows) >= 1_000
     assert all(float(row["distance"]) < 0.5 for row in rows)
+
+
+@pytest.mark.parametrize(("name", "marker"), FRONTIERS)
+def test_the_frontiers_in_the_docs_are_the_committed_results(
+    name: str, marker: str
+) -> None:
+    rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
+    assert report.insert(DOCS, marker, frontier.markdown(rows)) == DOCS
+
+
+def test_what_the_docs_say_of_long_trainings_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-muon-longer.csv")
+    points = {point.method: point for point in frontier.points(rows)}
+    base = points["float32"]
+    coded = next(s for s in report.summarise(rows) if s.method == "local H=16")
+    assert 64 / (coded.push_bits + coded.pull_bits) > 800
+    assert points["local H=16"].loss < 1.004 * base.loss
+    least = points["local H=32, density 10 %, all coded"]
+    assert base.bytes_per_step / least.bytes_per_step > 1500
+    assert least.loss < 1.026 * base.loss
+    ends = {s.method: s.test_loss for s in report.summarise(rows)}
+    assert ends["local H=32, density 10 %, all coded"] < ends["float32"]
 
 
 def test_what_the_docs_say_of_variants_of_local_steps_is_so() -> None:
