@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import (
+    allocation,
     alpha_beta,
     bench_codec,
     bench_step,
@@ -235,6 +236,11 @@ def test_the_frontiers_in_the_docs_are_the_committed_results(
 ) -> None:
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
     assert report.insert(DOCS, marker, frontier.markdown(rows)) == DOCS
+
+
+def test_the_table_of_allocations_is_the_committed_result() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/allocation.csv")
+    assert report.insert(DOCS, "allocation", allocation.markdown(rows)) == DOCS
 
 
 def test_what_the_docs_say_of_long_trainings_is_so() -> None:
