@@ -333,7 +333,7 @@ METHODS: dict[str, Method] = {
         f"local H={every}, density {percent} %, all coded": _local(
             every, lc3.Config(density=percent / 100, min_ndim=0, min_numel=1)
         )
-        for every, percent in ((8, 10), (16, 10), (16, 30), (32, 10))
+        for every, percent in ((16, 30), (32, 10))
     },
 }
 DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))

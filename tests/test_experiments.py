@@ -172,6 +172,7 @@ def test_insert_needs_its_markers(text: str) -> None:
 DOCS = (ROOT / "docs/results.md").read_text()
 FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longer", "chars-muon-longer"),
+    ("chars-large", "chars-large"),
 ]
 
 
@@ -253,6 +254,10 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     least = points["local H=32, density 10 %, all coded"]
     assert base.bytes_per_step / least.bytes_per_step > 1500
     assert least.loss < 1.026 * base.loss
+    large = record.read_csv(ROOT / "experiments/results/chars-large.csv")
+    base, coded_large = frontier.points(large)
+    assert base.bytes_per_step / coded_large.bytes_per_step > 420
+    assert 1.03 < coded_large.loss / base.loss < 1.033
     ends = {s.method: s.test_loss for s in report.summarise(rows)}
     assert ends["local H=32, density 10 %, all coded"] < ends["float32"]
 
