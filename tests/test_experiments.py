@@ -281,6 +281,13 @@ def test_what_the_docs_say_of_variants_of_local_steps_is_so() -> None:
     assert 1.07 < losses["16", "0.1", "", "0"] / loss["float32"] < 1.09
     assert losses["16", "0.3", "", "0"] < loss["local H=8"]
     assert losses["32", "0.3", "", "0"] < losses["16", "0.1", "", "0"]
+    long = {
+        row["method"]: float(row["test_loss"])
+        for row in record.read_csv(ROOT / "experiments/results/chars-long.csv")
+        if row["seed"] == "0" and row["step"] == row["steps"]
+    }
+    behind = long["local H=16, density 30 %"] / long["local H=8"]
+    assert 1.015 < behind < 1.025
     assert losses["16", "0.1", "own model", "0"] > losses["16", "0.1", "", "0"]
     assert abs(losses["16", "0.1", "", "8"] - losses["16", "0.1", "", "0"]) < 0.001
 
