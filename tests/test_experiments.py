@@ -173,6 +173,8 @@ DOCS = (ROOT / "docs/results.md").read_text()
 FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longer", "chars-muon-longer"),
     ("chars-large", "chars-large"),
+    ("chars-frontier", "chars-frontier"),
+    ("cifar10", "cifar10-frontier"),
 ]
 
 
@@ -242,6 +244,16 @@ def test_the_frontiers_in_the_docs_are_the_committed_results(
 def test_the_table_of_allocations_is_the_committed_result() -> None:
     rows = record.read_csv(ROOT / "experiments/results/allocation.csv")
     assert report.insert(DOCS, "allocation", allocation.markdown(rows)) == DOCS
+
+
+@pytest.mark.parametrize("name", ["chars-frontier", "cifar10"])
+def test_below_powersgd_and_top_k_there_is_a_form_of_lc3(name: str) -> None:
+    points = frontier.points(record.read_csv(ROOT / f"experiments/results/{name}.csv"))
+    forms = [p for p in points if p.method.startswith(("3LC", "push-pull", "local"))]
+    others = [p for p in points if p.method.startswith(("PowerSGD", "top-k"))]
+    assert others
+    for other in others:
+        assert frontier.better(other, forms) is not None, other
 
 
 def test_what_the_docs_say_of_long_trainings_is_so() -> None:
