@@ -256,6 +256,16 @@ def test_below_powersgd_and_top_k_there_is_a_form_of_lc3(name: str) -> None:
         assert frontier.better(other, forms) is not None, other
 
 
+def test_the_steps_of_the_frontier_are_those_the_lab_measured() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/links-chars.csv")
+    times, measured = report.step_ms_by_link(rows)
+    assert measured
+    shown = ("float32", "3LC s=1.00", "local H=16, density 30 %")
+    rates = ("10mbit", "1gbit")
+    rounded = [[round(times[method][rate]) for method in shown] for rate in rates]
+    assert rounded == [[1979, 127, 54], [69, 88, 52]]
+
+
 def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     rows = record.read_csv(ROOT / "experiments/results/chars-muon-longer.csv")
     points = {point.method: point for point in frontier.points(rows)}
