@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.utils.data import TensorDataset
 
-from experiments import models
+from experiments import models, train
 from experiments.tasks import TASKS, DataError, chars, cifar10, fashion_mnist
 from experiments.train import evaluate, loss_of
 
@@ -129,3 +131,28 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(DataError, match="too short"):
         chars(tmp_path / "short.txt")
+
+
+@pytest.mark.parametrize("count", [7, 1])
+def test_ranks_evaluate_a_part_each(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together what one rank makes of all; a rank may be without a part."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    data = TensorDataset(torch.randn(count, 3), torch.arange(count) % 4)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    said: list[list[float]] = []
+
+    def remember(*values: float) -> list[float]:
+        said.append(list(values))
+        return [value or 1.0 for value in values]
+
+    monkeypatch.setattr(train, "mean_over_ranks", remember)
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        train.evaluate_together(model, data)
+    loss, right, total = (sum(values) for values in zip(*said, strict=True))
+    assert total == count
+    whole = train.evaluate(model, data)
+    assert (loss / total, right / total) == pytest.approx(whole, rel=1e-6)
