@@ -22,6 +22,8 @@ from torch import Tensor
 
 from experiments.gradients import recorded
 from experiments.record import ResultError, read_csv, stamped, write_csv
+from experiments.report import grid
+from lc3 import entropy
 from lc3.codec import cpu
 
 S_CHOICES = tuple(1 + k / 20 for k in range(20))
@@ -48,33 +50,25 @@ def coded(x: Tensor, sparsity: float, density: float | None) -> Choice:
     out = torch.empty(cpu.max_frame_bytes(x.numel()), dtype=torch.uint8)
     used, _ = cpu.encode(rest, sparsity, out, None, density)
     frame = out[:used].numpy().tobytes()
-    small = zstandard.ZstdCompressor(level=1).compress(frame)
+    small = zstandard.ZstdCompressor(level=entropy.LEVEL).compress(frame)
     return Choice(min(used, len(small)), float(rest.double().square().sum()))
 
 
 def hull(choices: Sequence[Choice]) -> list[Choice]:
     """Return the choices worth taking: each next one takes less energy for a byte."""
     kept: list[Choice] = []
-    for choice in sorted(set(choices)):
-        while kept and (
-            choice.left <= kept[-1].left
-            and (
-                choice.size == kept[-1].size
-                or (
-                    len(kept) > 1
-                    and _gain(kept[-2], kept[-1]) <= _gain(kept[-2], choice)
-                )
-            )
-        ):
+    for choice in sorted(choices):  # of as many bytes, the one that leaves least first
+        if kept and choice.left >= kept[-1].left:
+            continue
+        while len(kept) > 1 and _gain(*kept[-2:]) <= _gain(kept[-2], choice):
             kept.pop()
-        if not kept or choice.left < kept[-1].left:
-            kept.append(choice)
+        kept.append(choice)
     return kept
 
 
 def _gain(a: Choice, b: Choice) -> float:
-    """Return the energy that a byte takes more, from one choice to a larger one."""
-    return (a.left - b.left) / max(b.size - a.size, 1)
+    """Return the energy that each further byte takes, from a choice to a larger one."""
+    return (a.left - b.left) / (b.size - a.size)
 
 
 def allocate(tensors: Sequence[Sequence[Choice]], size: int) -> Choice:
@@ -152,11 +146,11 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     """Return the comparison as Markdown."""
     titles = ["gradients of", "bytes of s =", "one s for all", "an s for each"]
     titles += ["one density for all", "a density for each"]
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    lines = []
     for row in rows:
         shares = [f"{100 * float(row[column]):.1f} %" for column in COLUMNS]
         lines.append([row["task"], f"{float(row['sparsity']):.2f}", *shares])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = grid(titles, lines)
     return (
         f"{table}\n\nEnergy (sum of squares) that one encoding of gradient plus "
         "residual leaves unsent, in per cent of all; the mean of three moments of two "

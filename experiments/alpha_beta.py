@@ -26,7 +26,7 @@ from rich.console import Console
 from scipy.optimize import nnls
 
 from experiments.record import ResultError, read_csv
-from experiments.report import COLUMNS, Row, insert
+from experiments.report import COLUMNS, Row, grid, insert
 from launch import netlab
 
 PACKET_BYTES, PAYLOAD_BYTES, MESSAGE_BYTES = 1514, 1448, 450
@@ -162,7 +162,7 @@ def errors(costs: Costs, measured: Sequence[Point]) -> list[float]:
 def check_table(costs: Costs, held_out: Sequence[Point]) -> str:
     """Return the points that were not fitted, predicted and measured, as Markdown."""
     titles = ["method", "ranks", "rate", "measured", "predicted", "error"]
-    lines = [titles, ["---", *["---:"] * 5]]
+    lines = []
     for point, error in zip(held_out, errors(costs, held_out), strict=True):
         times = (point.step_ms, costs.step_ms(point))
         lines.append(
@@ -174,10 +174,10 @@ def check_table(costs: Costs, held_out: Sequence[Point]) -> str:
         )
     sizes = sorted(abs(error) for error in errors(costs, held_out))
     within = sum(size <= 0.15 for size in sizes)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
-        f"\n\nPoints that were not fitted: {within} of {len(sizes)} within 15 %, "
-        f"median error {100 * median(sizes):.1f} %, largest {100 * sizes[-1]:.1f} %. "
-        f"Fitted: {1e3 * costs.round_ms:.0f} µs a round, "
+    return (
+        f"{grid(titles, lines)}\n\nPoints that were not fitted: {within} of "
+        f"{len(sizes)} within 15 %, median error {100 * median(sizes):.1f} %, largest "
+        f"{100 * sizes[-1]:.1f} %. Fitted: {1e3 * costs.round_ms:.0f} µs a round, "
         f"{1e3 * costs.message_ms:.0f} µs a message, "
         f"{1e6 * costs.byte_ms:.2f} ns a byte.\n"
     )
@@ -257,10 +257,10 @@ def winners(job: Job, bits: Mapping[str, float]) -> list[list[str]]:
 def extrapolation(job: Job, bits: Mapping[str, float]) -> str:
     """Return where each method wins, and flat against two levels, as Markdown."""
     titles = ["ranks", *RATES]
-    rule = ["---:", *["---"] * len(RATES)]
-    flat = [titles, rule, *winners(job, bits)]
+    methods = range(1, len(titles))
+    flat = grid(titles, winners(job, bits), words=methods)
     coded = "3LC s=1.00"
-    levels = [titles, rule]
+    lines = []
     for world in (w for w in WORLDS if w >= 2 * job.per_node):
         line = [str(world)]
         for bit_s in RATES.values():
@@ -269,19 +269,16 @@ def extrapolation(job: Job, bits: Mapping[str, float]) -> str:
             one = job.step_ms(coded, bits[coded], world, bit_s / job.per_node)
             two = job.two_level_ms(coded, bits[coded], world, bit_s)
             line.append(f"{one:,.0f} → {two:,.0f} ms")
-        levels.append(line)
-
-    def table(lines: Sequence[Sequence[str]]) -> str:
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
+        lines.append(line)
+    levels = grid(titles, lines, words=methods)
     return (
         f"The fastest method and, in brackets, float32's step time over its own, for a "
         f"model of {job.elements / 1e6:.1f} M parameters, {job.compute_ms:.0f} ms of "
         f"computing, a codec of {job.codec_gb_s:.1f} GB/s, {job.latency_ms} ms of "
         "latency; extrapolated, not measured, and local steps left out, since they "
-        f"change what is trained:\n\n{table(flat)}\n\n{coded}, {job.per_node} ranks a "
+        f"change what is trained:\n\n{flat}\n\n{coded}, {job.per_node} ranks a "
         "machine that share its link: flat, then with two levels "
-        f"(`attach(mesh={job.per_node})`):\n\n{table(levels)}\n"
+        f"(`attach(mesh={job.per_node})`):\n\n{levels}\n"
     )
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from experiments.pages import Curve, curves
 from experiments.record import ResultError, read_csv
-from experiments.report import BASELINE, COLUMNS, Row, insert, step_ms_by_link
+from experiments.report import BASELINE, COLUMNS, Row, grid, insert, step_ms_by_link
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -86,7 +86,7 @@ def markdown(rows: Sequence[Row]) -> str:
     base = next((p for p in found if p.method == BASELINE), None)
     titles = ["method", "bytes per rank and step", "fewer than float32"]
     titles += ["best test loss", "above float32", "lower with no more bytes"]
-    lines = [titles, ["---", *["---:"] * 4, "---"]]
+    lines = []
     for point in found:
         spread = f" ({point.low:.4f} … {point.high:.4f})" if point.seeds > 1 else ""
         winner = better(point, found)
@@ -106,7 +106,7 @@ def markdown(rows: Sequence[Row]) -> str:
         )
     row = rows[0]
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = grid(titles, lines, words=(0, 5))
     most = max(p.seeds for p in found)
     return (
         f"{table}\n\nTask {row['task']}, {row['ranks']} ranks, {row['steps']} steps, "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import lc3
 from experiments.record import read_csv, stamped, write_csv
+from experiments.report import grid
 from experiments.tasks import TASKS, DataError
 from experiments.train import at_least, batches, evaluate_together, schedule, train_step
 from launch import ranks
@@ -60,7 +61,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def table(path: Path) -> str:
     """Return the rows of a result file as Markdown, most bytes first."""
     titles = ["steps between exchanges", "density", "", "fewer in coded tensors"]
-    lines = [[*titles, "test loss"], ["---:", "---:", "---", "---:", "---:"]]
+    titles.append("test loss")
+    lines = []
     rows = read_csv(path)
     for row in sorted(rows, key=lambda r: float(r["fewer"] or 0)):
         what = [row["variant"]] if row["variant"] else []
@@ -72,12 +74,11 @@ def table(path: Path) -> str:
         fewer = f"{float(row['fewer']):.0f} ×" if row["fewer"] else ""
         loss = f"{float(row['test_loss']):.4f}"
         lines.append([row["every"], share, ", ".join(what), fewer, loss])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     first = rows[0]
     return (
-        f"{text}\n\nTask {first['task']}, {first['ranks']} ranks, {first['steps']} "
-        f"steps, seed {first['seed']}. lc3 {first['lc3']} at commit {first['commit']}."
-        "\n"
+        f"{grid(titles, lines, words=(2,))}\n\nTask {first['task']}, {first['ranks']} "
+        f"ranks, {first['steps']} steps, seed {first['seed']}. lc3 {first['lc3']} at "
+        f"commit {first['commit']}.\n"
     )
 
 

@@ -18,6 +18,7 @@ from experiments.report import (
     Row,
     caption,
     cells,
+    grid,
     step_ms_by_link,
     summarise,
 )
@@ -275,8 +276,7 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
 def time_markdown(rows: Sequence[Row]) -> str:
     """Return measured time to accuracy by method and rate, as Markdown."""
     part = _time_to_accuracy(curves(rows))
-    table = [part.headers, ["---", *["---:"] * (len(part.headers) - 1)], *part.lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table) + f"\n\n{part.text}\n"
+    return f"{grid(part.headers, part.lines)}\n\n{part.text}\n"
 
 
 def to_html(title: str, parts: Sequence[Section]) -> str:
@@ -291,10 +291,7 @@ def to_markdown(title: str, parts: Sequence[Section], beside: Path) -> str:
     for part in parts:
         text.append(f"## {part.title}\n\n{part.text}\n".replace("*", "\\*"))
         if part.lines:
-            rule = ["---", *["---:"] * (len(part.headers) - 1)]
-            lines = [part.headers, rule, *part.lines]
-            text += [f"| {' | '.join(line)} |" for line in lines]
-            text.append("")
+            text += [grid(part.headers, part.lines), ""]
         if part.picture:
             where = part.picture.relative_to(beside)
             text.append(f"![{part.title}]({where.as_posix()})\n")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.report import BASELINE, Row, step_ms_by_link, summarise
+from experiments.report import BASELINE, Row, grid, step_ms_by_link, summarise
 
 
 @dataclass(frozen=True)
@@ -90,5 +90,4 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the reproduction table as Markdown."""
-    table = [list(HEADERS), ["---", *["---:"] * (len(HEADERS) - 1)], *lines(rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table) + f"\n\n{TEXT}\n"
+    return f"{grid(HEADERS, lines(rows))}\n\n{TEXT}\n"

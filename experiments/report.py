@@ -4,7 +4,7 @@ python -m experiments.report experiments/results/digits.csv --readme README.md
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -187,15 +187,27 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     console.print(caption(rows), highlight=False)
 
 
+def grid(
+    titles: Sequence[str],
+    lines: Iterable[Sequence[str]],
+    words: Collection[int] = (0,),
+) -> str:
+    """Return a Markdown table without a last line break.
+
+    Args:
+        titles: of the columns.
+        lines: a cell for each title.
+        words: numbers of the columns that are set left; the others, numbers, right.
+    """
+    rule = ["---" if column in words else "---:" for column in range(len(titles))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (titles, rule, *lines))
+
+
 def markdown(rows: Sequence[Row], *, times: bool = True) -> str:
     """Return the comparison as Markdown, with or without computed step times."""
     shown = len(HEADERS) - (0 if times else len(LINKS_MBIT_S))
-    lines = [
-        HEADERS,
-        ["---", *["---:"] * (len(HEADERS) - 1)],
-        *cells(summarise(rows)),
-    ]
-    table = "\n".join(f"| {' | '.join(line[:shown])} |" for line in lines)
+    lines = [line[:shown] for line in cells(summarise(rows))]
+    table = grid(HEADERS[:shown], lines)
     said = caption(rows)
     if not times:
         said = said.partition(" *Computed")[0]
@@ -208,7 +220,7 @@ def links_markdown(rows: Sequence[Row]) -> str:
     last = [row for row in rows if row["step"] == row["steps"]]
     titles = ["method", "bytes per step, interface", "bytes per step, counted by lc3"]
     titles += [f"step at {rate}" for rate in rates]
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    lines = []
     times, _ = step_ms_by_link(rows)
     for method, by_rate in times.items():
         first = next(r for r in last if (r["method"], r["rate"]) == (method, rates[0]))
@@ -217,7 +229,7 @@ def links_markdown(rows: Sequence[Row]) -> str:
         ]
         shown = [f"{by_rate[r]:,.1f} ms" if r in by_rate else "" for r in rates]
         lines.append([method, *(f"{b:,.0f}" for b in per_step), *shown])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = grid(titles, lines)
     row = rows[0]
     return (
         f"{table}\n\nTask {row['task']}, {row['ranks']} hosts of one rank each on one "

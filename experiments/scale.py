@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lc3
 from experiments.record import ResultError, read_csv, stamped, write_csv
+from experiments.report import grid
 from experiments.tasks import TASKS, DataError, Task
 from experiments.train import at_least, evaluate, loss_of, schedule
 from lc3.codec import codec_for
@@ -164,7 +165,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     coded = [method for method in methods if method != "float32"]
     titles = ["ranks", *methods, *(f"{m}, fewer bytes" for m in coded)]
     titles += [f"{m}, bits push + pull" for m in coded]
-    lines = [titles, ["---:"] * len(titles)]
+    lines = []
     for world in dict.fromkeys(row["ranks"] for row in rows):
         mine = {
             method: [r for r in rows if (r["ranks"], r["method"]) == (world, method)]
@@ -182,7 +183,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
             push, pull = (over_seeds(method, f"{w}_bits") for w in ("push", "pull"))
             cells.append(f"{push:.3f} + {pull:.3f}")
         lines.append([world, *cells])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = grid(titles, lines, words=())
     row = rows[0]
     seeds = len({row["seed"] for row in rows})
     return (

@@ -186,3 +186,24 @@ def test_a_model_on_a_device_that_auto_cannot_serve_is_refused() -> None:
         session._check_parameters(there, Config(mode="auto"))
     with pytest.raises(AttachError, match="'a' is on cpu, 'b' on meta"):
         session._check_parameters(here | there, Config())
+
+
+@needs_numba_cuda
+def test_the_simulator_gives_a_blocks_threads_one_array() -> None:
+    """Also where making it takes so long that all threads ask before it is there."""
+    script = (
+        "import threading, time, types\n"
+        "from tests.cuda_cases import kernelapi\n"
+        "real = kernelapi.np\n"
+        "def empty(*arguments):\n"
+        "    time.sleep(0.05)\n"
+        "    return real.empty(*arguments)\n"
+        "shared, found = kernelapi.FakeCUDAShared(0), []\n"
+        "kernelapi.np = types.SimpleNamespace(empty=empty)\n"
+        "def thread():\n"
+        "    found.append(shared.array(8, real.int32))\n"
+        "threads = [threading.Thread(target=thread) for _ in range(8)]\n"
+        "[t.start() for t in threads], [t.join() for t in threads]\n"
+        "print(len(found), len({id(array) for array in found}))\n"
+    )
+    assert python("-W", "ignore", "-c", script, simulated=True).split() == ["8", "1"]

@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments import (
     allocation,
@@ -116,16 +118,38 @@ def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
 
 
 def test_a_rank_may_go_on_from_its_own_model() -> None:
-    """What is owed then is in the model: nothing is left to send after training."""
+    """What is owed then is in the model, and nowhere else."""
+    flat = {"raw": torch.full((2,), 9.0), "coded": torch.full((2,), 9.0)}
+    residual = torch.tensor([0.5, -1.0])
+    state = SimpleNamespace(
+        _flat=flat,
+        owners=SimpleNamespace(replica={n: torch.tensor([1.0, 2.0]) for n in flat}),
+        engine=SimpleNamespace(residuals=SimpleNamespace(sent={"coded": residual})),
+    )
+    local_variants.go_on_from_own(state)  # type: ignore[arg-type]
+    state._copy_replica()
+    assert flat["raw"].tolist() == [1, 2]
+    assert flat["coded"].tolist() == [0.5, 3]
+    assert residual.tolist() == [0, 0]
+
+
+def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> None:
+    path = tmp_path / "variants.csv"
     arguments = ["--task", "digits", "--steps", "8", "--every", "4", "--extra", "1"]
     done = torchrun(
-        *("-m", "experiments.local_variants", *arguments, "--own"), cwd=ROOT
+        *("-m", "experiments.local_variants", *arguments),
+        *("--own", "--out", str(path)),
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first.startswith("0 exchanges after training: loss ")
-    assert second.startswith("1 exchanges after training: loss ")
-    assert "× fewer" in first
+    rows = record.read_csv(path)
+    assert [
+        f"{row['extra']} exchanges after training: loss {float(row['test_loss']):.4f}, "
+        f"{float(row['fewer']):.0f} × fewer"
+        for row in rows
+    ] == done.stdout.splitlines()
+    assert [row["variant"] for row in rows] == ["own model", "own model"]
+    assert float(rows[1]["fewer"]) < float(rows[0]["fewer"])
 
 
 @pytest.mark.parametrize(
@@ -282,6 +306,46 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert 1.03 < coded_large.loss / base.loss < 1.033
     ends = {s.method: s.test_loss for s in report.summarise(rows)}
     assert ends["local H=32, density 10 %, all coded"] < ends["float32"]
+
+
+def test_what_the_readme_says_of_optimizers_is_so() -> None:
+    """Points of accuracy, losses, and times fewer bytes, beside float32's."""
+
+    def beside(task: str) -> dict[str, tuple[str, str, str]]:
+        rows = record.read_csv(ROOT / f"experiments/results/{task}.csv")
+        found = {s.method: s for s in report.summarise(rows)}
+        base = found["float32"]
+        return {
+            method: (
+                f"{100 * (s.accuracy - base.accuracy):+.1f}",
+                f"{100 * (s.test_loss / base.test_loss - 1):.1f}",
+                f"{base.bytes_per_step / s.bytes_per_step:.0f}",
+            )
+            for method, s in found.items()
+        }
+
+    digits, fashion, chars = beside("digits"), beside("fashion-mnist"), beside("chars")
+    assert digits["3LC s=1.00"][::2] == ("+0.4", "106")
+    assert fashion["3LC s=1.00"][::2] == ("-0.7", "144")
+    assert fashion["local H=8"][::2] == ("-1.0", "384")
+    assert chars["local H=8"][1:] == ("6.5", "267")
+    assert chars["push-pull s=1.00"][1:] == ("6.4", "38")
+    assert chars["3LC s=1.00"][1:] == ("10.3", "43")
+    assert beside("chars-muon-longer")["local H=16"][2] == "534"
+    longer = record.read_csv(ROOT / "experiments/results/chars-longer.csv")
+    best = {point.method: point.loss for point in frontier.points(longer)}
+    assert best["local H=8"] < 1.004 * best["float32"]
+
+
+def test_the_rate_of_the_larger_transformer_is_the_best_of_three() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-large-rates.csv")
+    ends = {
+        row["method"]: f"{float(row['test_loss']):.3f}"
+        for row in rows
+        if row["step"] == row["steps"]
+    }
+    assert [*ends.values()] == ["2.175", "2.456", "2.492"]
+    assert "end at 2.175, 2.456 and 2.492" in DOCS
 
 
 def test_what_the_docs_say_of_variants_of_local_steps_is_so() -> None:
