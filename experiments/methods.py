@@ -331,7 +331,11 @@ METHODS: dict[str, Method] = {
         for every in (2, 8, 16, 32)
     },
     "local H=16, density 30 %": _local(16, lc3.Config(density=0.3)),
-    "local H=16, density 30 %, all coded": _local(16, _all_coded(0.3)),
-    "local H=32, density 10 %, all coded": _local(32, _all_coded(0.1)),
+    **{
+        f"local H={every}, density {percent} %, all coded": _local(
+            every, _all_coded(percent / 100)
+        )
+        for every, percent in ((8, 10), (16, 30), (16, 4), (32, 10))
+    },
 }
 DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))
