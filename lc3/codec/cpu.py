@@ -7,8 +7,9 @@ zero runs skipped, a dense one is unfolded and added block by block.
 
 Loops over floats are left to LLVM to vectorise; what it does not see by itself (64
 bytes compared at once) is said in ``instructions``. Kernels release the GIL; their
-machine code is cached on disk. No fast-math: every float operation is the float32
-operation of the specification.
+machine code is cached on disk. Where a place in an array depends on its content it is
+unsigned: a signed one is tested at each use, as it might count from the end. No
+fast-math: every float operation is the float32 operation of the specification.
 """
 
 import numpy as np
@@ -19,13 +20,11 @@ from lc3.codec import Encoded
 from lc3.codec.density import choose, sample_stride
 from lc3.codec.instructions import (
     LANES,
-    ZERO_RUN_BYTES,
     kernel,
     lowest_bit,
     nonzero_bytes,
     prefetch,
     write_word,
-    write_zero_run,
 )
 from lc3.errors import FormatError
 from lc3.format import (
@@ -46,13 +45,15 @@ __all__ = ["add", "check", "encode", "max_frame_bytes"]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-# Five partitions of a block are 20 KiB: with its bytes they stay in the first cache.
-_BLOCK = 1024
-_DENSE_BYTES = 32  # non-zero bytes of a block from which all of its residual is touched
+# Quartic bytes at a time. Five partitions of a block are 5 KiB, so that what is read
+# once stays in the first cache until it is written, whatever else is on its way there.
+_BLOCK = 256
+_DENSE_BYTES = 8  # of a block that are not 0: from there on all of it is touched
+_STRIDE = 256  # folded bytes that are checked at once
 _LOOK_AHEAD = 256  # folded bytes between calling for memory and using it
 # Folded bytes per quartic byte from which a frame is unfolded and added block by block;
 # of tensors that no cache holds, whose lines each cost a way to memory.
-_DENSE_SHARE, _LARGE_DENSE_SHARE, _LARGE = 0.3, 0.15, 3 << 20
+_DENSE_SHARE, _LARGE_DENSE_SHARE, _LARGE = 0.24, 0.14, 3 << 20
 _NO_RESIDUAL = np.empty(0, np.float32)
 _NAN_SCALE = np.frombuffer(NAN_SCALE, np.uint8)
 _POWERS = np.array([81, 27, 9, 3, 1])
@@ -60,9 +61,9 @@ _DIGITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)
 
 # By byte of a frame's body: how many quartic bytes it stands for, the one it is or is a
 # run of, the partition and value of its first digit that is not 0, whether more follow.
-_STEP = np.where(np.arange(256) < RUN_BASE, 1, np.arange(256) - RUN_BASE + RUN_MIN)
-_LITERAL = np.where(np.arange(256) < RUN_BASE, np.arange(256), ZERO_BYTE)
-_LITERAL = _LITERAL.astype(np.uint8)
+_CODES = np.arange(256)
+_STEP = np.where(_CODES < RUN_BASE, 1, _CODES - RUN_BASE + RUN_MIN).astype(np.uint64)
+_LITERAL = np.where(_CODES < RUN_BASE, _CODES, ZERO_BYTE).astype(np.uint8)
 _FIRST = np.argmax(_DIGITS[_LITERAL] != 0, axis=1)
 _FIRST_DIGIT = _DIGITS[_LITERAL, _FIRST]
 _DIGIT_COUNT = (_DIGITS[_LITERAL] != 0).sum(axis=1)
@@ -78,7 +79,7 @@ _RUN_BYTES = [
     ]
     for run in range(_WORD_RUN + 1)
 ]
-_RUN_SIZE = np.array([len(run) for run in _RUN_BYTES])
+_RUN_SIZE = np.array([len(run) for run in _RUN_BYTES], np.uint64)
 _RUN_WORD = np.array(
     [int.from_bytes(bytes(run), "little") for run in _RUN_BYTES], np.uint64
 )
@@ -100,15 +101,16 @@ def encode(
     values, frame = x.numpy(), out.numpy()
     earlier = _NO_RESIDUAL if residual is None else residual.numpy()
     if density is None:
-        return Encoded(*_encode(values, earlier, np.float32(sparsity), frame))
+        used, digits = _encode(values, earlier, np.float32(sparsity), frame)
+        return Encoded(int(used), digits)
     largest = np.int32(_prepare(values, earlier)).view(np.float32)
     if largest == 0 or not np.isfinite(largest):
-        return Encoded(_write_special(largest, frame), 0)
+        return Encoded(int(_write_special(largest, frame)), 0)
     sample = np.abs(values[:: sample_stride(values.size)])
     threshold, scale = choose(sample, density, largest)
     frame[:SCALE_BYTES].view(np.float32)[0] = scale
     used, digits = _pack(values, scale, threshold, frame[SCALE_BYTES:])
-    return Encoded(SCALE_BYTES + used, digits)
+    return Encoded(SCALE_BYTES + int(used), digits)
 
 
 def check(frame: Tensor, numel: int) -> int:
@@ -155,7 +157,7 @@ def _dense_share(numel: int) -> float:
 @kernel()
 def _encode(
     x: Floats, residual: Floats, sparsity: np.float32, frame: Bytes
-) -> tuple[int, int]:
+) -> tuple[np.int64, int]:
     """Write the frame of ``x`` plus ``residual``, if that is not empty.
 
     Returns:
@@ -182,12 +184,12 @@ def _prepare(x: Floats, residual: Floats) -> np.int32:
 
 
 @kernel()
-def _write_special(largest: np.float32, frame: Bytes) -> int:
+def _write_special(largest: np.float32, frame: Bytes) -> np.int64:
     """Write the frame of values that are all zero, or not all finite."""
     frame[:SCALE_BYTES] = 0
     if largest != 0:
         frame[:SCALE_BYTES] = _NAN_SCALE
-    return SCALE_BYTES
+    return np.int64(SCALE_BYTES)
 
 
 @kernel()
@@ -226,7 +228,7 @@ def _add_residual(x: Floats, residual: Floats) -> np.int32:
 @kernel()
 def _pack(
     x: Floats, scale: np.float32, half: np.float32, body: Bytes
-) -> tuple[int, int]:
+) -> tuple[np.int64, int]:
     """Write the folded quartic bytes of ``x`` and take what they send off x.
 
     Args:
@@ -242,38 +244,40 @@ def _pack(
     length = (n + 4) // 5
     full = max(0, n - 4 * length)  # bytes below this index have no padding
     quartic = np.empty(_BLOCK, np.uint8)
-    used = 0
+    room = np.uint64(body.size)
+    used = np.uint64(0)
     digits = 0
-    last = -1  # where the last byte was that is not five zeros
+    following = np.uint64(0)  # behind the last byte that is not five zeros
     for start in range(0, length, _BLOCK):
         count = min(_BLOCK, length - start)
         whole = max(0, min(start + count, full) - start)
         _compare(x, start, whole, half, quartic)
-        for j in range(whole, count):
+        for k in range(whole, count):
             byte = 0
             for partition in range(5):
-                i = partition * length + start + j
+                i = partition * length + start + k
                 digit = 0
                 if i < n:
                     digit = (x[i] > half) - (x[i] < -half)
                 byte = 3 * byte + digit + 1
-            quartic[j] = byte
+            quartic[k] = byte
         quartic[count:] = ZERO_BYTE
         nonzero = 0
         for base in range(0, _BLOCK, LANES):
             bits = nonzero_bytes(quartic, base)
             while bits != np.uint64(0):
-                j = base + lowest_bit(bits)
+                j = np.uint64(base) + lowest_bit(bits)
                 bits &= bits - np.uint64(1)
-                run = start + j - last - 1
-                last = start + j
-                if run <= _WORD_RUN and used + 8 < body.size:
+                place = np.uint64(start) + j
+                run = place - following
+                following = place + np.uint64(1)
+                if run <= np.uint64(_WORD_RUN) and used + np.uint64(8) < room:
                     write_word(body, used, _RUN_WORD[run])
                     used += _RUN_SIZE[run]
                 else:
                     used = _write_run(body, used, run)
                 body[used] = quartic[j]
-                used += 1
+                used += np.uint64(1)
                 nonzero += 1
                 digits += _DIGIT_COUNT[quartic[j]]
         if nonzero > _DENSE_BYTES and whole == _BLOCK:
@@ -282,7 +286,8 @@ def _pack(
                 _take_off(x[at : at + _BLOCK], half, scale)
         elif nonzero > 0:
             _take_off_digits(x, start, quartic, scale)
-    return _write_run(body, used, length - last - 1), digits
+    used = _write_run(body, used, np.uint64(length) - following)
+    return np.int64(used), digits
 
 
 @kernel()
@@ -332,15 +337,17 @@ def _take_off_digits(x: Floats, start: int, quartic: Bytes, scale: np.float32) -
 
 
 @kernel()
-def _write_run(body: Bytes, used: int, run: int) -> int:
+def _write_run(body: Bytes, used: np.uint64, run: np.uint64) -> np.uint64:
     """Write a zero run of any length; return where the next byte goes."""
-    while run >= RUN_MAX:
+    one, longest = np.uint64(1), np.uint64(RUN_MAX)
+    while run >= longest:
         body[used] = RUN_BASE + RUN_MAX - RUN_MIN
-        used += 1
-        run -= RUN_MAX
-    if run > 0:
-        body[used] = ZERO_BYTE if run == 1 else RUN_BASE + run - RUN_MIN
-        used += 1
+        used += one
+        run -= longest
+    if run > np.uint64(0):
+        code = np.uint64(RUN_BASE - RUN_MIN) + run
+        body[used] = np.uint64(ZERO_BYTE) if run == one else code
+        used += one
     return used
 
 
@@ -351,13 +358,10 @@ def _check(body: Bytes, n: int) -> tuple[int, int, int]:
     full = max(0, n - 4 * length)
     used = 0
     at = 0
-    # Far from the end nothing can be wrong; 64 bytes stand for 64 to 896.
-    while used + LANES <= body.size and at + RUN_MAX * LANES <= full:
-        steps = 0
-        for j in range(LANES):
-            steps += max(body[used + j], np.uint8(RUN_BASE - 1))
-        at += steps - LANES * (RUN_BASE - RUN_MIN)
-        used += LANES
+    # Far from the end nothing can be wrong.
+    while used + _STRIDE <= body.size and at + RUN_MAX * _STRIDE <= full:
+        at += _STRIDE + int(_more(body[used : used + _STRIDE]))
+        used += _STRIDE
     while at < length:
         if used == body.size:
             return _ENDS_EARLY, used, at
@@ -374,6 +378,16 @@ def _check(body: Bytes, n: int) -> tuple[int, int, int]:
     if at > length:
         return _RUN_CROSSES, used, at
     return _OK, used, at
+
+
+@kernel(inline="always")
+def _more(folded: Bytes) -> np.uint16:
+    """Return how many quartic bytes some folded ones are more than their number."""
+    literal = np.uint8(RUN_BASE - 1)
+    more = np.uint16(0)
+    for j in range(folded.size):
+        more = np.uint16(more + np.uint16(max(folded[j], literal) - literal))
+    return more
 
 
 @kernel()
@@ -399,7 +413,7 @@ def _add(body: Bytes, scale: np.float32, acc: Floats) -> None:
             places[found] = at
             literals[found] = byte
             found += _HAS_DIGIT[byte]
-            at += np.uint64(_STEP[byte])
+            at += _STEP[byte]
         for k in range(found):
             prefetch(acc, offset[literals[k]] + places[k])
         for k in range(found):
@@ -416,43 +430,43 @@ def _add(body: Bytes, scale: np.float32, acc: Floats) -> None:
 @kernel()
 def _add_dense(body: Bytes, scale: np.float32, acc: Floats) -> None:
     """Add a checked frame body to ``acc``: unfold a block, then add all of it."""
-    n = acc.size
-    length = (n + 4) // 5
-    quartic = np.empty(_BLOCK + ZERO_RUN_BYTES, np.uint8)
-    used = 0
-    filled = 0
+    length = (acc.size + 4) // 5
+    quartic = np.full(_BLOCK, ZERO_BYTE, np.uint8)
+    owed = np.empty(_BLOCK, np.int8)
+    used = np.uint64(0)
+    filled = np.uint64(0)
     for start in range(0, length, _BLOCK):
         count = min(_BLOCK, length - start)
-        while filled < count:
+        while filled < np.uint64(count):
             byte = body[used]
-            used += 1
-            write_zero_run(quartic, filled)
-            quartic[filled] = _LITERAL[byte]
+            used += np.uint64(1)
+            quartic[filled] = byte  # a run in the place of its first zero
             filled += _STEP[byte]
+        filled -= np.uint64(count)  # a run may reach into the next block
+        for j in range(_BLOCK):
+            quartic[j] = ZERO_BYTE if quartic[j] >= RUN_BASE else quartic[j]
         for partition in range(5):
             at = partition * length + start
-            values = acc[at : max(at, min(at + count, n))]
-            # A constant divisor each, so that LLVM vectorises the division.
-            if partition == 0:
-                _add_digits(values, quartic, 81, scale)
-            elif partition == 1:
-                _add_digits(values, quartic, 27, scale)
-            elif partition == 2:
-                _add_digits(values, quartic, 9, scale)
-            elif partition == 3:
-                _add_digits(values, quartic, 3, scale)
-            else:
-                _add_digits(values, quartic, 1, scale)
-        filled -= count  # a run may reach into the next block
-        quartic[:RUN_MAX] = ZERO_BYTE
+            values = acc[at : max(at, min(at + count, acc.size))]
+            _peel(quartic, np.uint8(_POWERS[partition]), owed)
+            _subtract(values, owed, scale)
+        quartic[:] = ZERO_BYTE
 
 
 @kernel(inline="always")
-def _add_digits(values: Floats, quartic: Bytes, power: int, scale: np.float32) -> None:
-    """Add one digit of each quartic byte; −0.0 for a digit 0 changes nothing."""
-    nothing = np.float32(-0.0)
+def _peel(quartic: Bytes, power: np.uint8, owed: NDArray[np.int8]) -> None:
+    """Take the first digit off quartic bytes, and write what it is less than 0."""
+    twice = np.uint8(2 * power)
+    for j in range(quartic.size):
+        byte = quartic[j]
+        once = power if byte >= power else np.uint8(0)
+        again = power if byte >= twice else np.uint8(0)
+        owed[j] = np.int8(byte < power) - np.int8(byte >= twice)
+        quartic[j] = np.uint8(np.uint8(byte - once) - again)
+
+
+@kernel(inline="always")
+def _subtract(values: Floats, owed: NDArray[np.int8], scale: np.float32) -> None:
+    """Take ``owed`` times ``scale`` off ``values``: x − 0.0 is x, for −0.0 too."""
     for j in range(values.size):
-        # Less than 2^16, so the narrow type keeps the division narrow.
-        rest = np.uint16(quartic[j]) // np.uint16(power)
-        digit = np.uint8(rest - rest // np.uint16(3) * np.uint16(3))
-        values[j] += scale if digit == 2 else (-scale if digit == 0 else nothing)
+        values[j] -= np.float32(owed[j]) * scale

@@ -21,7 +21,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("lc3")
 
 LANES = 64  # bytes compared at once
-ZERO_RUN_BYTES = 16  # bytes that write_zero_run writes: the longest run, and more
 
 _BYTE = ir.IntType(8)
 _WORD = ir.IntType(64)
@@ -74,7 +73,7 @@ def _lowest_bit(_context: Any, _word: Any) -> Any:
     def emit(_codegen: Any, builder: Any, _signature: Any, given: Any) -> Any:
         return builder.cttz(given[0], ir.Constant(ir.IntType(1), 1))
 
-    return types.int64(types.uint64), emit
+    return types.uint64(types.uint64), emit
 
 
 def _write_word(_context: Any, data: Any, _at: Any, _word: Any) -> Any:
@@ -83,18 +82,7 @@ def _write_word(_context: Any, data: Any, _at: Any, _word: Any) -> Any:
         builder.store(given[2], address, align=1)
         return context.get_dummy_value()
 
-    return types.void(data, types.int64, types.uint64), emit
-
-
-def _write_zero_run(_context: Any, data: Any, _at: Any) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        lanes = ir.VectorType(_BYTE, ZERO_RUN_BYTES)
-        address = _address(context, builder, signature, given, lanes)
-        zeros = ir.Constant(lanes, [ZERO_BYTE] * ZERO_RUN_BYTES)
-        builder.store(zeros, address, align=1)
-        return context.get_dummy_value()
-
-    return types.void(data, types.int64), emit
+    return types.void(data, types.uint64, types.uint64), emit
 
 
 def _prefetch(_context: Any, data: Any, _at: Any) -> Any:
@@ -119,10 +107,8 @@ def _instruction(definition: Any) -> Any:
 # Array, place: 64 bits; bit i says that array[place + i] is not the byte of five zeros.
 nonzero_bytes: Callable[..., np.uint64] = _instruction(_nonzero_bytes)
 # Word: the place of its lowest bit that is set; the word must not be 0.
-lowest_bit: Callable[..., int] = _instruction(_lowest_bit)
+lowest_bit: Callable[..., np.uint64] = _instruction(_lowest_bit)
 # Array, place, word: eight bytes are written, the lowest first.
 write_word: Callable[..., None] = _instruction(_write_word)
-# Array, place: sixteen bytes are written, five zeros each.
-write_zero_run: Callable[..., None] = _instruction(_write_zero_run)
 # Array, place: the line with that element is on its way, to be written soon.
 prefetch: Callable[..., None] = _instruction(_prefetch)
