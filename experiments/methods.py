@@ -301,6 +301,9 @@ def _all_coded(density: float) -> lc3.Config:
     return lc3.Config(density=density, min_ndim=0, min_numel=1)
 
 
+# Steps between exchanges, and the per cent of values sent.
+ALL_CODED = ((8, 9.5), (8, 10), (16, 4), (16, 9.5), (16, 30), (32, 10))
+
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
     "fp16": _all_reduce(fp16_compress_hook, 16),
@@ -335,7 +338,7 @@ METHODS: dict[str, Method] = {
         f"local H={every}, density {percent} %, all coded": _local(
             every, _all_coded(percent / 100)
         )
-        for every, percent in ((8, 10), (16, 30), (16, 4), (32, 10))
+        for every, percent in ALL_CODED
     },
 }
 DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))
