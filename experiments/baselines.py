@@ -40,8 +40,11 @@ class Baseline(ABC):
         out: Tensor,
         residual: Tensor | None = None,
         density: float | None = None,  # noqa: ARG002
+        source: Tensor | None = None,
     ) -> Encoded:
         """See ``lc3.codec.Codec.encode``; ``sparsity`` means nothing here."""
+        if source is not None:
+            x.copy_(source)
         values = x.numpy()
         if residual is not None:
             nothing = not values.any()

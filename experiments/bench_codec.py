@@ -103,6 +103,40 @@ def codec_rows(codec: ModuleType, x0: Tensor, density: float) -> Iterator[Row]:
     yield row(name, "decode_add", numel, density, 1, timed(decode_add))
 
 
+def feedback_rows(x0: Tensor, density: float) -> Iterator[Row]:
+    """Yield the encoder's rows as hooks call it: a gradient of each type, a residual.
+
+    Raises:
+        RuntimeError: it is wrong, so its speed means nothing.
+    """
+    n = x0.numel()
+    residual, x = torch.zeros(n), x0.clone()
+    out = torch.empty(max_frame_bytes(n), dtype=torch.uint8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        given = x0.to(dtype)
+        source = None if dtype == torch.float32 else given
+        before = (lambda: x.copy_(x0)) if source is None else None
+
+        def encode(source: Tensor | None = source) -> int:
+            return cpu.encode(x, 1.0, out, residual, None, source).frame_bytes
+
+        def widened(given: Tensor = given) -> None:
+            x.copy_(given)
+            encode(None)
+
+        x.copy_(x0)
+        frame, sent = out[: encode()], torch.zeros(n)
+        cpu.add(frame, sent)
+        if not torch.equal(sent + x, given.float()):
+            raise RuntimeError(f"{name} is wrong at {n} values of density {density}")
+        ms = timed(encode, before)
+        yield row(f"cpu, {name} and residual", "encode", n, density, 1, ms)
+        if source is not None:
+            what = f"cpu, {name} widened first, and residual"
+            yield row(what, "encode", n, density, 1, timed(widened))
+
+
 def plain_torch(x0: Tensor, density: float) -> Iterator[Row]:
     """Yield the row of torch operators that do the same without folding zero runs."""
     x = x0.clone()
@@ -174,6 +208,8 @@ def speed_rows(sizes: tuple[int, ...], console: Console) -> list[Row]:
                 backends.append(reference)
             for codec in backends:
                 mine += codec_rows(codec, x0, density)
+            if numel >= SIZES[1]:
+                mine += feedback_rows(x0, density)
             mine += plain_torch(x0, density)
             if density == DENSITIES[0]:
                 mine += others(x0)

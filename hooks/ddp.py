@@ -165,7 +165,8 @@ class State:
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
             )
             return self.engine.pass_through(buffer, step, bucket)
-        flat = buffer if buffer.dtype == torch.float32 else self._widened(buffer)
+        wide = buffer.dtype == torch.float32
+        flat = buffer if wide else self._room_for(buffer)
         sizes = [self.engine.plan.numel[name] for name in names]
         if sum(sizes) != flat.numel():
             raise AttachError(
@@ -173,8 +174,12 @@ class State:
                 f"{sum(sizes)}; this torch lays out buckets in a way lc3 does not know"
             )
         grads = dict(zip(names, torch.split(flat, sizes), strict=True))
-        self.engine.all_reduce(grads, step, bucket)
-        return buffer if flat is buffer else buffer.copy_(flat)
+        if wide:
+            self.engine.all_reduce(grads, step, bucket)
+            return buffer
+        halves = dict(zip(names, torch.split(buffer, sizes), strict=True))
+        self.engine.all_reduce(grads, step, bucket, halves)
+        return buffer.copy_(flat)
 
     def _begin(self) -> None:
         """Bring the residuals into the units of this step's gradients, and keep them.
@@ -203,11 +208,15 @@ class State:
             self.engine.owing.update(self.engine.residuals.sent)
             self._overflowed = False
 
-    def _widened(self, buffer: Tensor) -> Tensor:
-        """Return float32[numel] of a half-precision bucket, in memory used again."""
+    def _room_for(self, buffer: Tensor) -> Tensor:
+        """Return float32[numel] for what a half-precision bucket becomes.
+
+        Memory used again by the next bucket; first for the residuals to be, which the
+        old ones must outlive until the pull has arrived, then for the mean.
+        """
         if self._wide.numel() < buffer.numel():
             self._wide = torch.empty(buffer.numel(), device=buffer.device)
-        return self._wide[: buffer.numel()].copy_(buffer)
+        return self._wide[: buffer.numel()]
 
     def _say_once(self, what: str) -> None:
         kind = what.split()[0]

@@ -50,6 +50,7 @@ class Coder:
         residuals: Sequence[Tensor | None],
         sparsity: float,
         density: float | None,
+        sources: Sequence[Tensor] = (),
     ) -> list[tuple[Tensor, int]]:
         """Write every piece plus its residual as a frame; see ``Codec.encode``.
 
@@ -58,12 +59,15 @@ class Coder:
             residuals: float32[piece] each, or ``None``.
             sparsity: see ``Codec.encode``.
             density: see ``Codec.encode``.
+            sources: of every piece, if any, see ``Codec.encode``.
 
         Returns:
             For each piece its frame, uint8[*] on the host, until the next call, and how
             many values it sends.
         """
         if self._batch is not None:
+            for value, source in zip(values, sources, strict=False):
+                value.copy_(source)
             frames_of: list[tuple[Tensor, int]] = self._batch.encode(
                 values, residuals, sparsity, density
             )
@@ -77,7 +81,12 @@ class Coder:
 
         def encode(index: int) -> None:
             used, digits[index] = self._codec.encode(
-                values[index], sparsity, rooms[index], residuals[index], density
+                values[index],
+                sparsity,
+                rooms[index],
+                residuals[index],
+                density,
+                sources[index] if sources else None,
             )
             frames[index] = rooms[index][:used]
 

@@ -10,6 +10,7 @@ were.
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ _ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
     "zstd": 0,
     "none": None,
 }
+
+
+NO_HALVES: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Engine:
@@ -88,7 +92,13 @@ class Engine:
         self._asides = 0
         self._failure: BaseException | None = None
 
-    def all_reduce(self, grads: Mapping[str, Tensor], step: int, bucket: int) -> None:
+    def all_reduce(
+        self,
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+        halves: Mapping[str, Tensor] = NO_HALVES,
+    ) -> None:
         """Replace every gradient by its 3LC mean over ranks, the same bits everywhere.
 
         Args:
@@ -96,6 +106,8 @@ class Engine:
                 names on every rank.
             step: synchronised backward passes before this one, the same on every rank.
             bucket: its number in this step, the same on every rank.
+            halves: by the same names float16 or bfloat16[numel], contiguous: the
+                gradients, if those of ``grads`` are only room for the result.
 
         Raises:
             FormatError, PlanMismatch: what arrived does not fit; every other rank is
@@ -106,12 +118,14 @@ class Engine:
         pieces = self.pieces(grads)
         self.meter.buckets += 1
         if self.exchange.world == 1 or not any(pieces):
+            widen(grads, halves)
             return
         elements = sum(piece.numel for owned in pieces for piece in owned)
         with self.exchanging(elements, step, bucket):
             if self.auto is None:
-                self.push_and_pull(pieces, grads, step, bucket)
+                self.push_and_pull(pieces, grads, step, bucket, halves)
             else:
+                widen(grads, halves)
                 self._first_to_arrive(self.auto, pieces, grads, step, bucket)
 
     def _first_to_arrive(
@@ -178,10 +192,11 @@ class Engine:
         grads: Mapping[str, Tensor],
         step: int,
         bucket: int,
+        halves: Mapping[str, Tensor] = NO_HALVES,
     ) -> None:
         """Do what ``all_reduce`` does, at any world size; see there."""
         owned = pieces[self.exchange.rank]
-        means = self.reduce_scatter(pieces, grads, step, bucket)
+        means = self.reduce_scatter(pieces, grads, step, bucket, halves)
         residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
         pulled = self.all_gather(pieces, means, residuals, step, bucket)
         with self.meter.stage("decode"):
@@ -339,6 +354,7 @@ class Engine:
         values: Mapping[str, Tensor],
         step: int,
         bucket: int,
+        halves: Mapping[str, Tensor] = NO_HALVES,
     ) -> list[Tensor]:
         """Push: send every owner its pieces, return the means of this rank's own.
 
@@ -349,6 +365,7 @@ class Engine:
                 see ``keep_residuals``.
             step: see ``all_reduce``.
             bucket: see ``all_reduce``.
+            halves: see ``all_reduce``.
 
         Returns:
             For each piece of this rank a view, float32[piece], of memory that the next
@@ -365,9 +382,13 @@ class Engine:
             sparsity, direction = self.budget.sparsity, self.meter.push
             coded = [v for v, p in zip(views, everything, strict=True) if p.coded]
             wanted = self.meter.norms_due(step)
+            if wanted:
+                widen(values, halves)
+                halves = NO_HALVES
+            sources = [view for _, view in self._views(pieces, halves)]
             before = _square(coded) if wanted else 0.0
             chunks = iter(
-                self._encode(everything, views, residuals, sparsity, direction)
+                self._encode(everything, views, residuals, sparsity, direction, sources)
             )
             if wanted:
                 self.meter.add_norms(step, before, _square(coded))
@@ -553,8 +574,8 @@ class Engine:
     def _views(
         pieces: Sequence[Sequence[Piece]], values: Mapping[str, Tensor]
     ) -> Iterator[tuple[Piece, Tensor]]:
-        """Yield every piece, owner after owner, with its part of ``values``."""
-        for owned in pieces:
+        """Yield every piece, owner after owner, with its part of ``values``, if any."""
+        for owned in pieces if values else ():
             for piece in owned:
                 yield piece, values[piece.name][piece.start : piece.stop]
 
@@ -565,6 +586,7 @@ class Engine:
         residuals: Sequence[Tensor | None],
         sparsity: float,
         direction: Direction,
+        sources: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Return the bytes of each piece, uint8[*], until the next call.
 
@@ -578,8 +600,11 @@ class Engine:
             [residuals[i] for i in coded],
             sparsity,
             self.budget.density,
+            [sources[i] for i in coded] if sources else (),
         )
         raw = [i for i, piece in enumerate(pieces) if not piece.coded]
+        for i in raw if sources else ():
+            values[i].copy_(sources[i])
         chunks = dict(
             zip(raw, self.coder.to_host([values[i] for i in raw]), strict=True)
         )
@@ -652,6 +677,12 @@ class Engine:
                 self.exchange.all_to_all(
                     [abort] * self.exchange.world, timeout_s=_ABORT_TIMEOUT_S
                 )
+
+
+def widen(into: Mapping[str, Tensor], halves: Mapping[str, Tensor]) -> None:
+    """Write half-precision gradients as float32."""
+    for name, half in halves.items():
+        into[name].copy_(half)
 
 
 def _square(values: Iterable[Tensor]) -> float:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lc3.auto import Wire
 from lc3.coder import Coder
 from lc3.config import Config
-from lc3.engine import Engine
+from lc3.engine import NO_HALVES, Engine, widen
 from lc3.errors import AttachError, PeerError
 from lc3.exchange import Divisible
 from lc3.meter import Meter
@@ -110,8 +110,15 @@ class TwoLevels(Engine):
         )
         self.budget = self.between.budget
 
-    def all_reduce(self, grads: Mapping[str, Tensor], step: int, bucket: int) -> None:
+    def all_reduce(
+        self,
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+        halves: Mapping[str, Tensor] = NO_HALVES,
+    ) -> None:
         """See ``Engine.all_reduce``: the 3LC mean over nodes of the nodes' means."""
+        widen(grads, halves)
         parts = [self._part(grads, place) for place in self._places]
         mine = parts[self.inside.exchange.rank]
         if not any(parts):

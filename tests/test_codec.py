@@ -115,6 +115,50 @@ def test_a_residual_is_added_first(
         assert np.array_equal(left.numpy(), expected.numpy(), equal_nan=True)
 
 
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@backends
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_precision_value_is_widened_exactly(
+    codec: ModuleType, dtype: torch.dtype
+) -> None:
+    every = torch.arange(1 << 16).to(torch.int32).to(torch.uint16).view(dtype)
+    finite = every[every.isfinite()]
+    for source in (finite, finite[:5], *every[~every.isfinite()][::97].split(3)):
+        left = torch.full((source.numel(),), 7.0)  # what was there counts for nothing
+        out = torch.empty(max_frame_bytes(source.numel()), dtype=torch.uint8)
+        used, _ = codec.encode(left, 1.75, out, None, None, source)
+        frame, expected = encoded(reference, source.float(), 1.75)
+        assert bytes(out[:used].numpy()) == frame
+        assert np.array_equal(left.numpy(), expected.numpy(), equal_nan=True)
+
+
+@settings(max_examples=3 * EXAMPLES)
+@given(
+    x=vectors,
+    dtype=st.sampled_from(HALVES),
+    density=st.sampled_from([None, 0.1, 0.5]),
+    owing=st.booleans(),
+)
+def test_half_precision_is_coded_as_what_it_stands_for(
+    x: np.ndarray, dtype: torch.dtype, density: float | None, owing: bool
+) -> None:
+    source = torch.from_numpy(x).to(dtype)
+    residual = torch.from_numpy(x).roll(1) * 0.25 if owing else None
+    room = max_frame_bytes(x.size)
+    expected, out = source.float(), torch.empty(room, dtype=torch.uint8)
+    size, digits = reference.encode(expected, 1.0, out, residual, density)
+    for codec in BACKENDS:
+        left, frame = torch.ones(x.size), torch.empty(room, dtype=torch.uint8)
+        assert codec.encode(left, 1.0, frame, residual, density, source) == (
+            size,
+            digits,
+        )
+        assert torch.equal(frame[:size], out[:size])
+        assert np.array_equal(left.numpy(), expected.numpy(), equal_nan=True)
+
+
 @settings(max_examples=10 * EXAMPLES)
 @given(x=vectors, density=st.floats(0.001, 0.999))
 # The mean's sum is rounded to a double before it is divided; else this rounds up.
@@ -442,8 +486,10 @@ def test_nothing_compiles_in_a_step() -> None:
         "x = torch.randn(100_000) ** 3; out = torch.empty(30_000, dtype=torch.uint8);"
         "\nfor s in (1.0, 1.9):\n"
         "  for r in (None, x * 0.1):\n"
-        "    used, _ = cpu.encode(x.clone(), s, out, r)\n"
-        "    decode_add(cpu, out[:used], x.clone())\n"
+        "    for d in (None, 0.02):\n"
+        "      for g in (None, x.half(), x.bfloat16()):\n"
+        "        used, _ = cpu.encode(x.clone(), s, out, r, d, g)\n"
+        "        decode_add(cpu, out[:used], x.clone())\n"
         "assert before == [len(k.signatures) for k in kernels]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

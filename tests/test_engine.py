@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lc3
 from lc3 import Config
+from lc3.auto import Auto, Costs
 from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.coder import Coder
 from lc3.config import ENTROPY_STAGES, EntropyStage
@@ -126,6 +127,41 @@ def run(
 def test_the_exchange_equals_the_oracle(world: int, block: int | None) -> None:
     config = Config(sparsity=1.5, min_numel=100, min_share=400, block=block)
     run(world, 20, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["3lc", "auto"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_half_precision_goes_the_way_of_what_it_stands_for(
+    world: int, mode: str, dtype: torch.dtype
+) -> None:
+    """Raw pieces, steps whose norms are measured, and a lone rank among them."""
+
+    def halves_of(rank: int, step: int) -> dict[str, Tensor]:
+        return {k: g.to(dtype) for k, g in random_gradients(rank, step).items()}
+
+    def job(rank: int, exchange: Exchange) -> list[dict[str, Tensor]]:
+        found = []
+        for given_as_halves in (False, True):
+            engine = engine_of(exchange)
+            if mode == "auto":
+                engine.auto = Auto(Costs(2e-9, 5e-10, 1e-4, 8e-12, 2e-4, 8e-12), world)
+            for step in range(3):
+                halves = halves_of(rank, step)
+                grads = {k: h.float() for k, h in halves.items()}
+                if given_as_halves:
+                    grads = {k: torch.full_like(g, 7) for k, g in grads.items()}
+                    engine.all_reduce(grads, step, 0, halves)
+                else:
+                    engine.all_reduce(grads, step, 0)
+            owing = {f"{k} owing": r for k, r in engine.residuals.sent.items()}
+            found.append({**grads, **owing})
+        return found
+
+    for whole, halved in in_threads(world, job):
+        assert whole.keys() == halved.keys()
+        for name, values in whole.items():
+            assert torch.equal(values, halved[name]), name
 
 
 @pytest.mark.parametrize("entropy", ["auto", "zstd", "none"])

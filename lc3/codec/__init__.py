@@ -2,6 +2,7 @@
 
 import logging
 from functools import cache
+from itertools import product
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,7 @@ class Codec(Protocol):
         out: Tensor,
         residual: Tensor | None = None,
         density: float | None = None,
+        source: Tensor | None = None,
     ) -> Encoded:
         """Write ``x`` plus ``residual`` as one frame; leave in ``x`` what it lacks.
 
@@ -52,6 +54,8 @@ class Codec(Protocol):
                 there is nothing to say: the frame has scale 0, the residual stays.
             density: a share of values to send instead, see ``lc3.codec.density``. What
                 is taken off ``x`` may then be rounded.
+            source: float16[n] or bfloat16[n], contiguous: the values, in place of those
+                of ``x``, which is then only written.
 
         Source: Lim, Andersen, Kaminsky, "3LC", MLSys 2019 (arXiv 1802.07389).
         """
@@ -138,8 +142,12 @@ def warm_up(codec: Codec, device: torch.device | str = "cpu") -> None:
     spike[7] = 1
     full = torch.full_like(spike, torch.nan)
     for x in (spike, torch.arange(400.0, device=device), full):
-        used, _ = codec.encode(x, 1.0, out, torch.zeros_like(x))
-        decode_add(codec, out[:used], torch.zeros_like(x))
+        ways = product(
+            (None, torch.zeros_like(x)), (None, 0.1), (None, x.half(), x.bfloat16())
+        )
+        for residual, density, source in ways:
+            used, _ = codec.encode(x.clone(), 1.0, out, residual, density, source)
+            decode_add(codec, out[:used], torch.zeros_like(x))
 
 
 def encode(

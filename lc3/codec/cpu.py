@@ -7,12 +7,14 @@ zero runs skipped, a dense one is unfolded and added block by block.
 
 Loops over floats are left to LLVM to vectorise; what it does not see by itself (64
 bytes compared at once) is said in ``instructions``. Kernels release the GIL; their
-machine code is cached on disk. Where a place in an array depends on its content it is
-unsigned: a signed one is tested at each use, as it might count from the end. No
+machine code is cached on disk. A place in an array that depends on content is
+unsigned, and loops run over slices from 0: a signed place that the compiler does not
+know to be positive is tested at each use, and keeps a loop from being vectorised. No
 fast-math: every float operation is the float32 operation of the specification.
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from lc3.codec import Encoded
 from lc3.codec.density import choose, sample_stride
 from lc3.codec.instructions import (
     LANES,
+    bits_of,
+    float_of,
     kernel,
     lowest_bit,
     nonzero_bytes,
@@ -44,6 +48,7 @@ __all__ = ["add", "check", "encode", "max_frame_bytes"]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Halves = NDArray[np.uint16]  # the bits of float16 or bfloat16
 
 # Quartic bytes at a time. Five partitions of a block are 5 KiB, so that what is read
 # once stays in the first cache until it is written, whatever else is on its way there.
@@ -54,7 +59,7 @@ _LOOK_AHEAD = 256  # folded bytes between calling for memory and using it
 # Folded bytes per quartic byte from which a frame is unfolded and added block by block;
 # of tensors that no cache holds, whose lines each cost a way to memory.
 _DENSE_SHARE, _LARGE_DENSE_SHARE, _LARGE = 0.24, 0.14, 3 << 20
-_NO_RESIDUAL = np.empty(0, np.float32)
+_MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
 _NAN_SCALE = np.frombuffer(NAN_SCALE, np.uint8)
 _POWERS = np.array([81, 27, 9, 3, 1])
 _DIGITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)
@@ -96,14 +101,15 @@ def encode(
     out: Tensor,
     residual: Tensor | None = None,
     density: float | None = None,
+    source: Tensor | None = None,
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
     values, frame = x.numpy(), out.numpy()
-    earlier = _NO_RESIDUAL if residual is None else residual.numpy()
+    bits = np.int32(_prepare(x, residual, source))  # Numba gives Python's numbers
     if density is None:
-        used, digits = _encode(values, earlier, np.float32(sparsity), frame)
+        used, digits = _encode(values, bits, np.float32(sparsity), frame)
         return Encoded(int(used), digits)
-    largest = np.int32(_prepare(values, earlier)).view(np.float32)
+    largest = bits.view(np.float32)
     if largest == 0 or not np.isfinite(largest):
         return Encoded(int(_write_special(largest, frame)), 0)
     sample = np.abs(values[:: sample_stride(values.size)])
@@ -111,6 +117,23 @@ def encode(
     frame[:SCALE_BYTES].view(np.float32)[0] = scale
     used, digits = _pack(values, scale, threshold, frame[SCALE_BYTES:])
     return Encoded(SCALE_BYTES + int(used), digits)
+
+
+def _prepare(x: Tensor, residual: Tensor | None, source: Tensor | None) -> np.int32:
+    """Make ``x`` the sum to encode; return the bits of its largest magnitude.
+
+    0 where there is nothing to say. Infinity and NaN have the patterns from 0x7f800000
+    on, so one integer maximum is both the finiteness check and the maximum.
+    """
+    values = x.numpy()
+    if residual is not None and source is not None and source.dtype == torch.bfloat16:
+        halves = source.view(torch.uint16).numpy()
+        return _add_to_bfloat16(values, halves, residual.numpy())
+    if source is not None:
+        x.copy_(source)
+    if residual is None:
+        return _max_magnitude_bits(values)
+    return _add_residual(values, residual.numpy())
 
 
 def check(frame: Tensor, numel: int) -> int:
@@ -156,16 +179,14 @@ def _dense_share(numel: int) -> float:
 
 @kernel()
 def _encode(
-    x: Floats, residual: Floats, sparsity: np.float32, frame: Bytes
+    x: Floats, largest_bits: np.int32, sparsity: np.float32, frame: Bytes
 ) -> tuple[np.int64, int]:
-    """Write the frame of ``x`` plus ``residual``, if that is not empty.
+    """Write the frame of ``x``, whose largest magnitude has some bits.
 
     Returns:
         The number of bytes, and of digits that are not 0.
     """
-    bits = np.empty(1, np.int32)
-    bits[0] = _prepare(x, residual)
-    largest = bits.view(np.float32)[0]
+    largest = float_of(largest_bits)
     if largest == 0 or not np.isfinite(largest):
         return _write_special(largest, frame), 0
     scale = min(np.float32(largest * sparsity), np.float32(FLOAT32_MAX))
@@ -173,14 +194,6 @@ def _encode(
     threshold = np.float32(scale * np.float32(0.5))
     used, digits = _pack(x, scale, threshold, frame[SCALE_BYTES:])
     return SCALE_BYTES + used, digits
-
-
-@kernel()
-def _prepare(x: Floats, residual: Floats) -> np.int32:
-    """Add ``residual`` to ``x`` if it is not empty; return the largest bit pattern."""
-    if residual.size == 0:
-        return _max_magnitude_bits(x.view(np.int32))
-    return _add_residual(x, residual)
 
 
 @kernel()
@@ -193,15 +206,11 @@ def _write_special(largest: np.float32, frame: Bytes) -> np.int64:
 
 
 @kernel()
-def _max_magnitude_bits(bits: NDArray[np.int32]) -> np.int32:
-    """Return the largest bit pattern without its sign: ordered like the magnitudes.
-
-    Infinity and NaN are the patterns from 0x7f800000 on, so one integer maximum is both
-    the finiteness check and the maximum.
-    """
+def _max_magnitude_bits(x: Floats) -> np.int32:
+    """Return the largest bit pattern without its sign: ordered like the magnitudes."""
     largest = np.int32(0)
-    for i in range(bits.size):
-        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    for i in range(x.size):
+        largest = max(largest, bits_of(x[i]) & _MAGNITUDE)
     return largest
 
 
@@ -211,18 +220,27 @@ def _add_residual(x: Floats, residual: Floats) -> np.int32:
 
     0 if ``x`` was all zero: then there is nothing to say, whatever the residual is.
     """
-    bits, summed_bits = x.view(np.int32), x.view(np.int32)
-    any_bits = np.int32(0)
-    largest = np.int32(0)
-    for start in range(0, x.size, _BLOCK):
-        stop = min(start + _BLOCK, x.size)
-        for i in range(start, stop):
-            any_bits |= bits[i]
-        for i in range(start, stop):
-            x[i] += residual[i]
-        for i in range(start, stop):
-            largest = max(largest, summed_bits[i] & np.int32(0x7FFFFFFF))
-    return largest if any_bits & np.int32(0x7FFFFFFF) != 0 else np.int32(0)
+    any_bits, largest = np.int32(0), np.int32(0)
+    for i in range(x.size):
+        any_bits |= bits_of(x[i])
+        x[i] += residual[i]
+        largest = max(largest, bits_of(x[i]) & _MAGNITUDE)
+    return largest if any_bits & _MAGNITUDE != 0 else np.int32(0)
+
+
+@kernel()
+def _add_to_bfloat16(x: Floats, halves: Halves, residual: Floats) -> np.int32:
+    """Do what ``_add_residual`` does, with bfloat16 values in place of those of ``x``.
+
+    They are the upper halves of float32 values.
+    """
+    any_bits, largest = np.int32(0), np.int32(0)
+    for i in range(x.size):
+        bits = np.int32(halves[i]) << np.int32(16)
+        any_bits |= bits
+        x[i] = float_of(bits) + residual[i]
+        largest = max(largest, bits_of(x[i]) & _MAGNITUDE)
+    return largest if any_bits & _MAGNITUDE != 0 else np.int32(0)
 
 
 @kernel()

@@ -699,8 +699,11 @@ def encode(
     out: Tensor,
     residual: Tensor | None = None,
     density: float | None = None,
+    source: Tensor | None = None,
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
+    if source is not None:
+        x.copy_(source)
     if x.numel() == 0:
         out[:SCALE_BYTES] = 0
         return Encoded(SCALE_BYTES, 0)

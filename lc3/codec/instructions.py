@@ -85,6 +85,20 @@ def _write_word(_context: Any, data: Any, _at: Any, _word: Any) -> Any:
     return types.void(data, types.uint64, types.uint64), emit
 
 
+def _bits_of(_context: Any, _value: Any) -> Any:
+    def emit(_codegen: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return builder.bitcast(given[0], ir.IntType(32))
+
+    return types.int32(types.float32), emit
+
+
+def _float_of(_context: Any, _bits: Any) -> Any:
+    def emit(_codegen: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return builder.bitcast(given[0], ir.FloatType())
+
+    return types.float32(types.int32), emit
+
+
 def _prefetch(_context: Any, data: Any, _at: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         address = _address(context, builder, signature, given, _BYTE)
@@ -108,6 +122,9 @@ def _instruction(definition: Any) -> Any:
 nonzero_bytes: Callable[..., np.uint64] = _instruction(_nonzero_bytes)
 # Word: the place of its lowest bit that is set; the word must not be 0.
 lowest_bit: Callable[..., np.uint64] = _instruction(_lowest_bit)
+# A float32 and its bits, as they are.
+bits_of: Callable[..., np.int32] = _instruction(_bits_of)
+float_of: Callable[..., np.float32] = _instruction(_float_of)
 # Array, place, word: eight bytes are written, the lowest first.
 write_word: Callable[..., None] = _instruction(_write_word)
 # Array, place: the line with that element is on its way, to be written soon.

@@ -40,8 +40,11 @@ def encode(
     out: Tensor,
     residual: Tensor | None = None,
     density: float | None = None,
+    source: Tensor | None = None,
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
+    if source is not None:
+        x.copy_(source)
     values = x.numpy()
     if residual is not None:
         nothing = not values.any()

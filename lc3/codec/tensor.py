@@ -38,8 +38,11 @@ def encode(
     out: Tensor,
     residual: Tensor | None = None,
     density: float | None = None,
+    source: Tensor | None = None,
 ) -> Encoded:
     """See ``lc3.codec.Codec.encode``."""
+    if source is not None:
+        x.copy_(source)
     if residual is not None:
         nothing = not x.any()
         x += residual
