@@ -7,10 +7,12 @@ other machines, milliseconds do not.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from types import ModuleType
+from typing import NamedTuple
 
 import lz4.frame
 import numpy as np
@@ -31,7 +33,7 @@ from lc3.workers import Workers
 Row = dict[str, object]
 DENSITIES = (0.5, 0.1, 0.05, 0.01, 0.001)
 SIZES = (10_000, 1_000_000, 6_500_000, 64_000_000)
-MIN_SECONDS = 0.15
+MIN_SECONDS = 0.5
 REPEATS = 20
 PIECES = 64  # of the bucket that is encoded on several threads
 
@@ -59,24 +61,62 @@ def timed(job: Callable[[], object], before: Callable[[], object] | None = None)
     return {"ms_p20": round(p20, 4), "ms_p50": round(p50, 4), "ms_p80": round(p80, 4)}
 
 
-def row(
-    what: str, direction: str, numel: int, density: float, threads: int, ms: Row
-) -> Row:
-    """Return one line of the result file, its ratio still open."""
-    speed = numel * 4 / float(str(ms["ms_p50"])) / 1e6
-    return {
-        "what": what,
-        "direction": direction,
-        "numel": numel,
-        "density": density,
-        "threads": threads,
-        **ms,
-        "float32_gb_s": round(speed, 3),
-    }
+class Contender(NamedTuple):
+    """What is timed, in turns with the others of the same tensor.
+
+    Attributes:
+        what: its name.
+        direction: ``encode`` or ``decode_add``.
+        job: what is timed.
+        before: what is done before it and not timed.
+        threads: that it runs on.
+    """
+
+    what: str
+    direction: str
+    job: Callable[[], object]
+    before: Callable[[], object] | None = None
+    threads: int = 1
 
 
-def codec_rows(codec: ModuleType, x0: Tensor, density: float) -> Iterator[Row]:
-    """Yield the rows of one backend on one tensor.
+def in_turns(
+    contenders: Sequence[Contender], numel: int, density: float
+) -> Iterator[Row]:
+    """Yield a line of the result file for each; the first is what others are ratios of.
+
+    All take turns, so that what else the machine does meets all of them, and none
+    finds in a cache what it left there.
+    """
+    times: list[list[float]] = [[] for _ in contenders]
+    start = time.perf_counter()
+    while len(times[0]) < REPEATS or (
+        time.perf_counter() - start < MIN_SECONDS and len(times[0]) < 1000
+    ):
+        for mine, contender in zip(times, contenders, strict=True):
+            if contender.before is not None:
+                contender.before()
+            began = time.perf_counter()
+            contender.job()
+            mine.append(1e3 * (time.perf_counter() - began))
+    base = median(times[0])
+    for mine, contender in zip(times, contenders, strict=True):
+        p20, p50, p80 = (quantiles(mine, n=10)[i] for i in (1, 4, 7))
+        yield {
+            "what": contender.what,
+            "direction": contender.direction,
+            "numel": numel,
+            "density": density,
+            "threads": contender.threads,
+            "ms_p20": round(p20, 4),
+            "ms_p50": round(p50, 4),
+            "ms_p80": round(p80, 4),
+            "float32_gb_s": round(numel * 4 / p50 / 1e6, 3),
+            "memcpies": round(p50 / base, 3),
+        }
+
+
+def backend(codec: ModuleType, x0: Tensor) -> Iterator[Contender]:
+    """Yield one backend's both directions on one tensor.
 
     Raises:
         RuntimeError: it is wrong, so its speed means nothing.
@@ -88,23 +128,24 @@ def codec_rows(codec: ModuleType, x0: Tensor, density: float) -> Iterator[Row]:
     frame, acc = out[:used].clone(), torch.zeros(numel)
     codec.add(frame, acc)
     if codec.check(frame, numel) != used or not torch.equal(acc + x, x0):
-        raise RuntimeError(f"{name} is wrong at {numel} values of density {density}")
+        raise RuntimeError(f"{name} is wrong at {numel} values")
     if numel <= SIZES[1]:
         expected, left = torch.empty_like(out), x0.clone()
         size, _ = reference.encode(left, 1.0, expected)
         if not torch.equal(expected[:size], frame) or not torch.equal(left, x):
             raise RuntimeError(f"{name} differs from the reference at {numel} values")
-    encode = timed(lambda: codec.encode(x, 1.0, out), lambda: x.copy_(x0))
-    yield row(name, "encode", numel, density, 1, encode)
+    yield Contender(
+        name, "encode", lambda: codec.encode(x, 1.0, out), lambda: x.copy_(x0)
+    )
 
     def decode_add() -> None:
         codec.add(frame[: codec.check(frame, numel)], acc)
 
-    yield row(name, "decode_add", numel, density, 1, timed(decode_add))
+    yield Contender(name, "decode_add", decode_add)
 
 
-def feedback_rows(x0: Tensor, density: float) -> Iterator[Row]:
-    """Yield the encoder's rows as hooks call it: a gradient of each type, a residual.
+def with_residual(x0: Tensor) -> Iterator[Contender]:
+    """Yield the encoder as hooks call it: a gradient of each type, and a residual.
 
     Raises:
         RuntimeError: it is wrong, so its speed means nothing.
@@ -123,22 +164,21 @@ def feedback_rows(x0: Tensor, density: float) -> Iterator[Row]:
 
         def widened(given: Tensor = given) -> None:
             x.copy_(given)
-            encode(None)
+            cpu.encode(x, 1.0, out, residual)
 
         x.copy_(x0)
         frame, sent = out[: encode()], torch.zeros(n)
         cpu.add(frame, sent)
         if not torch.equal(sent + x, given.float()):
-            raise RuntimeError(f"{name} is wrong at {n} values of density {density}")
-        ms = timed(encode, before)
-        yield row(f"cpu, {name} and residual", "encode", n, density, 1, ms)
-        if source is not None:
+            raise RuntimeError(f"{name} is wrong at {n} values")
+        yield Contender(f"cpu, {name} and residual", "encode", encode, before)
+        if dtype == torch.bfloat16:
             what = f"cpu, {name} widened first, and residual"
-            yield row(what, "encode", n, density, 1, timed(widened))
+            yield Contender(what, "encode", widened)
 
 
-def plain_torch(x0: Tensor, density: float) -> Iterator[Row]:
-    """Yield the row of torch operators that do the same without folding zero runs."""
+def plain_torch(x0: Tensor) -> Contender:
+    """Return torch operators that do the same without folding zero runs."""
     x = x0.clone()
 
     def encode() -> Tensor:
@@ -148,15 +188,15 @@ def plain_torch(x0: Tensor, density: float) -> Iterator[Row]:
         x.sub_(digits * scale)
         return tensor._quartic(digits)
 
-    ms = timed(encode, lambda: x.copy_(x0))
-    yield row("torch operators, no zero runs", "encode", x0.numel(), density, 1, ms)
+    what = "torch operators, no zero runs"
+    return Contender(what, "encode", encode, lambda: x.copy_(x0))
 
 
-def others(x: Tensor) -> Iterator[Row]:
+def others(x: Tensor) -> Iterator[Contender]:
     """Yield what people use instead, on the same tensor."""
     n = x.numel()
     half = torch.empty(n, dtype=torch.float16)
-    yield row("fp16 cast", "encode", n, 0, 1, timed(lambda: half.copy_(x)))
+    yield Contender("fp16 cast", "encode", lambda: half.copy_(x))
     rows = 1 << (n.bit_length() // 2)
     matrix = x[: n // rows * rows].view(rows, -1)
     for rank in (1, 4):
@@ -166,31 +206,33 @@ def others(x: Tensor) -> Iterator[Row]:
             p = torch.linalg.qr(matrix @ q).Q
             return torch.matmul(matrix.t(), p)
 
-        yield row(f"PowerSGD rank {rank}", "encode", n, 0, 1, timed(power))
+        yield Contender(f"PowerSGD rank {rank}", "encode", power)
     data = x.numpy().tobytes()
     if n <= SIZES[1]:
         squeezer = zstandard.ZstdCompressor(level=1)
-        ms = timed(lambda: squeezer.compress(data))
-        yield row("zstd 1 on the floats", "encode", n, 0, 1, ms)
-        ms = timed(lambda: lz4.frame.compress(data))
-        yield row("lz4 on the floats", "encode", n, 0, 1, ms)
+        yield Contender(
+            "zstd 1 on the floats", "encode", lambda: squeezer.compress(data)
+        )
+        yield Contender("lz4 on the floats", "encode", lambda: lz4.frame.compress(data))
 
 
-def threaded(threads: int, numel: int, density: float) -> Iterator[Row]:
-    """Yield the time to encode a bucket of ``PIECES`` tensors on some threads."""
-    x0 = spiky(numel, density)
+def bucket(workers: Workers, x0: Tensor) -> Contender:
+    """Return the encoding of a bucket of ``PIECES`` tensors on some threads."""
     x = x0.clone()
-    values = torch.split(x, numel // PIECES)
+    values = torch.split(x, x.numel() // PIECES)
     rooms = [torch.empty(max_frame_bytes(v.numel()), dtype=torch.uint8) for v in values]
-    workers = Workers(threads)
 
     def encode(index: int) -> Callable[[], None]:
         return lambda: (cpu.encode(values[index], 1.0, rooms[index]), None)[1]
 
     jobs = [(v.numel(), encode(i)) for i, v in enumerate(values)]
-    ms = timed(lambda: workers.run(jobs), lambda: x.copy_(x0))
-    workers.close()
-    yield row(f"cpu, bucket of {PIECES}", "encode", numel, density, threads, ms)
+    return Contender(
+        f"cpu, bucket of {PIECES}",
+        "encode",
+        lambda: workers.run(jobs),
+        lambda: x.copy_(x0),
+        workers.threads,
+    )
 
 
 def speed_rows(sizes: tuple[int, ...], console: Console) -> list[Row]:
@@ -201,25 +243,23 @@ def speed_rows(sizes: tuple[int, ...], console: Console) -> list[Row]:
         for density in DENSITIES:
             console.print(f"{numel:>11,} values, density {density}")
             x0 = spiky(numel, density)
-            copy = timed(lambda: target.copy_(source))  # noqa: B023
-            mine = [row("memcpy", "encode", numel, density, 1, copy)]
-            backends = [cpu, tensor] if numel <= SIZES[2] else [cpu]
-            if numel <= SIZES[0]:
-                backends.append(reference)
-            for codec in backends:
-                mine += codec_rows(codec, x0, density)
+            copy = Contender("memcpy", "encode", partial(target.copy_, source))
+            quick, slow = [copy, *backend(cpu, x0)], [copy, plain_torch(x0)]
             if numel >= SIZES[1]:
-                mine += feedback_rows(x0, density)
-            mine += plain_torch(x0, density)
+                quick += with_residual(x0)
+            if numel <= SIZES[2]:
+                slow += backend(tensor, x0)
+            if numel <= SIZES[0]:
+                slow += backend(reference, x0)
             if density == DENSITIES[0]:
-                mine += others(x0)
+                slow += others(x0)
+            pools = [Workers(threads) for threads in (1, 2)]
             if numel == SIZES[2]:
-                for threads in (1, 2):
-                    mine += threaded(threads, numel, density)
-            base = float(str(copy["ms_p50"]))
-            for line in mine:
-                line["memcpies"] = round(float(str(line["ms_p50"])) / base, 3)
-            rows += mine
+                quick += [bucket(workers, x0) for workers in pools]
+            rows += in_turns(quick, numel, density)
+            rows += list(in_turns(slow, numel, density))[1:]  # its own memcpy: once
+            for workers in pools:
+                workers.close()
     return rows
 
 
