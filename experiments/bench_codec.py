@@ -177,6 +177,26 @@ def with_residual(x0: Tensor) -> Iterator[Contender]:
             yield Contender(what, "encode", widened)
 
 
+def limits(x: Tensor, workers: Workers) -> Iterator[Contender]:
+    """Yield what only moves memory: nothing that does the same can take less."""
+    values, one, target = x.clone().numpy(), np.float32(1), torch.empty_like(x)
+    yield Contender(
+        "adding a number in place",
+        "decode_add",
+        lambda: np.add(values, one, out=values),
+    )
+    parts = zip(torch.split(x, 100_000), torch.split(target, 100_000), strict=True)
+
+    def copy(mine: Tensor, into: Tensor) -> Callable[[], None]:
+        return lambda: (into.copy_(mine), None)[1]
+
+    jobs = [(mine.numel(), copy(mine, into)) for mine, into in parts]
+    threads = workers.threads
+    yield Contender(
+        "memcpy in parts", "encode", lambda: workers.run(jobs), threads=threads
+    )
+
+
 def plain_torch(x0: Tensor) -> Contender:
     """Return torch operators that do the same without folding zero runs."""
     x = x0.clone()
@@ -256,6 +276,7 @@ def speed_rows(sizes: tuple[int, ...], console: Console) -> list[Row]:
             pools = [Workers(threads) for threads in (1, 2)]
             if numel == SIZES[2]:
                 quick += [bucket(workers, x0) for workers in pools]
+                quick += limits(x0, pools[1])
             rows += in_turns(quick, numel, density)
             rows += list(in_turns(slow, numel, density))[1:]  # its own memcpy: once
             for workers in pools:
