@@ -408,10 +408,13 @@ def test_what_is_exposed_of_an_exchange() -> None:
             assert seconds <= 1.05 * plain, (model, rate)
         if method == "3LC s=1.00" and rate in ("10mbit", "100mbit"):
             assert seconds < plain / 3, (model, rate)
-    assert (
-        step["VGG, 6.9 M", "loopback", 2, "3LC s=1.00"]
-        <= 1.25 * (step["VGG, 6.9 M", "loopback", 2, "float32"])
-    )
+    slower = {
+        model: step[model, "loopback", 2, "3LC s=1.00"]
+        / step[model, "loopback", 2, "float32"]
+        for model in bench_step.MODELS
+    }
+    assert slower["VGG, 6.9 M"] < 1.085
+    assert max(slower.values()) < 1.335
     (hidden,) = (
         float(row["step_ms"]) / float(row["bound_ms"])
         for row in rows
