@@ -297,6 +297,12 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     coded = next(s for s in report.summarise(rows) if s.method == "local H=16")
     assert 64 / (coded.push_bits + coded.pull_bits) > 800
     assert points["local H=16"].loss < 1.004 * base.loss
+    whole = points["local H=16, density 9.5 %, all coded"]
+    assert round(base.bytes_per_step / whole.bytes_per_step) == 819
+    assert 0.994 * base.loss < whole.loss < 0.9955 * base.loss
+    fewer = points["local H=16, density 4 %, all coded"]
+    assert base.bytes_per_step / fewer.bytes_per_step > 1470
+    assert 1.025 * base.loss < fewer.loss < 1.0285 * base.loss
     least = points["local H=32, density 10 %, all coded"]
     assert base.bytes_per_step / least.bytes_per_step > 1500
     assert least.loss < 1.026 * base.loss
@@ -305,7 +311,8 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert base.bytes_per_step / coded_large.bytes_per_step > 420
     assert 1.03 < coded_large.loss / base.loss < 1.033
     ends = {s.method: s.test_loss for s in report.summarise(rows)}
-    assert ends["local H=32, density 10 %, all coded"] < ends["float32"]
+    for method in (fewer.method, least.method):
+        assert ends[method] < ends["float32"]
 
 
 def test_what_the_readme_says_of_optimizers_is_so() -> None:
