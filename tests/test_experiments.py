@@ -196,6 +196,7 @@ def test_insert_needs_its_markers(text: str) -> None:
 DOCS = (ROOT / "docs/results.md").read_text()
 FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longer", "chars-muon-longer"),
+    ("chars-longer", "chars-longer-frontier"),
     ("chars-large", "chars-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
@@ -342,6 +343,12 @@ def test_what_the_readme_says_of_optimizers_is_so() -> None:
     longer = record.read_csv(ROOT / "experiments/results/chars-longer.csv")
     best = {point.method: point.loss for point in frontier.points(longer)}
     assert best["local H=8"] < 1.004 * best["float32"]
+    whole = "local H=8, density 9.5 %, all coded"
+    assert 0.9975 < best[whole] / best["float32"] < 0.9985
+    assert beside("chars-longer")[whole][2] == "411"
+    assert (
+        beside("chars-muon-longer")["local H=16, density 9.5 %, all coded"][2] == "819"
+    )
 
 
 def test_the_rate_of_the_larger_transformer_is_the_best_of_three() -> None:
