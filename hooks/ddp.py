@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lc3.checkpoint import Parts, load, merge, save
 from lc3.config import Config
+from lc3.engine import NO_HALVES
 from lc3.errors import AttachError, StateError
 from lc3.meter import Meter
 from lc3.owners import flat_view
@@ -165,8 +166,8 @@ class State:
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
             )
             return self.engine.pass_through(buffer, step, bucket)
-        wide = buffer.dtype == torch.float32
-        flat = buffer if wide else self._room_for(buffer)
+        narrow = buffer.dtype != torch.float32
+        flat = self._room_for(buffer) if narrow else buffer
         sizes = [self.engine.plan.numel[name] for name in names]
         if sum(sizes) != flat.numel():
             raise AttachError(
@@ -174,12 +175,10 @@ class State:
                 f"{sum(sizes)}; this torch lays out buckets in a way lc3 does not know"
             )
         grads = dict(zip(names, torch.split(flat, sizes), strict=True))
-        if wide:
-            self.engine.all_reduce(grads, step, bucket)
-            return buffer
-        halves = dict(zip(names, torch.split(buffer, sizes), strict=True))
+        parts = torch.split(buffer, sizes)
+        halves = dict(zip(names, parts, strict=True)) if narrow else NO_HALVES
         self.engine.all_reduce(grads, step, bucket, halves)
-        return buffer.copy_(flat)
+        return buffer.copy_(flat) if narrow else buffer
 
     def _begin(self) -> None:
         """Bring the residuals into the units of this step's gradients, and keep them.

@@ -37,7 +37,7 @@ _ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
 }
 
 
-NO_HALVES: Mapping[str, Tensor] = MappingProxyType({})
+NO_HALVES: Mapping[str, Tensor] = MappingProxyType({})  # of float32 gradients
 
 
 class Engine:

@@ -440,6 +440,37 @@ def test_what_is_exposed_of_an_exchange() -> None:
     assert max(r for r in rounds) <= 2
 
 
+def test_what_the_docs_say_of_the_codec_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/codec.csv")
+    took = {
+        (r["what"], r["direction"], r["numel"], r["density"], r["threads"]): float(
+            r["memcpies"]
+        )
+        for r in rows
+    }
+
+    def of(what: str, density: str, n: str = "6500000", threads: str = "1") -> float:
+        return took[what, "encode", n, density, threads]
+
+    for density in ("0.05", "0.01"):
+        added = took["cpu", "decode_add", "6500000", density, "1"]
+        least = took["adding a number in place", "decode_add", "6500000", density, "1"]
+        assert 0.45 < added < 0.6
+        assert 1.05 < added / least < 1.15
+        for n in ("6500000", "64000000"):
+            fused = of("cpu, bfloat16 and residual", density, n)
+            apart = of("cpu, bfloat16 widened first, and residual", density, n)
+            assert 0.77 < fused / apart < 0.88
+        assert 1.3 < of("cpu, float32 and residual", density) < 1.5
+        plain = of("torch operators, no zero runs", density)
+        assert plain / of("cpu", density) > 8
+    for density in ("0.5", "0.05", "0.01"):
+        bucket = [of("cpu, bucket of 64", density, threads=t) for t in ("1", "2")]
+        assert 1.1 < bucket[0] / bucket[1] < 1.55
+        copied = of("memcpy in parts", density, threads="2")
+        assert 0.95 < 1 / copied < 1.25
+
+
 def test_the_table_of_world_sizes_is_the_committed_result() -> None:
     rows = record.read_csv(ROOT / "experiments/results/scale.csv")
     assert report.insert(DOCS, "scale", scale.markdown(rows)) == DOCS
