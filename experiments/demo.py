@@ -34,7 +34,6 @@ def main() -> int:
         *("--task", options.task, "--methods", *options.methods),
         *("--steps", str(options.steps), "--seeds", str(options.seeds)),
         *("--first-seed", str(options.first_seed)),
-        *("--lr-factor", str(options.lr_factor)),
         *("--out", str(path)),
         *(("--data-dir", str(options.data_dir)) if options.data_dir else ()),
     ]

@@ -302,7 +302,7 @@ def _all_coded(density: float) -> lc3.Config:
 
 
 # Steps between exchanges, and the per cent of values sent.
-ALL_CODED = ((8, 9.5), (8, 10), (16, 4), (16, 9.5), (16, 30), (32, 10))
+ALL_CODED = ((4, 10), (8, 9.5), (8, 10), (16, 4), (16, 9.5), (16, 30), (32, 10))
 
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
@@ -311,6 +311,8 @@ METHODS: dict[str, Method] = {
     "3LC s=1.50": _lc3(1.5),
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
+    "3LC s=1.00, all coded": _lc3(1.0, min_ndim=0, min_numel=1),
+    "3LC s=1.50, all coded": _lc3(1.5, min_ndim=0, min_numel=1),
     "s=1.00, block 1024": _lc3(1.0, block=1024),
     "s=1.75, block 1024": _lc3(1.75, block=1024),
     "s=1.75, pull s=1.00": _lc3(1.75, pull_sparsity=1.0),
@@ -341,4 +343,29 @@ METHODS: dict[str, Method] = {
         for every, percent in ALL_CODED
     },
 }
-DEMO = ("float32", "fp16", *(name for name in METHODS if name.startswith("3LC")))
+_AT_RATE = ", lr × "
+
+
+def find(name: str) -> tuple[Method, float]:
+    """Return a method, and what it multiplies the task's learning rate by.
+
+    Args:
+        name: of ``METHODS``, as it is or followed by ``, lr × 0.5``.
+
+    Raises:
+        KeyError: there is none of that name; the message says what there is.
+    """
+    method, at_rate, factor = name.partition(_AT_RATE)
+    try:
+        times = float(factor) if at_rate else 1.0
+    except ValueError:
+        times = math.nan
+    if method not in METHODS or not 0 < times < math.inf:
+        raise KeyError(
+            f"method {name!r} is unknown; there are {', '.join(METHODS)}, each also "
+            f"as '{next(iter(METHODS))}{_AT_RATE}0.5', with half the learning rate"
+        )
+    return METHODS[method], times
+
+
+DEMO = ("float32", "fp16", *(f"3LC s={s:.2f}" for s in (1.0, 1.5, 1.75, 1.9)))

@@ -29,7 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments.methods import METHODS
+from experiments.methods import find
 from experiments.record import RESULTS, read_csv, write_csv
 from experiments.tasks import TASKS
 from launch import netlab
@@ -117,10 +117,10 @@ def read_spec(path: Path) -> Spec:
             f"{path}: task {spec.task!r} is unknown; there are {', '.join(TASKS)}"
         )
     for method in [*spec.methods, *spec.more_seeds]:
-        if method not in METHODS:
-            raise SpecError(
-                f"{path}: method {method!r} is unknown; there are {', '.join(METHODS)}"
-            )
+        try:
+            find(method)
+        except KeyError as error:
+            raise SpecError(f"{path}: {error.args[0]}") from error
     for key, low in (("steps", 1), ("seeds", 1), ("ranks", 2)):
         if getattr(spec, key) < low:
             raise SpecError(

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
-from experiments.methods import DEMO, METHODS, Traffic
+from experiments.methods import DEMO, METHODS, Traffic, find
 from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
 from launch import ranks
@@ -45,7 +45,6 @@ class Run:
     steps: int
     compute_ms: float
     progress: Progress
-    lr_factor: float = 1.0
 
     def train(self, method: str, seed: int) -> list[dict[str, object]]:
         """Train once; collective.
@@ -62,11 +61,12 @@ class Run:
         torch.manual_seed(seed)
         module = self.task.make_model()
         given = self.task.make_optimizers(module)
+        attach, rate_factor = find(method)
         for optimizer in given:
             for group in optimizer.param_groups:
-                group["lr"] *= self.lr_factor
-            optimizer.defaults["lr"] *= self.lr_factor
-        model, optimizers, traffic = METHODS[method](module, given)
+                group["lr"] *= rate_factor
+            optimizer.defaults["lr"] *= rate_factor
+        model, optimizers, traffic = attach(module, given)
         schedules = [schedule(optimizer, self.steps) for optimizer in optimizers]
         every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
@@ -82,10 +82,7 @@ class Run:
             if step % every == 0 or step == self.steps:
                 on_link += interface_bytes() - since
                 measured = self._measure(model, traffic, torch.stack(losses), step)
-                name = method
-                if self.lr_factor != 1:
-                    name += f", lr × {self.lr_factor:g}"
-                which = {"task": self.task.name, "method": name, "seed": seed}
+                which = {"task": self.task.name, "method": method, "seed": seed}
                 rows.append({**which, **measured, **timed(seconds / step, on_link)})
                 losses.clear()
                 dist.barrier()
@@ -283,17 +280,26 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        type=known,
         default=list(DEMO),
         metavar="METHOD",
-        help=f"of {', '.join(METHODS)} (default: {', '.join(DEMO)})".replace("%", "%%"),
+        help=(
+            f"of {', '.join(METHODS)}, each also with another learning rate, like "
+            f"'float32, lr × 0.5' (default: {', '.join(DEMO)})"
+        ).replace("%", "%%"),
     )
     parser.add_argument("--steps", type=at_least(1), default=500)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
-    parser.add_argument(
-        "--lr-factor", type=float, default=1.0, help="times the task's learning rate"
-    )
     parser.add_argument("--first-seed", type=at_least(0), default=0)
+
+
+def known(method: str) -> str:
+    """Return the name of a method, for the command line."""
+    try:
+        find(method)
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(error.args[0]) from error
+    return method
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -331,7 +337,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with Progress(*columns, console=console, transient=True) as progress:
         compute_ms = measure_compute_ms(task)
-        run = Run(task, options.steps, compute_ms, progress, options.lr_factor)
+        run = Run(task, options.steps, compute_ms, progress)
         everything = progress.add_task(
             "all runs", total=options.seeds * len(options.methods)
         )

@@ -92,12 +92,15 @@ def test_the_committed_result_keeps_what_the_demo_promises() -> None:
 def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
     path = tmp_path / "digits.csv"
     arguments = ["--steps", "32", "--seeds", "1", "--out", str(path)]
-    arguments += ["--methods", *METHODS]
+    slower = "float32, lr × 0.5"
+    arguments += ["--methods", *METHODS, slower]
     done = torchrun("-m", "experiments.train", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     rows = record.read_csv(path)
     last = {row["method"]: row for row in rows if row["step"] == "32"}
-    assert list(last) == list(METHODS)
+    assert list(last) == [*METHODS, slower]
+    assert last[slower]["sent_bytes"] == last["float32"]["sent_bytes"]
+    assert float(last[slower]["loss"]) > float(last["float32"]["loss"])
     sent = {method: int(row["sent_bytes"]) for method, row in last.items()}
     assert sent["float32"] == 2 * sent["fp16"] == 32 * 4 * 151_306
     ratio = {method: sent["float32"] / sent[method] for method in METHODS}
@@ -157,7 +160,9 @@ def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> Non
     [
         (["--steps", "0"], "'0' is not an integer of at least 1"),
         (["--seeds", "x"], "'x' is not an integer of at least 1"),
-        (["--methods", "4LC"], "invalid choice: '4LC'"),
+        (["--methods", "4LC"], "method '4LC' is unknown; there are float32, fp16"),
+        (["--methods", "fp16, lr × 0"], "method 'fp16, lr × 0' is unknown"),
+        (["--methods", "fp16, lr × one"], "'float32, lr × 0.5', with half the"),
         (["--task", "mnist"], "invalid choice: 'mnist'"),
         (["--ranks", "1"], "'1' is not an integer of at least 2"),
     ],
