@@ -302,7 +302,10 @@ def _all_coded(density: float) -> lc3.Config:
 
 
 # Steps between exchanges, and the per cent of values sent.
-ALL_CODED = ((4, 10), (8, 9.5), (8, 10), (16, 4), (16, 9.5), (16, 30), (32, 10))
+ALL_CODED = (
+    *((1, 5), (1, 10), (2, 10), (4, 10), (8, 9.5), (8, 10)),
+    *((16, 4), (16, 9.5), (16, 30), (32, 10)),
+)
 
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
