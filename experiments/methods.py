@@ -20,10 +20,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     fp16_compress_hook,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
+from experiments.preconditioned import Preconditioned, hook
 from lc3.codec import Codec
 from lc3.coder import Coder
 from lc3.hooks import ddp, local_sgd, push_pull
@@ -97,16 +98,18 @@ class Metered:
         meter: of the hook's state.
         close: ends the worker lane and its process group.
         every: steps between two exchanges; bits are per step.
+        beside: what the method sends beside, in bytes.
     """
 
     meter: Meter
     close: Callable[[], None]
     every: int = 1
+    beside: Callable[[], int] = lambda: 0
 
     @property
     def sent_bytes(self) -> int:
         """See ``Traffic``."""
-        return self.meter.sent_bytes
+        return self.meter.sent_bytes + self.beside()
 
     @property
     def push_bits(self) -> float:
@@ -296,6 +299,26 @@ def _push_pull(config: lc3.Config) -> Method:
     return start
 
 
+def _preconditioned(sparsity: float) -> Method:
+    """Return what may take the place of AdamW, whose rate and first moment it has."""
+    config = lc3.Config(sparsity=sparsity, min_ndim=0, min_numel=1)
+
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        model = wrapped(module)
+        state = Preconditioned(ddp.State(model, config))
+        model.register_comm_hook(state, hook)
+        sgd = [
+            SGD(group["params"], lr=group["lr"], momentum=0.9, dampening=0.9)
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+        ]
+        inner = state.inner
+        traffic = Metered(inner.meter, inner.close, beside=lambda: state.shared_bytes)
+        return Training(model, sgd, traffic)
+
+    return start
+
+
 def _all_coded(density: float) -> lc3.Config:
     """Return a configuration in which biases and norms do not travel raw."""
     return lc3.Config(density=density, min_ndim=0, min_numel=1)
@@ -303,7 +326,7 @@ def _all_coded(density: float) -> lc3.Config:
 
 # Steps between exchanges, and the per cent of values sent.
 ALL_CODED = (
-    *((1, 5), (1, 10), (2, 10), (4, 10), (8, 9.5), (8, 10)),
+    *((1, 10), (2, 10), (4, 10), (4, 30), (8, 9.5), (8, 10)),
     *((16, 4), (16, 9.5), (16, 30), (32, 10)),
 )
 
@@ -332,6 +355,8 @@ METHODS: dict[str, Method] = {
     "PowerSGD rank 1": _power_sgd(1),
     "PowerSGD rank 2": _power_sgd(2),
     "PowerSGD rank 4": _power_sgd(4),
+    "preconditioned s=1.00": _preconditioned(1.0),
+    "preconditioned s=1.50": _preconditioned(1.5),
     "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
     "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
     **{
