@@ -261,10 +261,10 @@ def local_state(
     optimizers: Sequence[Optimizer],
     every: int,
     config: lc3.Config,
-    delay: int = 0,
+    **others: Any,
 ) -> local_sgd.State:
     """Let a module train by local steps."""
-    return local_sgd.attach(module, optimizers, config, every=every, delay=delay)
+    return local_sgd.attach(module, optimizers, config, every=every, **others)
 
 
 def push_pull_optimizer(
@@ -283,9 +283,9 @@ def push_pull_optimizer(
     return model, push_pull.attach(model, make, config, params=given.param_groups)
 
 
-def _local(every: int, config: lc3.Config) -> Method:
+def _local(every: int, config: lc3.Config, **others: Any) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
-        state = local_state(module, optimizers, every, config)
+        state = local_state(module, optimizers, every, config, **others)
         return Training(module, optimizers, Metered(state.meter, state.close, every))
 
     return start
@@ -330,6 +330,9 @@ ALL_CODED = (
     *((16, 4), (16, 9.5), (16, 30), (32, 10)),
 )
 
+# The same, and what multiplies residuals after each exchange.
+DECAYING = ((8, 9.5, 0.8), (16, 9.5, 0.8), (32, 10, 0.8))
+
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
     "fp16": _all_reduce(fp16_compress_hook, 16),
@@ -369,6 +372,12 @@ METHODS: dict[str, Method] = {
             every, _all_coded(percent / 100)
         )
         for every, percent in ALL_CODED
+    },
+    **{
+        f"local H={every}, density {percent} %, all coded, decay {decay}": _local(
+            every, _all_coded(percent / 100), residual_decay=decay
+        )
+        for every, percent, decay in DECAYING
     },
 }
 _AT_RATE = ", lr × "

@@ -3,7 +3,8 @@
 After every H-th step of the optimizer the ranks push what their parameters have moved,
 the owners average it into float32 masters, and everybody pulls 3LC of what the masters
 have moved. Sources: local SGD (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and
-for masters with error feedback EF21-P (arXiv 2209.15218).
+for masters with error feedback EF21-P (arXiv 2209.15218); residuals that decay,
+SparseLoCo (arXiv 2508.15706).
 """
 
 import logging
@@ -36,6 +37,7 @@ def attach(
     every: int | None = 8,
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
+    residual_decay: float = 1.0,
     delay: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> "State":
@@ -56,6 +58,9 @@ def attach(
         outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
         outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
             is a momentum already: it helps uncoded exchanges, not coded ones.
+        residual_decay: what multiplies a rank's residuals after every exchange. 1
+            forgets nothing. What has waited for long was found on a replica that had
+            not moved, again and again, and sent whole it goes too far.
         delay: steps that go on while an exchange is under way; 0 waits for it. Less
             than ``every``. Each result is then applied ``delay`` steps later.
         group: a process group that nobody else uses. Default: lc3 makes one.
@@ -74,6 +79,7 @@ def attach(
         every=every,
         outer_lr=outer_lr,
         outer_momentum=outer_momentum,
+        residual_decay=residual_decay,
         delay=delay,
         group=group,
     )
@@ -101,10 +107,13 @@ class State:
         every: int | None,
         outer_lr: float,
         outer_momentum: float,
+        residual_decay: float,
         delay: int,
         group: dist.ProcessGroup | None,
     ) -> None:
-        _check(model, optimizers, every, outer_lr, outer_momentum, delay)
+        _check(
+            model, optimizers, every, outer_lr, outer_momentum, residual_decay, delay
+        )
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
@@ -115,6 +124,7 @@ class State:
         self._model = model
         self._every, self._delay = every, delay
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
+        self._residual_decay = residual_decay
         self._flat = {
             name: flat_view(p.detach()) for p, name in self._session.names.items()
         }
@@ -233,6 +243,9 @@ class State:
                     master = owners.master(piece)
                     self._outer_step(piece.name, piece.offset, master, mean)
             owners.pull(self._moved, step, 0)
+            if self._residual_decay < 1:
+                for residual in self.engine.residuals.sent.values():
+                    residual.mul_(self._residual_decay)
             if self._buffers.numel():
                 averaged = self.engine.mean(self._buffers, step, 1)
             else:
@@ -319,6 +332,7 @@ def _check(
     every: int | None,
     outer_lr: float,
     outer_momentum: float,
+    residual_decay: float,
     delay: int,
 ) -> None:
     if isinstance(model, DistributedDataParallel):
@@ -342,6 +356,10 @@ def _check(
         raise ConfigError(
             f"outer_lr={outer_lr!r} must be in (0, 2], outer_momentum="
             f"{outer_momentum!r} in [0, 1)"
+        )
+    if not 0 <= residual_decay <= 1:
+        raise ConfigError(
+            f"residual_decay={residual_decay!r} must be in [0, 1]; 1 forgets nothing"
         )
 
 

@@ -65,12 +65,20 @@ def take_off(_name: str, _piece: slice, master: Any, mean: Any) -> None:
 
 
 def equals_the_servers(
-    rank: int, world: int, every: int, delay: int, kind: str, channels_last: bool
+    rank: int,
+    world: int,
+    every: int,
+    delay: int,
+    kind: str,
+    channels_last: bool,
+    decay: float = 1.0,
 ) -> dict[str, Any]:
     """Train; in each process also all ranks' shadows; compare after every step."""
     net = make_net(rank, channels_last)  # attach makes all ranks start like rank 0
     optimizer = make_optimizer(net, kind)
-    state = local_sgd.attach(net, optimizer, CODED, every=every, delay=delay)
+    state = local_sgd.attach(
+        net, optimizer, CODED, every=every, delay=delay, residual_decay=decay
+    )
     shadows = [make_net(0, channels_last) for _ in range(world)]
     theirs = [make_optimizer(shadow, kind) for shadow in shadows]
     names = [name for name, _ in net.named_parameters()]
@@ -104,6 +112,9 @@ def equals_the_servers(
                 [{n: servers.replica[n] - now[n] for n in names} for now in now_all],
                 take_off,
             )
+            for residuals in servers.sent:
+                for residual in residuals.values():
+                    residual *= np.float32(decay)
             seen = now_all
             if not delay:
                 for shadow in shadows:
@@ -209,9 +220,9 @@ def refused(rank: int, world: int, what: str) -> str:
     given: dict[str, Any] = {}
     if what == "ddp":
         net = DistributedDataParallel(net)
-    if what in ("every", "delay", "outer_lr"):
+    if what in ("every", "delay", "outer_lr", "residual_decay"):
         given = {"every": {"every": 0}, "delay": {"every": 4, "delay": 4}}.get(
-            what, {"outer_lr": 3.0}
+            what, {what: 3.0}
         )
     if what == "strides":
         net = nn.Linear(300, 10)

@@ -40,6 +40,11 @@ def test_local_steps_equal_the_servers(
         assert report["ratio"] > 2 * every
 
 
+def test_residuals_decay_as_the_servers_do(ranks: Pools) -> None:
+    reports = ranks(2).run(local_cases.equals_the_servers, 4, 3, "adamw", True, 0.7)
+    assert len({report["hash"] for report in reports}) == 1
+
+
 def test_uncoded_averaging_of_every_step_is_ddp(ranks: Pools) -> None:
     for distance in ranks(2).run(local_cases.plain_averaging_is_ddp):
         assert distance < 1e-6
@@ -72,6 +77,7 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
         ("every", "ConfigError: every=0 must be an integer from 1"),
         ("delay", "ConfigError: delay=4 must be less than every=4"),
         ("outer_lr", r"ConfigError: outer_lr=3\.0 must be in"),
+        ("residual_decay", r"ConfigError: residual_decay=3\.0 must be in \[0, 1\]"),
         ("strides", r"AttachError: a parameter of shape \[10, 300\] has strides"),
         ("differ", r"PlanMismatch: ranks differ: Config\.density is 0\.1 on rank 0"),
     ],
