@@ -58,9 +58,10 @@ def attach(
         outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
         outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
             is a momentum already: it helps uncoded exchanges, not coded ones.
-        residual_decay: what multiplies a rank's residuals after every exchange. 1
-            forgets nothing. What has waited for long was found on a replica that had
-            not moved, again and again, and sent whole it goes too far.
+        residual_decay: what multiplies, after every exchange, what was not sent yet: a
+            rank's residuals, and how far masters are ahead of the replicas. 1 forgets
+            nothing. What has waited for long was found again and again where the
+            replica had not moved, and sent whole it goes too far.
         delay: steps that go on while an exchange is under way; 0 waits for it. Less
             than ``every``. Each result is then applied ``delay`` steps later.
         group: a process group that nobody else uses. Default: lc3 makes one.
@@ -243,9 +244,7 @@ class State:
                     master = owners.master(piece)
                     self._outer_step(piece.name, piece.offset, master, mean)
             owners.pull(self._moved, step, 0)
-            if self._residual_decay < 1:
-                for residual in self.engine.residuals.sent.values():
-                    residual.mul_(self._residual_decay)
+            self._forget()
             if self._buffers.numel():
                 averaged = self.engine.mean(self._buffers, step, 1)
             else:
@@ -264,6 +263,17 @@ class State:
             velocity.mul_(self._outer_momentum).add_(mean)
             update = mean.add(velocity, alpha=self._outer_momentum)
         master.sub_(update, alpha=self._outer_lr)
+
+    def _forget(self) -> None:
+        """Let what was not sent decay: this rank's residuals, its masters' lead."""
+        if self._residual_decay == 1:
+            return
+        for residual in self.engine.residuals.sent.values():
+            residual.mul_(self._residual_decay)
+        for piece in self.owners.owned:
+            replica = self.owners.replica[piece.name][piece.start : piece.stop]
+            master = self.owners.master(piece)
+            master.sub_(replica).mul_(self._residual_decay).add_(replica)
 
     def _flush(self) -> Tensor:
         self.owners.flush()

@@ -64,6 +64,16 @@ def take_off(_name: str, _piece: slice, master: Any, mean: Any) -> None:
     master -= mean
 
 
+def forget(servers: Servers, decay: np.float32) -> None:
+    """Multiply what was not sent yet, on both sides."""
+    for residuals in servers.sent:
+        for residual in residuals.values():
+            residual *= decay
+    for name, master in servers.masters.items():
+        ahead = master - servers.replica[name]
+        master[:] = servers.replica[name] + decay * ahead
+
+
 def equals_the_servers(
     rank: int,
     world: int,
@@ -112,9 +122,8 @@ def equals_the_servers(
                 [{n: servers.replica[n] - now[n] for n in names} for now in now_all],
                 take_off,
             )
-            for residuals in servers.sent:
-                for residual in residuals.values():
-                    residual *= np.float32(decay)
+            if decay < 1:
+                forget(servers, np.float32(decay))
             seen = now_all
             if not delay:
                 for shadow in shadows:
