@@ -7,6 +7,7 @@ the classes themselves.
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -145,11 +146,15 @@ def _hooked(
 
 
 class Training(NamedTuple):
-    """What to call instead of the module, what to step, what counts the traffic."""
+    """What to call instead of the module, what to step, what counts the traffic.
+
+    ``shared`` is what to evaluate in: ranks then have the same parameters.
+    """
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
     traffic: Traffic
+    shared: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 # Makes ranks train one model, from the module and its optimizers.
@@ -286,7 +291,8 @@ def push_pull_optimizer(
 def _local(every: int, config: lc3.Config, **others: Any) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         state = local_state(module, optimizers, every, config, **others)
-        return Training(module, optimizers, Metered(state.meter, state.close, every))
+        traffic = Metered(state.meter, state.close, every)
+        return Training(module, optimizers, traffic, state.shared_model)
 
     return start
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
-from experiments.methods import DEMO, METHODS, Traffic, find
+from experiments.methods import DEMO, METHODS, Training, find
 from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
 from launch import ranks
@@ -66,7 +66,8 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] *= rate_factor
             optimizer.defaults["lr"] *= rate_factor
-        model, optimizers, traffic = attach(module, given)
+        training = attach(module, given)
+        model, optimizers, traffic, _ = training
         schedules = [schedule(optimizer, self.steps) for optimizer in optimizers]
         every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
@@ -81,7 +82,7 @@ class Run:
                 rate.step()
             if step % every == 0 or step == self.steps:
                 on_link += interface_bytes() - since
-                measured = self._measure(model, traffic, torch.stack(losses), step)
+                measured = self._measure(training, torch.stack(losses), step)
                 which = {"task": self.task.name, "method": method, "seed": seed}
                 rows.append({**which, **measured, **timed(seconds / step, on_link)})
                 losses.clear()
@@ -94,8 +95,9 @@ class Run:
         return rows
 
     def _measure(
-        self, model: nn.Module, traffic: Traffic, losses: Tensor, step: int
+        self, training: Training, losses: Tensor, step: int
     ) -> dict[str, object]:
+        traffic = training.traffic
         sent_bytes, codec_ms, loss, *bits = mean_over_ranks(
             traffic.sent_bytes,
             1e3 * traffic.codec_seconds / step,
@@ -105,8 +107,9 @@ class Run:
             traffic.frame_bits,
         )
         push_bits, pull_bits, frame_bits = bits
-        average_buffers(model)
-        test_loss, accuracy = evaluate_together(model, self.task.test)
+        average_buffers(training.model)
+        with training.shared():
+            test_loss, accuracy = evaluate_together(training.model, self.task.test)
         return {
             "ranks": dist.get_world_size(),
             "steps": self.steps,

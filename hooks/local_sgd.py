@@ -8,7 +8,8 @@ SparseLoCo (arXiv 2508.15706).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -193,6 +194,25 @@ class State:
         self._finish()
         self._session.lane.submit(self._flush).wait()
         self._copy_replica()
+
+    @contextmanager
+    def shared_model(self) -> Iterator[None]:
+        """Let the parameters be those that all ranks share, for an evaluation.
+
+        ``with state.shared_model(): evaluate(model)``. Between two exchanges a rank's
+        own have moved from these, and are worse on the whole. Nothing is sent; buffers
+        stay this rank's. Afterwards this rank goes on from its own parameters.
+        """
+        if self._pending is not None:
+            self._pending.wait()
+        own = {name: flat.clone() for name, flat in self._flat.items()}
+        if self.engine.exchange.world > 1:
+            self._copy_replica()
+        try:
+            yield
+        finally:
+            for name, flat in self._flat.items():
+                flat.copy_(own[name])
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""

@@ -223,6 +223,31 @@ def a_delay_hides_a_slow_exchange(rank: int, world: int) -> tuple[float, float]:
     return shares[0], shares[1]
 
 
+def shared_model(rank: int, world: int, delay: int) -> tuple[str, bool, str]:
+    """Between exchanges: the hash shared, own parameters kept, the end's hash."""
+    ends = []
+    for evaluates in (False, True):
+        net = make_net(0)
+        optimizer = make_optimizer(net, "adamw")
+        state = local_sgd.attach(net, optimizer, CODED, every=4, delay=delay)
+        for step in range(10):
+            train_step(net, optimizer, rank, step)
+            if evaluates:
+                own = [p.detach().clone() for p in net.parameters()]
+                with state.shared_model():
+                    shared = hash_of(net)
+                kept = all(
+                    torch.equal(a, b)
+                    for a, b in zip(own, net.parameters(), strict=True)
+                )
+                differs = hash_of(net) != shared
+        state.sync()
+        ends.append(hash_of(net))
+        state.close()
+    assert ends[0] == ends[1]
+    return shared, kept and differs, ends[0]
+
+
 def refused(rank: int, world: int, what: str) -> str:
     net: nn.Module = make_net(0)
     optimizer = make_optimizer(net, "sgd")

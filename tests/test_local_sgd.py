@@ -45,6 +45,13 @@ def test_residuals_decay_as_the_servers_do(ranks: Pools) -> None:
     assert len({report["hash"] for report in reports}) == 1
 
 
+@pytest.mark.parametrize("delay", [0, 3])
+def test_ranks_share_a_model_between_exchanges(ranks: Pools, delay: int) -> None:
+    results = ranks(2).run(local_cases.shared_model, delay)
+    assert results[0] == results[1]
+    assert results[0][1]
+
+
 def test_uncoded_averaging_of_every_step_is_ddp(ranks: Pools) -> None:
     for distance in ranks(2).run(local_cases.plain_averaging_is_ddp):
         assert distance < 1e-6
