@@ -365,7 +365,6 @@ METHODS: dict[str, Method] = {
     "PowerSGD rank 2": _power_sgd(2),
     "PowerSGD rank 4": _power_sgd(4),
     "preconditioned s=1.00": _preconditioned(1.0),
-    "preconditioned s=1.50": _preconditioned(1.5),
     "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
     "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
     **{

@@ -202,6 +202,7 @@ DOCS = (ROOT / "docs/results.md").read_text()
 FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longer", "chars-muon-longer"),
     ("chars-longer", "chars-longer-frontier"),
+    ("chars-muon-rates", "chars-muon-rates"),
     ("chars-large", "chars-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
@@ -215,6 +216,7 @@ FRONTIERS = [  # result file, marker in the docs
         "chars-longer",
         "chars-muon",
         "cifar10",
+        "cifar10-longer",
         "fashion-mnist",
         "forms",
         "quantizer",
@@ -286,6 +288,16 @@ def test_below_powersgd_and_top_k_there_is_a_form_of_lc3(name: str) -> None:
         assert frontier.better(other, forms) is not None, other
 
 
+def test_no_form_that_exchanges_every_step_beats_local_steps() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-frontier.csv")
+    found = {p.method: p for p in frontier.points(rows)}
+    local = [p for p in found.values() if p.method.startswith("local H=4")]
+    for method in ("preconditioned s=1.00", "3LC s=1.00", "push-pull s=1.00"):
+        assert frontier.better(found[method], local) is not None
+    (best,) = local
+    assert 2 * best.bytes_per_step < found["preconditioned s=1.00"].bytes_per_step
+
+
 def test_the_steps_of_the_frontier_are_those_the_lab_measured() -> None:
     rows = record.read_csv(ROOT / "experiments/results/links-chars.csv")
     times, measured = report.step_ms_by_link(rows)
@@ -312,6 +324,11 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     least = points["local H=32, density 10 %, all coded"]
     assert base.bytes_per_step / least.bytes_per_step > 1500
     assert least.loss < 1.026 * base.loss
+    slower = points["float32, lr × 0.5"].loss
+    assert f"{slower:.4f}" == "1.5576"
+    best = points["local H=32, density 10 %, all coded, decay 0.8, lr × 0.5"]
+    assert round(base.bytes_per_step / best.bytes_per_step) == 1574
+    assert 1.0135 < best.loss / base.loss < 1.014
     large = record.read_csv(ROOT / "experiments/results/chars-large.csv")
     base, coded_large = frontier.points(large)
     assert base.bytes_per_step / coded_large.bytes_per_step > 420
@@ -341,6 +358,9 @@ def test_what_the_readme_says_of_optimizers_is_so() -> None:
     assert digits["3LC s=1.00"][::2] == ("+0.4", "106")
     assert fashion["3LC s=1.00"][::2] == ("-0.7", "144")
     assert fashion["local H=8"][::2] == ("-1.0", "383")
+    images = beside("cifar10-longer")
+    assert images["local H=4, density 10 %, all coded"][::2] == ("+0.0", "159")
+    assert images["3LC s=1.00, all coded"][::2] == ("-0.6", "75")
     assert chars["local H=8"][1:] == ("6.5", "267")
     assert chars["push-pull s=1.00"][1:] == ("6.4", "38")
     assert chars["3LC s=1.00"][1:] == ("10.3", "43")
