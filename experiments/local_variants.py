@@ -52,8 +52,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--raw", action="store_true", help="send float32, uncoded")
     parser.add_argument("--own", action="store_true", help=go_on_from_own.__doc__)
     parser.add_argument("--outer-momentum", type=float, default=0.0)
-    parser.add_argument("--decay", type=float, default=1.0, help="of residuals")
-    parser.add_argument("--rate", type=float, default=1.0, help="times the task's")
     parser.add_argument("--extra", type=at_least(0), default=0, help="exchanges at end")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--out", type=Path, help="CSV file to add rows to")
@@ -70,10 +68,6 @@ def table(path: Path) -> str:
         what = [row["variant"]] if row["variant"] else []
         if float(row["outer_momentum"]):
             what.append(f"Nesterov momentum {row['outer_momentum']} of the masters")
-        if float(row["decay"]) < 1:
-            what.append(f"residuals × {row['decay']} after an exchange")
-        if float(row["rate"]) != 1:
-            what.append(f"learning rate × {row['rate']}")
         if int(row["extra"]):
             what.append(f"{row['extra']} more exchanges at the end")
         share = f"{100 * float(row['density']):.0f} %" if row["density"] else "float32"
@@ -106,13 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lc3.Config(density=options.density, raw=raw),
         every=options.every,
         outer_momentum=options.outer_momentum,
-        residual_decay=options.decay,
     )
     if options.own:
         go_on_from_own(state)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] *= options.rate
     schedules = [schedule(optimizer, options.steps) for optimizer in optimizers]
     for batch in batches(task, options.seed, options.steps):
         train_step(module, optimizers, batch)
@@ -134,8 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "density": "" if options.raw else options.density,
                 "variant": "own model" if options.own else "",
                 "outer_momentum": options.outer_momentum,
-                "decay": options.decay,
-                "rate": options.rate,
                 "extra": extra,
                 "seed": options.seed,
                 "fewer": "" if options.raw else fewer,

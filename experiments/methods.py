@@ -332,12 +332,12 @@ def _all_coded(density: float) -> lc3.Config:
 
 # Steps between exchanges, and the per cent of values sent.
 ALL_CODED = (
-    *((1, 10), (2, 10), (4, 10), (4, 30), (8, 9.5), (8, 10)),
+    *((4, 10), (4, 30), (8, 9.5), (8, 10)),
     *((16, 4), (16, 9.5), (16, 30), (32, 10)),
 )
 
 # The same, and what multiplies residuals after each exchange.
-DECAYING = ((8, 9.5, 0.8), (16, 9.5, 0.8), (32, 10, 0.8))
+DECAYING = ((8, 9.5, 0.8), (32, 10, 0.8))
 
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
@@ -347,7 +347,6 @@ METHODS: dict[str, Method] = {
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
     "3LC s=1.00, all coded": _lc3(1.0, min_ndim=0, min_numel=1),
-    "3LC s=1.50, all coded": _lc3(1.5, min_ndim=0, min_numel=1),
     "s=1.00, block 1024": _lc3(1.0, block=1024),
     "s=1.75, block 1024": _lc3(1.75, block=1024),
     "s=1.75, pull s=1.00": _lc3(1.75, pull_sparsity=1.0),
