@@ -24,6 +24,7 @@ from lc3.hooks import ddp
 REFRESH = 5
 DECAY = 0.95  # of the second moment, for each refresh
 FIRST = 10  # steps that refresh it each
+MOST = 10.0  # of an element once it is divided; Adam's, 1 / √(1 − β2) at β2 = 0.99
 
 
 class Preconditioned:
@@ -51,7 +52,8 @@ class Preconditioned:
             self._refreshes += first
             self._refresh(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            gradient.mul_(self._factors[parameter])
+            # An input seen for the first time has a moment of 0 until the next refresh.
+            gradient.mul_(self._factors[parameter]).clamp_(-MOST, MOST)
 
     def _refresh(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
