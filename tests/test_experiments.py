@@ -288,14 +288,20 @@ def test_below_powersgd_and_top_k_there_is_a_form_of_lc3(name: str) -> None:
         assert frontier.better(other, forms) is not None, other
 
 
-def test_no_form_that_exchanges_every_step_beats_local_steps() -> None:
+def test_what_the_docs_say_of_the_frontier_is_so() -> None:
     rows = record.read_csv(ROOT / "experiments/results/chars-frontier.csv")
     found = {p.method: p for p in frontier.points(rows)}
-    local = [p for p in found.values() if p.method.startswith("local H=4")]
-    for method in ("preconditioned s=1.00", "3LC s=1.00", "push-pull s=1.00"):
-        assert frontier.better(found[method], local) is not None
-    (best,) = local
-    assert 2 * best.bytes_per_step < found["preconditioned s=1.00"].bytes_per_step
+    preconditioned = found["preconditioned s=1.00"]
+    assert frontier.better(preconditioned, [*found.values()]) is None
+    half, quarter = (
+        found[f"local H={every}, density 30 %, all coded"] for every in (2, 4)
+    )
+    others = [preconditioned, found["3LC s=1.00"], found["push-pull s=1.00"], half]
+    losses = [f"{point.loss:.4f}" for point in others]
+    assert losses == ["1.7351", "1.8616", "1.7961", "1.7743"]
+    assert all(loss in DOCS for loss in losses)
+    assert 2 * quarter.bytes_per_step < preconditioned.bytes_per_step
+    assert f"{100 * (quarter.loss / preconditioned.loss - 1):.1f}" == "1.0"
     eighth = "local H=8, density 9.5 %, all coded"
     said = [found[m].loss for m in (f"{eighth}, decay 0.8", f"{eighth}, lr × 0.5")]
     assert [f"{loss:.4f}" for loss in said] == ["1.7971", "1.8452"]
