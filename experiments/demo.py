@@ -33,7 +33,7 @@ def main() -> int:
         *("--nproc-per-node", str(options.ranks), "-m", "experiments.train"),
         *("--task", options.task, "--methods", *options.methods),
         *("--steps", str(options.steps), "--seeds", str(options.seeds)),
-        *("--first-seed", str(options.first_seed)),
+        *("--first-seed", str(options.first_seed), "--device", options.device),
         *("--out", str(path)),
         *(("--data-dir", str(options.data_dir)) if options.data_dir else ()),
     ]

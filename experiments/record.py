@@ -43,9 +43,17 @@ def _commit() -> str:
         return "unknown"
 
 
-def stamped(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Return ``rows``, each ending with the provenance of this process."""
-    return [{**row, **provenance()} for row in rows]
+def stamped(rows: Sequence[Row], card: str = "") -> list[dict[str, object]]:
+    """Return ``rows``, each ending with the provenance of this process.
+
+    Args:
+        rows: of a result file.
+        card: the accelerator that computed, if one did.
+    """
+    known = provenance()
+    if card:
+        known = {**known, "machine": f"{known['machine']}, {card}"}
+    return [{**row, **known} for row in rows]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

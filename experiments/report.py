@@ -160,11 +160,14 @@ def caption(rows: Sequence[Row]) -> str:
     row = rows[0]
     seeds = len({row["seed"] for row in rows})
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    machines = "; ".join(
+        dict.fromkeys(f"{row['machine']}, {row['cores']} cores" for row in rows)
+    )
     return (
         f"Task {row['task']}: {row['ranks']} ranks on one machine, "
         f"{row['steps']} steps, mean of {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"the baseline is plain DDP in float32. {row['machine']}, {row['cores']} "
-        f"cores; lc3 {row['lc3']} at commit {commits}, torch {row['torch']}, "
+        f"the baseline is plain DDP in float32. {machines}; lc3 {row['lc3']} at commit "
+        f"{commits}, torch {row['torch']}, "
         f"numpy {row['numpy']}, numba {row['numba']}, Python {row['python']}. "
         "Bytes are counted where they are sent (for the two all-reduces: a ring's "
         "bytes, 2 (W − 1) / W of the buffer). *Computed, not measured: measured "

@@ -32,6 +32,7 @@ from rich.progress import (
 from experiments.methods import find
 from experiments.record import RESULTS, read_csv, write_csv
 from experiments.tasks import TASKS
+from experiments.train import usable
 from launch import netlab
 
 LOOPBACK = ""  # the rate of a job that runs without a lab
@@ -157,7 +158,11 @@ def _check_types(path: Path, given: dict[str, object]) -> None:
 
 
 def command(
-    spec: Spec, job: Sequence[Training], data_dir: Path | None, out: Path
+    spec: Spec,
+    job: Sequence[Training],
+    data_dir: Path | None,
+    device: str,
+    out: Path,
 ) -> list[str]:
     """Return the command line of a job that writes its rows to ``out``."""
     seed, rate = job[0].seed, job[0].rate
@@ -165,6 +170,7 @@ def command(
     training += ["--methods", *(t.method for t in job), "--steps", str(spec.steps)]
     training += ["--seeds", "1", "--first-seed", str(seed), "--out", str(out)]
     training += ["--data-dir", str(data_dir)] if data_dir else []
+    training += ["--device", device]
     if rate == LOOPBACK:
         start = ["torch.distributed.run", "--standalone"]
         start += ["--nproc-per-node", str(spec.ranks)]
@@ -177,6 +183,7 @@ def run_job(
     spec: Spec,
     job: Sequence[Training],
     data_dir: Path | None,
+    device: str,
     folder: Path,
     ended: Callable[[int], None],
 ) -> str | None:
@@ -186,6 +193,7 @@ def run_job(
         spec: the experiment.
         job: trainings of one seed and rate.
         data_dir: where the task's data is.
+        device: cpu or cuda.
         folder: where rows are kept, each training's as soon as it has ended.
         ended: is called with the number of trainings that have.
 
@@ -197,7 +205,7 @@ def run_job(
     threads = max(1, (os.cpu_count() or 1) // spec.ranks)
     with log.open("w") as file:
         process = subprocess.Popen(
-            command(spec, job, data_dir, out),
+            command(spec, job, data_dir, device, out),
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             cwd=RESULTS.parents[1],
             stdout=file,
@@ -258,7 +266,11 @@ def prepare(spec: Spec, folder: Path) -> None:
 
 
 def run(
-    spec: Spec, folder: Path, data_dir: Path | None, console: Console
+    spec: Spec,
+    folder: Path,
+    data_dir: Path | None,
+    console: Console,
+    device: str = "cpu",
 ) -> list[Training]:
     """Train what is not there yet and join all rows; return what failed."""
     trainings = spec.trainings()
@@ -288,7 +300,7 @@ def run(
                 def ended(count: int, before: int = before) -> None:
                     progress.update(bar, completed=before + count)
 
-                why = run_job(spec, job, data_dir, folder, ended)
+                why = run_job(spec, job, data_dir, device, folder, ended)
                 if why is not None:
                     bad = next(t for t in job if not t.kept(folder).exists())
                     failed.append(bad)
@@ -320,6 +332,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "local", help="a folder per experiment"
     )
+    parser.add_argument(
+        "--device", type=usable, default="cpu", help="cpu (the default) or cuda"
+    )
     options = parser.parse_args(arguments)
     try:
         options.specs = [read_spec(path) for path in options.toml]
@@ -343,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spec = Spec(**{**asdict(spec), "rates": []})
         data_dir = options.data_dir.resolve() if options.data_dir else None
         try:
-            failures = run(spec, folder, data_dir, console)
+            failures = run(spec, folder, data_dir, console, options.device)
         except KeyboardInterrupt:
             console.print("stopped; what has ended is kept, the same command goes on")
             return 130

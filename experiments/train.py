@@ -3,6 +3,9 @@
 Any launcher that sets torchrun's environment starts it; rank 0 writes the CSV:
 
     torchrun --nproc-per-node 2 -m experiments.train --task digits --out digits.csv
+
+With ``--device cuda`` each rank trains on a GPU, ranks in turn on those that there are;
+what they exchange goes over gloo all the same.
 """
 
 import argparse
@@ -33,6 +36,7 @@ if importlib.util.find_spec("horovod") is not None:
 
     METHODS.update(horovod_methods.METHODS)
 
+CPU = torch.device("cpu")
 WARM_UP = 0.05
 EVALUATIONS = 10
 
@@ -45,6 +49,7 @@ class Run:
     steps: int
     compute_ms: float
     progress: Progress
+    device: torch.device
 
     def train(self, method: str, seed: int) -> list[dict[str, object]]:
         """Train once; collective.
@@ -59,7 +64,7 @@ class Run:
             ValueError: the method cannot end after so many steps.
         """
         torch.manual_seed(seed)
-        module = self.task.make_model()
+        module = self.task.make_model().to(self.device)
         given = self.task.make_optimizers(module)
         attach, rate_factor = find(method)
         for optimizer in given:
@@ -74,7 +79,8 @@ class Run:
         losses: list[Tensor] = []
         seconds, on_link, since = 0.0, 0, interface_bytes()
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
-        for step, batch in enumerate(batches(self.task, seed, self.steps), start=1):
+        every_batch = batches(self.task, seed, self.steps, self.device)
+        for step, batch in enumerate(every_batch, start=1):
             start = time.perf_counter()
             losses.append(train_step(model, optimizers, batch))
             seconds += time.perf_counter() - start
@@ -154,7 +160,9 @@ def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
-def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    task: Task, seed: int, steps: int, device: torch.device = CPU
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's batches, epoch after epoch, the same for every method."""
     sampler: DistributedSampler[TensorDataset] = DistributedSampler(
         task.train, shuffle=True, seed=seed, drop_last=True
@@ -171,7 +179,7 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]
             chosen = inputs[batch]
             if task.augment is not None:
                 chosen = task.augment(chosen, generator)
-            yield chosen, labels[batch]
+            yield chosen.to(device), labels[batch].to(device)
             done += 1
             if done == steps:
                 return
@@ -180,7 +188,7 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]
 def train_step(
     model: nn.Module, optimizers: Sequence[Optimizer], batch: Sequence[Tensor]
 ) -> Tensor:
-    """Update the model with one batch and return its loss, a scalar."""
+    """Update the model with one batch and return its loss, a scalar; wait for it."""
     inputs, labels = batch
     for optimizer in optimizers:
         optimizer.zero_grad()
@@ -188,18 +196,20 @@ def train_step(
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
+    if loss.device.type != "cpu":
+        torch.accelerator.synchronize(loss.device)
     return loss.detach()
 
 
-def measure_compute_ms(task: Task, steps: int = 40) -> float:
+def measure_compute_ms(task: Task, device: torch.device, steps: int = 40) -> float:
     """Return the milliseconds of one step without any communication.
 
     Every rank runs at once, as in training: the median step, averaged over ranks.
     """
-    model = task.make_model()
+    model = task.make_model().to(device)
     optimizers = task.make_optimizers(model)
     times = []
-    for batch in batches(task, seed=0, steps=steps):
+    for batch in batches(task, 0, steps, device):
         start = time.perf_counter()
         train_step(model, optimizers, batch)
         times.append(time.perf_counter() - start)
@@ -217,8 +227,10 @@ def loss_of(outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
 def evaluate(model: nn.Module, data: TensorDataset) -> tuple[float, float]:
     """Return the mean loss on ``data`` and the share of right labels, 0 to 1."""
     loss = right = 0.0
+    device = next(model.parameters()).device
     model.eval()
-    for inputs, labels in zip(*(t.split(128) for t in data.tensors), strict=True):
+    for some in zip(*(t.split(128) for t in data.tensors), strict=True):
+        inputs, labels = (part.to(device) for part in some)
         outputs = model(inputs)
         loss += loss_of(outputs, labels, reduction="sum").item()
         right += (outputs.argmax(dim=-1) == labels).sum().item()
@@ -294,6 +306,28 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), default=500)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
     parser.add_argument("--first-seed", type=at_least(0), default=0)
+    parser.add_argument(
+        "--device", type=usable, default="cpu", help="cpu (the default) or cuda"
+    )
+
+
+def usable(device: str) -> str:
+    """Return a kind of device that ranks can train on, for the command line."""
+    if device not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{device!r} is neither cpu nor cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no GPU that torch can use; say cpu")
+    return device
+
+
+def device_of_rank(kind: str) -> torch.device:
+    """Return this rank's device of a kind, and make it the current one."""
+    if kind == "cpu":
+        return torch.device(kind)
+    local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    device = torch.device(kind, local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def known(method: str) -> str:
@@ -339,8 +373,10 @@ def main() -> None:
     )
     rows: list[dict[str, object]] = []
     with Progress(*columns, console=console, transient=True) as progress:
-        compute_ms = measure_compute_ms(task)
-        run = Run(task, options.steps, compute_ms, progress)
+        device = device_of_rank(options.device)
+        card = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        compute_ms = measure_compute_ms(task, device)
+        run = Run(task, options.steps, compute_ms, progress, device)
         everything = progress.add_task(
             "all runs", total=options.seeds * len(options.methods)
         )
@@ -348,7 +384,7 @@ def main() -> None:
             for method in options.methods:
                 rows += run.train(method, seed)
                 if first:  # after each, so that a stopped comparison keeps what it has
-                    write_csv(options.out, stamped(rows))
+                    write_csv(options.out, stamped(rows, card))
                 last = rows[-1]
                 progress.advance(everything)
                 console.print(

@@ -1,12 +1,18 @@
 """On a GPU: make gpu-check runs this; without one every test says so and is skipped."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from experiments.record import read_csv
 from tests import ddp_cases, gpu_cases
 from tests.ddp_cases import Case
 from tests.ranks import Ranks
 
+ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available(), reason="needs a GPU; make gpu-check runs it"
@@ -38,7 +44,8 @@ def test_ddp_on_a_gpu_equals_the_oracle(
 def test_a_gpu_trains_as_the_cpu_does(pair: Ranks, hook: str) -> None:
     losses = pair.run(gpu_cases.trains, hook, "cuda", timeout_s=300)
     expected = pair.run(gpu_cases.trains, hook, "cpu", timeout_s=300)
-    assert losses == pytest.approx(expected, rel=0.02)
+    for of_rank, there in zip(losses, expected, strict=True):
+        assert of_rank == pytest.approx(there, rel=0.02)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -50,9 +57,25 @@ def test_a_model_over_nccl(pair: Ranks, own: bool) -> None:
     assert first == second
 
 
+def test_the_harness_trains_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    methods = ["float32", "3LC s=1.00", "local H=8", "preconditioned s=1.00"]
+    options = ["--device", "cuda", "--steps", "32", "--seeds", "1", "--out", str(out)]
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    training = ["experiments.train", "--methods", *methods, *options]
+    command = [sys.executable, "-m", *start, "-m", *training]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    rows = read_csv(out)
+    assert {row["method"] for row in rows} == set(methods)
+    card = torch.cuda.get_device_name()
+    assert all(row["machine"].endswith(card) for row in rows)
+    first, last = rows[0], rows[9]
+    assert float(last["test_loss"]) < float(first["test_loss"])
+
+
 def test_nothing_waits_for_the_gpu_but_what_has_to() -> None:
     """Encoding a bucket waits for the stream once, adding one up does not."""
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         gpu_cases.encode_and_add()
     waits = {
         event.key: event.count

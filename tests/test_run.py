@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from experiments import paper, record, report, run
+from experiments import paper, record, report, run, train
 from experiments.record import ResultError
 
 ROOT = Path(__file__).parents[1]
@@ -165,3 +166,16 @@ def test_the_paper_is_quoted_as_recalled() -> None:
     assert "as recalled" in paper.markdown(rows)
     with (ROOT / "experiments/results/digits.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_a_gpu_that_is_not_there_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, reason in (
+        (["--device", "cuda"], "there is no GPU that torch can use; say cpu"),
+        (["--device", "tpu"], "'tpu' is neither cpu nor cuda"),
+    ):
+        with pytest.raises(SystemExit):
+            train.parse(["--out", "x.csv", *arguments])
+        assert reason in capsys.readouterr().err

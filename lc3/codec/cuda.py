@@ -15,6 +15,7 @@ the stream that is torch's current one. Under numba's simulator (NUMBA_ENABLE_CU
 the same kernels work on tensors on the CPU, in small blocks of threads.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -382,15 +383,28 @@ def _find_starts(data: Any, frames: Any, starts: Any) -> None:
 
 
 class _Layout(NamedTuple):
-    """Where the pieces of a call are: the same in every step, so made once."""
+    """Where the pieces of a call are: the same in every step, so made once.
 
-    pieces: Tensor
-    tiles: Tensor
+    Kernels' arguments are arrays: making one of a tensor takes as long as a launch.
+    """
+
+    piece_count: int
+    tile_count: int
     floats: Tensor  # peaks, scales, thresholds
     ints: Tensor  # flags, counts
-    of_tiles: Tensor  # lasts, befores, sizes, places
-    quartic: Tensor
     out: Tensor  # meta, then frames
+    meta_bytes: int
+    pieces: Any
+    tiles: Any
+    peaks: Any
+    scales: Any
+    halves: Any
+    flags: Any
+    counts: Any
+    of_tiles: Any  # lasts, befores, sizes, places
+    quartic: Any
+    meta: Any
+    frames: Any
 
 
 class Batch:
@@ -403,7 +417,8 @@ class Batch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._layouts: dict[Any, _Layout] = {}
-        self._ranges: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._ranges: dict[Any, tuple[int, Any, Any]] = {}
+        self._launchers: dict[Any, Any] = {}
         self._back = _Staging(device)
         self._forth = _Staging(device)
         self._guess: dict[Any, int] = {}
@@ -446,27 +461,28 @@ class Batch:
         if key not in self._layouts:
             self._layouts[key] = self._lay_out(key)
         layout = self._layouts[key]
-        count, tiles = layout.pieces.shape[0], layout.tiles.shape[0]
-        owed = next((r for r in residuals if r is not None), values[0])
-        x = _base(values[0])
-        peaks, scales, halves = layout.floats.zero_()
-        flags, counts = layout.ints.zero_()
+        count, tiles, pieces = layout.tile_count, layout.tiles, layout.pieces
+        x = _array(_base(values[0]))
+        owed = next((_array(_base(r)) for r in residuals if r is not None), x)
+        layout.floats.zero_()
+        layout.ints.zero_()
+        peaks, scales, flags = layout.peaks, layout.scales, layout.flags
         lasts, befores, sizes, places = layout.of_tiles
-        meta_bytes = _META_BYTES * (count + 1)
-        meta = layout.out[:meta_bytes].view(torch.int64)
-        tables = layout.pieces, layout.tiles
-        self._launch(_find_peaks, tiles, x, _base(owed), *tables, peaks, flags)
+        quartic, counts = layout.quartic, layout.counts
+        self._launch(_find_peaks, count, x, owed, pieces, tiles, peaks, flags)
         if density is not None:
-            self._choose(values, peaks, flags, scales, halves, density)
+            self._choose(values, layout, density)
         s = np.float32(0 if density is not None else sparsity)
-        of_piece = peaks, flags, s, halves, scales
-        quartic = layout.quartic
-        self._launch(_quantize, tiles, x, *tables, *of_piece, quartic, lasts, counts)
-        self._launch(_carry, count, layout.pieces, lasts, befores)
-        self._launch(_count, tiles, *tables, scales, quartic, befores, sizes)
-        self._launch(_place, 1, layout.tiles, counts, sizes, places, meta)
-        frames = layout.out[meta_bytes:]
-        self._launch(_emit, tiles, *tables, scales, quartic, befores, places, frames)
+        of_piece = peaks, flags, s, layout.halves, scales
+        self._launch(
+            _quantize, count, x, pieces, tiles, *of_piece, quartic, lasts, counts
+        )
+        self._launch(_carry, layout.piece_count, pieces, lasts, befores)
+        self._launch(_count, count, pieces, tiles, scales, quartic, befores, sizes)
+        self._launch(_place, 1, tiles, counts, sizes, places, layout.meta)
+        where_from = scales, quartic, befores, places, layout.frames
+        self._launch(_emit, count, pieces, tiles, *where_from)
+        meta_bytes = layout.meta_bytes
         # All that is expected in the one copy that is waited for; the rest is rare.
         hoped = min(layout.out.numel(), self._guess.get(key, meta_bytes + (1 << 16)))
         data = self._back.to_host(layout.out, hoped)
@@ -483,15 +499,11 @@ class Batch:
         ]
 
     def _choose(
-        self,
-        values: Sequence[Tensor],
-        peaks: Tensor,
-        flags: Tensor,
-        scales: Tensor,
-        halves: Tensor,
-        density: float,
+        self, values: Sequence[Tensor], layout: _Layout, density: float
     ) -> None:
         """Choose thresholds and scales from samples of the values, on the host."""
+        peaks, scales, halves = layout.floats
+        flags = layout.ints[0]
         samples = [x[:: sample_stride(x.numel())].abs() for x in values]
         sizes = [sample.numel() for sample in samples]
         known = torch.cat([peaks, flags.float(), *samples]).cpu()
@@ -521,40 +533,40 @@ class Batch:
         key = tuple((_offset(acc), acc.numel()) for acc, _ in sums)
         if key not in self._ranges:
             self._ranges[key] = self._lay_out_ranges(key)
-        pieces, ranges = self._ranges[key]
+        count, pieces, ranges = self._ranges[key]
         everything = [frame for _, frames in sums for frame in frames]
-        bodies = [frame.numel() - SCALE_BYTES for frame in everything]
-        table = np.zeros((len(bodies), 3), np.int64)
-        table[:, _BODY_BYTES] = bodies
-        table[:, _BODY] = np.cumsum([0, *bodies[:-1]])
+        # Frames as they are; the last byte is for arrays of no byte have no address.
+        data = torch.cat([*everything, torch.zeros(1, dtype=torch.uint8)]).numpy()
+        sizes = np.array([frame.numel() for frame in everything])
+        table = np.zeros((len(sizes), 3), np.int64)
+        table[:, _BODY] = np.cumsum(sizes) - sizes + SCALE_BYTES
+        table[:, _BODY_BYTES] = sizes - SCALE_BYTES
         chunks = -(-table[:, _BODY_BYTES] // THREADS)
-        table[:, _START] = np.cumsum([0, *chunks[:-1]])
-        one = torch.zeros(1, dtype=torch.uint8)
-        data = torch.cat([*(frame[SCALE_BYTES:] for frame in everything), one]).numpy()
-        scales = torch.cat([frame[:SCALE_BYTES] for frame in everything]).numpy()
-        starts = np.zeros(int(chunks.sum()) + 1, np.int32)  # an array has an address
+        table[:, _START] = np.cumsum(chunks) - chunks
+        places = table[:, [_BODY]] + np.arange(-SCALE_BYTES, 0)
+        scales = data[places].reshape(-1).view(np.float32)
+        starts = np.zeros(int(chunks.sum()) + 1, np.int32)
         _find_starts(data, table, starts)
-        parts = table.reshape(-1), scales.view(np.float32), starts, data
+        parts = table.reshape(-1), scales, starts, data
         on_device = self._forth.to_device(parts)
-        frames = on_device[0].view(-1, 3)
-        self._launch(
-            _add,
-            ranges.shape[0],
-            _base(sums[0][0]),
-            pieces,
-            ranges,
-            senders,
-            frames,
-            *on_device[1:],
-        )
+        on_device[0] = on_device[0].view(-1, 3)
+        arrays = [_array(part) for part in on_device]
+        x = _array(_base(sums[0][0]))
+        self._launch(_add, count, x, pieces, ranges, senders, *arrays)
 
     def _launch(self, kernel_: Any, blocks: int, *arguments: Any) -> None:
-        stream = 0
-        if self._device.type != "cpu":  # taken anew each time: a graph has another
-            current = torch.cuda.current_stream(self._device).cuda_stream
-            stream = cuda.external_stream(current)
-        arrays = [_array(a) if isinstance(a, Tensor) else a for a in arguments]
-        kernel_[blocks, THREADS, stream](*arrays)
+        """Queue a kernel on torch's current stream; a graph's is another one."""
+        if self._device.type == "cpu":  # the simulator keeps no configurations apart
+            kernel_[blocks, THREADS](*arguments)
+            return
+        handle = torch.cuda.current_stream(self._device).cuda_stream
+        key = kernel_, blocks, handle
+        if key not in self._launchers:
+            stream = cuda.external_stream(handle) if handle else 0
+            with warnings.catch_warnings():  # of few blocks: there are few values
+                warnings.simplefilter("ignore")
+                self._launchers[key] = kernel_[blocks, THREADS, stream]
+        self._launchers[key](*arguments)
 
     def _lay_out(self, key: Sequence[tuple[int, int, int]]) -> _Layout:
         lengths = [quartic_bytes(numel) for _, numel, _ in key]
@@ -566,33 +578,47 @@ class Batch:
         pieces[:, _TILES] = tiles_of
         pieces[:, _TILE] = np.cumsum([0, *tiles_of[:-1]])
         tiles = _parts_of(lengths, TILE)
-        most = _META_BYTES * (len(key) + 1) + sum(
-            max_frame_bytes(numel) for _, numel, _ in key
-        )
+        meta_bytes = _META_BYTES * (len(key) + 1)
+        most = meta_bytes + sum(max_frame_bytes(numel) for _, numel, _ in key)
 
         def room(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self._device)
 
+        floats = room(3, len(key), dtype=torch.float32)
+        ints = room(2, len(key), dtype=torch.int32)
+        out = room(most, dtype=torch.uint8)
+        peaks, scales, halves = map(_array, floats)
+        flags, counts = map(_array, ints)
         return _Layout(
-            torch.from_numpy(pieces).to(self._device),
-            torch.from_numpy(tiles).to(self._device),
-            room(3, len(key), dtype=torch.float32),
-            room(2, len(key), dtype=torch.int32),
-            room(4, len(tiles), dtype=torch.int32),
-            room(sum(lengths), dtype=torch.uint8),
-            room(most, dtype=torch.uint8),
+            piece_count=len(key),
+            tile_count=len(tiles),
+            floats=floats,
+            ints=ints,
+            out=out,
+            meta_bytes=meta_bytes,
+            pieces=self._table(pieces),
+            tiles=self._table(tiles),
+            peaks=peaks,
+            scales=scales,
+            halves=halves,
+            flags=flags,
+            counts=counts,
+            of_tiles=[*map(_array, room(4, len(tiles), dtype=torch.int32))],
+            quartic=_array(room(sum(lengths), dtype=torch.uint8)),
+            meta=_array(out[:meta_bytes].view(torch.int64)),
+            frames=_array(out[meta_bytes:]),
         )
 
-    def _lay_out_ranges(self, key: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def _lay_out_ranges(self, key: Sequence[tuple[int, int]]) -> tuple[int, Any, Any]:
         lengths = [quartic_bytes(numel) for _, numel in key]
         pieces = np.array(
             [(*piece, length) for piece, length in zip(key, lengths, strict=True)]
         )
         ranges = _parts_of(lengths, RANGE)
-        return (
-            torch.from_numpy(pieces).to(self._device),
-            torch.from_numpy(ranges).to(self._device),
-        )
+        return len(ranges), self._table(pieces), self._table(ranges)
+
+    def _table(self, rows: NDArray[np.int64]) -> Any:
+        return _array(torch.from_numpy(rows).to(self._device))
 
 
 @contextmanager
