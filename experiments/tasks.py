@@ -187,6 +187,7 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
     "chars": chars,
     "chars-muon": lambda data_dir: chars(data_dir, muon=True),
     "chars-large": lambda data_dir: chars(data_dir, large=True),
+    "chars-muon-large": lambda data_dir: chars(data_dir, muon=True, large=True),
 }
 
 
