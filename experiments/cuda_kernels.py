@@ -18,7 +18,8 @@ from typing import Any
 from experiments import report
 
 TARGETS = ((7, 0), (8, 0), (9, 0), (10, 0))
-KERNELS = ("_find_peaks", "_quantize", "_carry", "_count", "_place", "_emit", "_add")
+ENCODING = ("_find_peaks", "_quantize", "_carry", "_count", "_place", "_emit")
+KERNELS = (*ENCODING, "_measure", "_begin", "_add")
 
 # Bytes of memory for each value, read or written, by kernel: of what grows with the
 # values. A quartic byte stands for five; at 5 % density 23 % of those are not zero.
@@ -29,6 +30,8 @@ TRAFFIC = {
     "_count": "0.4: a quartic byte read twice",
     "_place": "0",
     "_emit": "0.4, and the frame: a quartic byte read twice",
+    "_measure": "the frame",
+    "_begin": "0",
     "_add": "the frame, and 8 where it adds",
 }
 
@@ -50,6 +53,8 @@ def signatures() -> dict[str, tuple[Any, ...]]:
         "_count": (*tables, floats, bytes_, ints, ints),
         "_place": (table, ints, ints, ints, longs),
         "_emit": (*tables, floats, bytes_, ints, ints, bytes_),
+        "_measure": (table, bytes_, ints),
+        "_begin": (table, ints),
         "_add": (floats, *tables, types.int64, table, floats, ints, bytes_),
     }
     assert tuple(found) == KERNELS
@@ -80,7 +85,13 @@ def compiled(target: tuple[int, int]) -> list[dict[str, Any]]:
     # Device functions are compiled for the current device; there is none.
     device = SimpleNamespace(compute_capability=target)
     dispatcher.get_current_device = lambda: device
-    for name in ("_sum_until", "_largest_until", "_speaks", "_last_before"):
+    for name in (
+        "_sum_until",
+        "_largest_until",
+        "_speaks",
+        "_steps_of",
+        "_last_before",
+    ):
         getattr(cuda, name).overloads.clear()
     compile_ptx: Any = numba.cuda.compile_ptx
     architecture = f"sm_{target[0]}{target[1]}"

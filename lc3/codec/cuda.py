@@ -6,8 +6,9 @@ Six launches write the frames of a bucket, in two passes over its values:
 of that, one byte for five values: ``_carry`` tells every tile where the last byte
 before it was that is not five zeros, so that each can fold its zero runs by itself;
 ``_count`` how many bytes each tile writes; ``_place`` where; ``_emit`` writes all
-frames in a row. The host waits once, for their lengths and bytes. One launch adds up
-what arrived.
+frames in a row. The host waits once, for their lengths and bytes. Three
+launches add up what arrived: ``_measure`` and ``_begin`` say where in a piece every
+part of a frame begins, so that blocks can decode from there.
 
 Sums over floats there are none, a maximum does not depend on order, and values are
 compared, never divided: so the bytes are those of every other backend. Kernels run on
@@ -29,7 +30,6 @@ from torch import Tensor
 
 from lc3.codec import Encoded, cpu
 from lc3.codec.density import choose, sample_stride
-from lc3.codec.instructions import kernel
 from lc3.format import (
     FLOAT32_MAX,
     RUN_BASE,
@@ -317,6 +317,52 @@ def _emit(pieces, tiles, scales, quartic, befores, places, out):  # type: ignore
             place += 1
 
 
+@cuda.jit(device=True)
+def _steps_of(byte):  # type: ignore[no-untyped-def]
+    """Return for how many quartic bytes a byte of a body stands."""
+    return int(byte) - RUN_BASE + RUN_MIN if byte >= RUN_BASE else 1
+
+
+@cuda.jit
+def _measure(frames, data, starts):  # type: ignore[no-untyped-def]
+    """Write for every chunk of THREADS bytes for how many quartic bytes it stands."""
+    thread, chunk = cuda.threadIdx.x, cuda.blockIdx.x
+    low, high = 0, frames.shape[0]  # the last frame that begins with it or before
+    while high - low > 1:
+        middle = (low + high) // 2
+        if frames[middle, _START] <= chunk:
+            low = middle
+        else:
+            high = middle
+    # Frames without a body begin where the next one does, and are passed over.
+    k = (chunk - frames[low, _START]) * THREADS + thread
+    steps = 0
+    if k < frames[low, _BODY_BYTES]:
+        steps = _steps_of(data[frames[low, _BODY] + k])
+    buffer = cuda.shared.array(THREADS, np.int32)
+    total = _sum_until(buffer, thread, steps)
+    if thread == THREADS - 1:
+        starts[chunk] = total
+
+
+@cuda.jit
+def _begin(frames, starts):  # type: ignore[no-untyped-def]
+    """Turn each chunk's number of quartic bytes into the place of its first one."""
+    thread, frame = cuda.threadIdx.x, cuda.blockIdx.x
+    first = frames[frame, _START]
+    count = (frames[frame, _BODY_BYTES] + THREADS - 1) // THREADS
+    buffer = cuda.shared.array(THREADS, np.int32)
+    before = 0
+    for start in range(0, count, THREADS):
+        at = start + thread
+        mine = starts[first + at] if at < count else 0
+        until = _sum_until(buffer, thread, mine)
+        if at < count:
+            starts[first + at] = before + until - mine
+        before += buffer[THREADS - 1]
+        cuda.syncthreads()
+
+
 @cuda.jit
 def _add(acc, pieces, ranges, senders, frames, scales, starts, data):  # type: ignore[no-untyped-def]
     """Add every sender's frame to a range of a piece, in their order.
@@ -352,7 +398,7 @@ def _add(acc, pieces, ranges, senders, frames, scales, starts, data):  # type: i
             byte, steps = ZERO_BYTE, 0
             if k < count:
                 byte = int(data[body + k])
-                steps = byte - RUN_BASE + RUN_MIN if byte >= RUN_BASE else 1
+                steps = _steps_of(byte)
             j = starts[first + low] + _sum_until(buffer, thread, steps) - steps
             if byte < RUN_BASE and byte != ZERO_BYTE and start <= j < stop:
                 power = 81
@@ -367,19 +413,6 @@ def _add(acc, pieces, ranges, senders, frames, scales, starts, data):  # type: i
             cuda.syncthreads()
             low += 1
         cuda.syncthreads()  # the next sender's values go where these went
-
-
-@kernel()
-def _find_starts(data: Any, frames: Any, starts: Any) -> None:
-    """Say for every THREADS bytes of each body at which quartic byte they begin."""
-    for frame in range(frames.shape[0]):
-        at = np.int64(0)
-        body, first = frames[frame, 0], frames[frame, 2]
-        for k in range(frames[frame, 1]):
-            if k % THREADS == 0:
-                starts[first + k // THREADS] = at
-            byte = data[body + k]
-            at += np.int64(byte) - RUN_BASE + RUN_MIN if byte >= RUN_BASE else 1
 
 
 class _Layout(NamedTuple):
@@ -422,6 +455,7 @@ class Batch:
         self._back = _Staging(device)
         self._forth = _Staging(device)
         self._guess: dict[Any, int] = {}
+        self._starts = _array(torch.empty(1, dtype=torch.int32, device=device))
 
     def encode(
         self,
@@ -535,24 +569,23 @@ class Batch:
             self._ranges[key] = self._lay_out_ranges(key)
         count, pieces, ranges = self._ranges[key]
         everything = [frame for _, frames in sums for frame in frames]
-        # Frames as they are; the last byte is for arrays of no byte have no address.
-        data = torch.cat([*everything, torch.zeros(1, dtype=torch.uint8)]).numpy()
         sizes = np.array([frame.numel() for frame in everything])
         table = np.zeros((len(sizes), 3), np.int64)
         table[:, _BODY] = np.cumsum(sizes) - sizes + SCALE_BYTES
         table[:, _BODY_BYTES] = sizes - SCALE_BYTES
         chunks = -(-table[:, _BODY_BYTES] // THREADS)
         table[:, _START] = np.cumsum(chunks) - chunks
-        places = table[:, [_BODY]] + np.arange(-SCALE_BYTES, 0)
-        scales = data[places].reshape(-1).view(np.float32)
-        starts = np.zeros(int(chunks.sum()) + 1, np.int32)
-        _find_starts(data, table, starts)
-        parts = table.reshape(-1), scales, starts, data
-        on_device = self._forth.to_device(parts)
-        on_device[0] = on_device[0].view(-1, 3)
-        arrays = [_array(part) for part in on_device]
+        frames, scales, data = self._forth.to_device(everything, table)
+        chunk_count = int(chunks.sum())
+        if self._starts.size < chunk_count:
+            room = torch.empty(2 * chunk_count, dtype=torch.int32, device=self._device)
+            self._starts = _array(room)
+        if chunk_count:
+            self._launch(_measure, chunk_count, frames, data, self._starts)
+            self._launch(_begin, len(sizes), frames, self._starts)
         x = _array(_base(sums[0][0]))
-        self._launch(_add, count, x, pieces, ranges, senders, *arrays)
+        of_frames = frames, scales, self._starts, data
+        self._launch(_add, count, x, pieces, ranges, senders, *of_frames)
 
     def _launch(self, kernel_: Any, blocks: int, *arguments: Any) -> None:
         """Queue a kernel on torch's current stream; a graph's is another one."""
@@ -653,10 +686,22 @@ class _Staging:
             torch.cuda.current_stream(self._device).synchronize()
         return self._host[:size]
 
-    def to_device(self, parts: Sequence[NDArray[Any]]) -> list[Tensor]:
-        """Return the arrays on the device, until the next call, by one copy."""
-        sizes = [-(-part.nbytes // 8) * 8 for part in parts]  # each begins aligned
-        total = sum(sizes)
+    def to_device(
+        self, frames: Sequence[Tensor], table: NDArray[np.int64]
+    ) -> tuple[Any, Any, Any]:
+        """Copy frames to the device, in one copy; until the next call.
+
+        Args:
+            frames: uint8[*] each, on the host.
+            table: of them, see ``_add``.
+
+        Returns:
+            The table, the frames' scales, and their bytes in a row, as arrays.
+        """
+        count = len(table)
+        at_scales = table.nbytes
+        at_data = at_scales + 8 * -(-4 * count // 8)
+        total = at_data + sum(frame.numel() for frame in frames)
         if self._copied is not None:  # it may still read the host's memory
             self._copied.synchronize()
         if self._host.numel() < total:
@@ -664,17 +709,19 @@ class _Staging:
             self._room_there = torch.empty(
                 2 * total, dtype=torch.uint8, device=self._device
             )
-        rooms = torch.split(self._host[:total], sizes)
-        for room, part in zip(rooms, parts, strict=True):
-            room.numpy()[: part.nbytes] = part.view(np.uint8)
-        self._room_there[:total].copy_(self._host[:total], non_blocking=True)
+        host, there = self._host[:total], self._room_there[:total]
+        data = torch.cat([*frames], out=host[at_data:]).numpy()
+        host[:at_scales].numpy()[:] = table.reshape(-1).view(np.uint8)
+        places = table[:, [_BODY]] + np.arange(-SCALE_BYTES, 0)
+        host[at_scales:][: 4 * count].numpy()[:] = data[places].reshape(-1)
+        there.copy_(host, non_blocking=True)
         if self._device.type != "cpu":
             self._copied = torch.cuda.current_stream(self._device).record_event()
-        there = torch.split(self._room_there[:total], sizes)
-        return [
-            room[: part.nbytes].view(torch.from_numpy(part).dtype)
-            for room, part in zip(there, parts, strict=True)
-        ]
+        return (
+            _array(there[:at_scales].view(torch.int64).view(-1, 3)),
+            _array(there[at_scales:][: 4 * count].view(torch.float32)),
+            _array(there[at_data:]),
+        )
 
 
 def _by_storage(
