@@ -78,7 +78,7 @@ gpu-check: .venv/cuda-ready
 		$(BIN)/python -W ignore -m tests.cuda_cases special_values whole_exchange; fi
 
 gpu-bench: .venv/cuda-ready
-	$(BIN)/python -m experiments.bench_gpu --out experiments/results
+	$(BIN)/python -m experiments.bench_gpu --out experiments/results --docs docs/codec.md
 
 .venv-horovod/ready: pyproject.toml constraints.txt launch/install_horovod.sh
 	$(PYTHON) -m venv .venv-horovod

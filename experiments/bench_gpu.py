@@ -1,15 +1,15 @@
 """The codec on a GPU: GB/s beside a copy on the device and what else one could do.
 
-    python -m experiments.bench_gpu --out experiments/results
+    python -m experiments.bench_gpu --out experiments/results --docs docs/codec.md
 
 Every codec is checked against the reference before it is timed. ``make gpu-bench`` runs
-this; its results are in git once somebody with a GPU has. ``--device cpu`` only shows
-that it runs: with kernels only in numba's simulator, which has no speed.
+this. ``--device cpu`` only shows that it runs: with kernels only in numba's simulator,
+which has no speed.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from experiments.record import RESULTS, Row, stamped, write_csv
+from experiments.record import RESULTS, Row, read_csv, stamped, write_csv
+from experiments.report import grid, insert
 from lc3.codec import Codec, codec_for, reference, tensor
 from lc3.coder import Coder
 
@@ -106,6 +107,35 @@ def works(
         yield name, "add", partial(coder.add, both)
 
 
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return milliseconds by size and density, beside a copy on the device."""
+    sizes = sorted({int(row["numel"]) for row in rows})
+    titles = ["", "", *(f"{size / 1e6:g} million values" for size in sizes)]
+    lines = []
+    for what, stage in dict.fromkeys((row["what"], row["stage"]) for row in rows):
+        line = [what, stage]
+        for size in sizes:
+            taken = [
+                float(row["seconds"])
+                for row in rows
+                if (row["what"], row["stage"]) == (what, stage)
+                and int(row["numel"]) == size
+            ]
+            line.append(" / ".join(f"{1e3 * t:.2g}" for t in taken))
+        lines.append(line)
+    row = rows[0]
+    shares = ", ".join(
+        f"{100 * float(density):g}"
+        for density in dict.fromkeys(r["density"] for r in rows)
+    )
+    return (
+        f"{grid(titles, lines, words=(0, 1))}\n\nMilliseconds, waits of the host "
+        f"included, where {shares} % of the values are sent, in {PIECES} pieces. "
+        f"{row['card']}; lc3 {row['lc3']} at commit {row['commit']}, torch "
+        f"{row['torch']}, numba {row['numba']}.\n"
+    )
+
+
 def main() -> None:
     """Check and time everything; print it, and write ``gpu.csv``."""
     parser = argparse.ArgumentParser(prog="experiments.bench_gpu")
@@ -113,6 +143,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, help="page with the markers of its table")
     options = parser.parse_args()
     device: torch.device = options.device
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -144,6 +175,9 @@ def main() -> None:
                     }
                 )
     write_csv(options.out / "gpu.csv", stamped(rows))
+    if options.docs:
+        made = markdown(read_csv(options.out / "gpu.csv"))
+        options.docs.write_text(insert(options.docs.read_text(), "gpu", made))
     table = Table("what", "stage", "values", "density", "GB/s", title=card)
     for row in rows:
         table.add_row(
