@@ -384,7 +384,7 @@ METHODS: dict[str, Method] = {
         for every, percent, decay in DECAYING
     },
 }
-_AT_RATE = ", lr × "
+AT_RATE = ", lr × "
 
 
 def find(name: str) -> tuple[Method, float]:
@@ -396,7 +396,7 @@ def find(name: str) -> tuple[Method, float]:
     Raises:
         KeyError: there is none of that name; the message says what there is.
     """
-    method, at_rate, factor = name.partition(_AT_RATE)
+    method, at_rate, factor = name.partition(AT_RATE)
     try:
         times = float(factor) if at_rate else 1.0
     except ValueError:
@@ -404,7 +404,7 @@ def find(name: str) -> tuple[Method, float]:
     if method not in METHODS or not 0 < times < math.inf:
         raise KeyError(
             f"method {name!r} is unknown; there are {', '.join(METHODS)}, each also "
-            f"as '{next(iter(METHODS))}{_AT_RATE}0.5', with half the learning rate"
+            f"as '{next(iter(METHODS))}{AT_RATE}0.5', with half the learning rate"
         )
     return METHODS[method], times
 

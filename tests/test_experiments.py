@@ -203,7 +203,9 @@ FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longer", "chars-muon-longer"),
     ("chars-longer", "chars-longer-frontier"),
     ("chars-muon-rates", "chars-muon-rates"),
+    ("chars-muon-longest", "chars-muon-longest"),
     ("chars-large", "chars-large"),
+    ("chars-muon-large", "chars-muon-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
 ]
@@ -340,9 +342,20 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert round(base.bytes_per_step / best.bytes_per_step) == 1574
     assert 1.0135 < best.loss / base.loss < 1.014
     large = record.read_csv(ROOT / "experiments/results/chars-large.csv")
-    base, coded_large = frontier.points(large)
-    assert base.bytes_per_step / coded_large.bytes_per_step > 420
-    assert 1.03 < coded_large.loss / base.loss < 1.033
+    base_large, decayed, eighth, sixteenth = frontier.points(large)
+    assert round(base_large.bytes_per_step / eighth.bytes_per_step) == 419
+    assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "2.6"
+    assert f"{100 * (sixteenth.loss / base_large.loss - 1):.1f}" == "3.2"
+    assert decayed.loss > eighth.loss
+    longest = record.read_csv(ROOT / "experiments/results/chars-muon-longest.csv")
+    lowest = min(longest, key=lambda row: float(row["test_loss"]))
+    assert (lowest["test_loss"], lowest["step"]) == ("1.54212", "10830")
+    assert lowest["sent_bytes"] == "14347925"
+    assert 1 < float(lowest["test_loss"]) / base.loss < 1.0020
+    assert base.bytes_per_step / frontier.points(longest)[0].bytes_per_step > 1500
+    muon_large = record.read_csv(ROOT / "experiments/results/chars-muon-large.csv")
+    base_muon, _, quarter = frontier.points(muon_large)
+    assert f"{100 * (quarter.loss / base_muon.loss - 1):.1f}" == "0.8"
     ends = {s.method: s.test_loss for s in report.summarise(rows)}
     for method in (fewer.method, least.method):
         assert ends[method] < ends["float32"]
