@@ -25,7 +25,6 @@ from torch.optim import SGD, Optimizer
 
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
-from experiments.preconditioned import Preconditioned, hook
 from lc3.codec import Codec
 from lc3.coder import Coder
 from lc3.hooks import ddp, local_sgd, push_pull
@@ -99,18 +98,16 @@ class Metered:
         meter: of the hook's state.
         close: ends the worker lane and its process group.
         every: steps between two exchanges; bits are per step.
-        beside: what the method sends beside, in bytes.
     """
 
     meter: Meter
     close: Callable[[], None]
     every: int = 1
-    beside: Callable[[], int] = lambda: 0
 
     @property
     def sent_bytes(self) -> int:
         """See ``Traffic``."""
-        return self.meter.sent_bytes + self.beside()
+        return self.meter.sent_bytes
 
     @property
     def push_bits(self) -> float:
@@ -307,19 +304,16 @@ def _push_pull(config: lc3.Config) -> Method:
 
 def _preconditioned(sparsity: float) -> Method:
     """Return what may take the place of AdamW, whose rate and first moment it has."""
-    config = lc3.Config(sparsity=sparsity, min_ndim=0, min_numel=1)
+    config = lc3.Config(sparsity=sparsity, beta2=0.99, min_ndim=0, min_numel=1)
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model = wrapped(module)
-        state = Preconditioned(ddp.State(model, config))
-        model.register_comm_hook(state, hook)
+        traffic = _hooked(model, config)
         sgd = [
             SGD(group["params"], lr=group["lr"], momentum=0.9, dampening=0.9)
             for optimizer in optimizers
             for group in optimizer.param_groups
         ]
-        inner = state.inner
-        traffic = Metered(inner.meter, inner.close, beside=lambda: state.shared_bytes)
         return Training(model, sgd, traffic)
 
     return start

@@ -22,9 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lc3.checkpoint import Parts, load, merge, save
 from lc3.config import Config
-from lc3.engine import NO_HALVES
+from lc3.engine import NO_HALVES, widen
 from lc3.errors import AttachError, StateError
 from lc3.meter import Meter
+from lc3.moments import Moments
 from lc3.owners import flat_view
 from lc3.session import session_for
 
@@ -107,6 +108,10 @@ class State:
         self._wide = torch.empty(0)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        self._moments: Moments | None = None
+        if config.beta2 is not None:
+            shapes = {name: list(p.shape) for p, name in self.session.names.items()}
+            self._moments = Moments(shapes, config.beta2, self.engine.coder.device)
         self._before: list[Tensor] = []
         self._overflowed = False
 
@@ -161,6 +166,12 @@ class State:
         self, buffer: Tensor, names: list[str], step: int, bucket: int
     ) -> Tensor:
         if not _coded(buffer):
+            if self._moments is not None:
+                raise AttachError(
+                    f"the gradient of {names[0]!r} is sparse or {buffer.dtype} and "
+                    "cannot be divided by a second moment; freeze the parameter, make "
+                    "it float32, or leave Config.beta2 out"
+                )
             self._say_once(
                 f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
@@ -177,8 +188,22 @@ class State:
         grads = dict(zip(names, torch.split(flat, sizes), strict=True))
         parts = torch.split(buffer, sizes)
         halves = dict(zip(names, parts, strict=True)) if narrow else NO_HALVES
+        if self._moments is not None:
+            widen(grads, halves)
+            halves = NO_HALVES
+            self._divide(self._moments, grads, step)
         self.engine.all_reduce(grads, step, bucket, halves)
         return buffer.copy_(flat) if narrow else buffer
+
+    def _divide(self, moments: Moments, grads: dict[str, Tensor], step: int) -> None:
+        """Divide gradients by what all ranks' squares are together."""
+        if moments.due(step):
+            mine = moments.of(grads)
+            at = self.engine.aside()
+            with self.engine.exchanging(0, *at):
+                shared = self.engine.mean(mine, *at)
+            moments.take([*grads], shared)
+        moments.divide(grads)
 
     def _begin(self) -> None:
         """Bring the residuals into the units of this step's gradients, and keep them.
@@ -190,8 +215,11 @@ class State:
         residuals = self.engine.residuals
         scale = self._scaler.get_scale()
         if scale != self._scale:
-            for buffer in residuals.buffers():
-                buffer *= scale / self._scale
+            if self._moments is not None:  # residuals then have no scale
+                self._moments.rescale(scale / self._scale)
+            else:
+                for buffer in residuals.buffers():
+                    buffer *= scale / self._scale
             self._scale = scale
         if not self._before:
             self._before = [torch.empty_like(b) for b in residuals.buffers()]
@@ -266,7 +294,8 @@ class State:
             "senders": self.engine.senders,
             **self.engine.budget.counters(),
         }
-        return Parts(counters, residuals.sent, {"owned": residuals.owned})
+        moments = {} if self._moments is None else {"moments": self._moments.kept}
+        return Parts(counters, residuals.sent, {"owned": residuals.owned}, moments)
 
     def state_dict(self) -> dict[str, Any]:
         """Return residuals and step of this rank: tensors, strings, numbers only.

@@ -26,7 +26,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError
 from lc3.exchange import GroupExchange
-from lc3.session import Session, check_mode
+from lc3.session import Session, check_form
 
 
 def attach(
@@ -53,7 +53,7 @@ def attach(
         PlanMismatch: replicas differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    check_mode(config, "fsdp2")
+    check_form(config, "fsdp2")
     return State(model, mesh, config)
 
 

@@ -23,7 +23,7 @@ from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
 from lc3.residual import arena_like
-from lc3.session import check_mode, session_beside
+from lc3.session import check_form, session_beside
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def attach(
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    check_mode(config, "local_sgd")
+    check_form(config, "local_sgd")
     return State(
         model,
         [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),

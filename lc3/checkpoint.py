@@ -40,7 +40,7 @@ class Parts:
         sent: this rank's worker-side residuals, float32[numel] by coded parameter.
         shares: by kind, then by parameter: one tensor of as many elements as the slice
             that this rank owns.
-        whole: by kind, then by parameter: float32[numel], the same on every rank.
+        whole: by kind, then by parameter: one tensor, the same on every rank.
         scalars: of the optimizer, by parameter: numbers and tensors of one element, and
             under ``""`` its parameter groups.
     """

@@ -88,7 +88,7 @@ class Session:
             device = _check_parameters(self.names, config)
             nodes = [[rank] for rank in range(world)]
             if mesh is not None:
-                check_mode(config, "ddp with a mesh")
+                check_form(config, "ddp with a mesh")
                 nodes = nodes_of(mesh, ranks)
             coder = Coder(codec_for(device), threads, device)
             warm_up(coder.host)
@@ -293,12 +293,22 @@ def session_for(
     return session_beside(trained, config, model.process_group, group, mesh)
 
 
-def check_mode(config: Config, hook: str) -> None:
-    """Raise ``ConfigError`` if a hook always codes, but the configuration may not."""
+def check_form(config: Config, hook: str) -> None:
+    """Raise ``ConfigError`` if a configuration asks for what only one hook does."""
     if config.mode != "3lc":
         raise ConfigError(
             f"mode={config.mode!r} is for hooks.ddp, where a bucket can travel "
             f"uncoded; hooks.{hook} always sends 3LC: leave mode out"
+        )
+    check_beta2(config, hook)
+
+
+def check_beta2(config: Config, hook: str) -> None:
+    """Raise ``ConfigError`` if a hook cannot divide by second moments, but should."""
+    if config.beta2 is not None:
+        raise ConfigError(
+            f"beta2={config.beta2!r} is for hooks.ddp without a mesh; with "
+            f"hooks.{hook} leave it out"
         )
 
 

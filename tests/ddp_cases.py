@@ -1,5 +1,6 @@
 """What the ranks of ``test_ddp`` do: each function runs on every rank of a group."""
 
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import AttachError, Config, Lc3Error
+from lc3.checkpoint import merge
 from lc3.codec import Encoded, cpu
 from lc3.coder import Coder
 from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
 from lc3.two_levels import nodes_of
-from tests.oracle import Oracle, TwoLevels
+from tests.oracle import Divided, Oracle, TwoLevels
 
 CONFIG = Config(sparsity=1.5, min_numel=64, min_share=5000)
 
@@ -83,11 +85,12 @@ def equals_the_oracle(rank: int, world: int, case: Case) -> dict[str, Any]:
     state = ddp.attach(wrapped, case.config, mesh=case.mesh)
     layouts = record_layouts(state)
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-    oracle = (
-        Oracle(shapes, world, case.config)
-        if case.mesh is None
-        else TwoLevels(shapes, nodes_of(case.mesh, range(world)), case.config)
-    )
+    if case.mesh is not None:
+        nodes = nodes_of(case.mesh, range(world))
+        oracle: Oracle = TwoLevels(shapes, nodes, case.config)
+    else:
+        kind = Oracle if case.config.beta2 is None else Divided
+        oracle = kind(shapes, world, case.config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(case.steps):
         batches = [batch(rank, step, part, case) for part in range(case.accumulate)]
@@ -487,3 +490,80 @@ def messages_of_every_length(rank: int, world: int) -> int:
             n = lengths[(shift + peer) % len(lengths)]
             assert torch.equal(data, torch.arange(n).to(torch.uint8))
     return count
+
+
+def adam_run(config: Config, scaler: torch.amp.GradScaler | None = None) -> Any:
+    """Return a small model, its lc3 state, and the optimizer that completes Adam."""
+    torch.manual_seed(3)
+    model = DistributedDataParallel(Deep(3), bucket_cap_mb=0.01)
+    state = ddp.attach(model, config, scaler=scaler)
+    parameters = model.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, dampening=0.9)
+    return model, state, optimizer
+
+
+def resumes_with_moments(rank: int, world: int, merged: bool) -> tuple[str, str]:
+    """Train on, and go on from a state; return a hash of each."""
+    config = dataclasses.replace(CONFIG, beta2=0.99)
+    run = adam_run(config)
+
+    def train(run: Any, steps: range) -> None:
+        model, _, optimizer = run
+        for step in steps:
+            torch.manual_seed(10 * step + rank)
+            optimizer.zero_grad()
+            model(torch.randn(8, 64)).square().mean().backward()
+            optimizer.step()
+
+    train(run, range(12))
+    saved = copy.deepcopy([part.state_dict() for part in run])
+    if merged:
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, saved[1])
+        saved[1] = merge(everyone)
+        run[1].load_state_dict(saved[1])
+    train(run, range(12, 20))
+    again = adam_run(config)
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    train(again, range(12, 20))
+    run[1].close()
+    again[1].close()
+    return hash_of(run[0].module), hash_of(again[0].module)
+
+
+def overflows_with_moments(rank: int, world: int) -> dict[str, Any]:
+    """One rank's gradient overflows once, and the scaler changes its scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
+    model, state, optimizer = adam_run(dataclasses.replace(CONFIG, beta2=0.99), scaler)
+    layer = model.module.layers[1].weight
+    spoiled = False
+    layer.register_hook(lambda g: torch.full_like(g, torch.inf) if spoiled else g)
+    hashes, losses = [], []
+    for step in range(30):
+        spoiled = step == 14 and rank == 1
+        torch.manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 64)).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        hashes.append(hash_of(model.module))
+        losses.append(loss.item())
+    kept = state._moments.kept.values()
+    finite = all(bool(moments.isfinite().all()) for moments in kept)
+    state.close()
+    return {"hashes": hashes, "losses": losses, "finite": finite}
+
+
+def sparse_with_moments(rank: int, world: int) -> str:
+    """Return what is said of a gradient that cannot be divided."""
+    model = DistributedDataParallel(nn.Embedding(40, 8, sparse=True))
+    state = ddp.attach(model, Config(beta2=0.99))
+    try:
+        model(torch.tensor([1, 2])).sum().backward()
+    except Lc3Error as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        state.close()
+    return "nothing"

@@ -11,7 +11,9 @@ from fractions import Fraction
 from math import ceil, prod
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lc3 import Config
 
@@ -128,6 +130,76 @@ class Oracle:
             for at in range(start, start + size, step):
                 yield slice(at, min(at + step, start + size))
             start += size
+
+
+class Divided(Oracle):
+    """3LC of what Adam would step by: gradients over roots of shared second moments.
+
+    Sums are torch's, whose order of adding is not NumPy's.
+    """
+
+    def __init__(self, shapes: Shapes, world: int, config: Config) -> None:
+        super().__init__(shapes, world, config)
+        assert config.beta2 is not None
+        self.beta2 = config.beta2
+        self.steps = 0
+        self.moments: dict[str, list[Tensor]] = {}
+        self.weight = 0.0
+
+    def step(self, grads: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
+        self.steps += 1
+        if self.steps <= 10 or self.steps % 5 == 0:
+            decay = self.beta2**5
+            weight = torch.tensor(self.weight).lerp(torch.ones(()), 1 - decay)
+            self.weight = weight.item()
+            for name, shape in self.shapes:
+                each = [self.sums(grad[name], shape) for grad in grads]
+                for i, of_ranks in enumerate(zip(*each, strict=True)):
+                    mean = torch.from_numpy(self.mean([m.numpy() for m in of_ranks]))
+                    kept = self.moments.setdefault(
+                        name, [torch.zeros(1)] * len(each[0])
+                    )
+                    kept[i] = kept[i].expand_as(mean).lerp(mean, 1 - decay)
+        return super().step(
+            [
+                {
+                    name: self.divided(name, shape, grad[name])
+                    for name, shape in self.shapes
+                }
+                for grad in grads
+            ]
+        )
+
+    def rows(self, shape: Sequence[int]) -> int:
+        """Return of how many rows the matrix is that a tensor counts as; 0: of none."""
+        if len(shape) < 2 or prod(shape) == 0:
+            return 0
+        choices = [prod(shape[:i]) for i in range(1, len(shape))]
+        return min(choices, key=lambda rows: rows + prod(shape) // rows)
+
+    def sums(self, grad: Floats, shape: Sequence[int]) -> list[Tensor]:
+        squares = torch.from_numpy(grad) ** 2
+        if not self.rows(shape):
+            return [squares]
+        matrix = squares.reshape(self.rows(shape), -1)
+        return [matrix.mean(dim=1), matrix.mean(dim=0)]
+
+    def divided(self, name: str, shape: Sequence[int], grad: Floats) -> Floats:
+        means = [kept / torch.tensor(self.weight) for kept in self.moments[name]]
+        if not self.rows(shape):
+            factors = [1 / (means[0].sqrt() + 1e-8)]
+        else:
+            of_rows = means[0] / (means[0].mean() + 1e-30)
+            factors = [1 / (of_rows.sqrt() + 1e-8), 1 / (means[1].sqrt() + 1e-8)]
+        most = np.float32(1 / (1 - self.beta2) ** 0.5)
+        value = grad.copy()
+        if len(factors) == 2:
+            matrix = value.reshape(self.rows(shape), -1)
+            matrix *= factors[0].numpy()[:, None]
+            matrix *= factors[1].numpy()
+        else:
+            value *= factors[0].numpy()
+        return np.clip(value, -most, most)
 
 
 class TwoLevels(Oracle):

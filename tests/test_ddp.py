@@ -23,6 +23,7 @@ def options(**given: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(given.items())
 
 
+ADAM = dataclasses.replace(ddp_cases.CONFIG, beta2=0.9, min_numel=1, min_ndim=0)
 CASES = {
     "one bucket": Case(options(bucket_cap_mb=25)),
     "buckets of 1 MB": Case(options(bucket_cap_mb=1)),
@@ -56,6 +57,19 @@ CASES = {
     "no entropy stage": Case(
         options(bucket_cap_mb=1),
         config=dataclasses.replace(ddp_cases.CONFIG, entropy="none"),
+    ),
+    "beta2": Case(options(bucket_cap_mb=0.1), config=ADAM),
+    "beta2, one bucket": Case(options(bucket_cap_mb=25), config=ADAM),
+    "beta2, channels last": Case(
+        options(bucket_cap_mb=0.1), config=ADAM, channels_last=True
+    ),
+    "beta2, bfloat16": Case(
+        options(bucket_cap_mb=0.1), config=ADAM, dtype=torch.bfloat16
+    ),
+    "beta2, unused at times": Case(
+        options(bucket_cap_mb=0.1, find_unused_parameters=True),
+        used="(step + rank) % 3 == 0 and step % 4 > 0",
+        config=ADAM,
     ),
     "blocks": Case(
         options(bucket_cap_mb=0.1),

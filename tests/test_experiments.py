@@ -290,6 +290,20 @@ def test_below_powersgd_and_top_k_there_is_a_form_of_lc3(name: str) -> None:
         assert frontier.better(other, forms) is not None, other
 
 
+def test_what_is_said_of_adam_in_every_step_is_so() -> None:
+    text = (ROOT / "docs/adam.md").read_text()
+    rows = record.read_csv(ROOT / "experiments/results/chars-long.csv")
+    assert report.insert(text, "adam", frontier.markdown(rows)) == text
+    method = "preconditioned s=1.00"
+    first = [row for row in rows if row["seed"] == "0" and row["step"] == row["steps"]]
+    found = {row["method"]: row for row in first}
+    sent = [int(found[name]["sent_bytes"]) for name in ("float32", method)]
+    assert round(sent[0] / sent[1]) == 45
+    ends = [float(found[name]["test_loss"]) for name in ("float32", method)]
+    assert f"{100 * (ends[1] / ends[0] - 1):.1f}" == "0.6"
+    assert "0.6 % above float32 with the same seed at 45 ×" in README
+
+
 def test_what_the_docs_say_of_the_frontier_is_so() -> None:
     rows = record.read_csv(ROOT / "experiments/results/chars-frontier.csv")
     found = {p.method: p for p in frontier.points(rows)}

@@ -21,6 +21,7 @@ BELOW = {
     "residual": {"plan"},
     "checkpoint": {"errors", "plan"},
     "meter": set(),
+    "moments": set(),
     "monitor": {"meter"},
     "message": {"codec", "entropy", "errors", "format", "meter", "plan"},
     "workers": set(),
