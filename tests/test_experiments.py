@@ -301,6 +301,11 @@ def test_what_is_said_of_adam_in_every_step_is_so() -> None:
     assert round(sent[0] / sent[1]) == 45
     ends = [float(found[name]["test_loss"]) for name in ("float32", method)]
     assert f"{100 * (ends[1] / ends[0] - 1):.1f}" == "0.6"
+    quarter = "local H=4, density 30 %, all coded"
+    assert 2 * int(found[quarter]["sent_bytes"]) < sent[1]
+    assert f"{100 * (float(found[quarter]['test_loss']) / ends[1] - 1):.1f}" == "0.1"
+    assert f"{100 * (float(found[quarter]['test_loss']) / ends[0] - 1):.1f}" == "0.7"
+    assert round(sent[0] / int(found[quarter]["sent_bytes"])) == 106
     assert "0.6 % above float32 with the same seed at 45 ×" in README
 
 
