@@ -112,13 +112,33 @@ def test_cuda_without_a_driver_is_coded_by_operators_said_once(
     if importlib.util.find_spec("numba_cuda") is not None:
         from lc3.codec import cuda
 
-        monkeypatch.setattr(cuda, "usable", lambda: False)
+        monkeypatch.setattr(cuda, "unusable", lambda: "no driver")
     device = torch.device("cuda", 0)
     with caplog.at_level(logging.WARNING, logger="lc3"):
         assert codec.codec_for(device) is tensor
         assert codec.codec_for(device) is tensor
     (said,) = caplog.records
-    assert "the same bytes but several times slower" in said.getMessage()
+    assert "the same bytes but tens of times slower" in said.getMessage()
+
+
+@needs_numba_cuda
+@pytest.mark.usefixtures("chosen_anew")
+def test_kernels_that_do_not_compile_are_done_without(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As numba-cuda 0.30 with NumPy 2.5, where it looks for np.row_stack."""
+    from lc3.codec import cuda
+
+    def fails(*_: object) -> None:
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+
+    monkeypatch.setattr(cuda.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda._config, "ENABLE_CUDASIM", 1)
+    monkeypatch.setattr(cuda, "encode", fails)
+    with caplog.at_level(logging.WARNING, logger="lc3"):
+        assert codec.codec_for(torch.device("cuda", 0)) is tensor
+    (said,) = caplog.records
+    assert "has no attribute 'row_stack'; pip install" in said.getMessage()
 
 
 @pytest.mark.usefixtures("chosen_anew")
@@ -137,7 +157,7 @@ def test_cuda_without_numba_cuda_names_the_extra(
 def test_cuda_with_kernels_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from lc3.codec import cuda
 
-    monkeypatch.setattr(cuda, "usable", lambda: True)
+    monkeypatch.setattr(cuda, "unusable", str)
     assert codec.codec_for(torch.device("cuda")) is cuda
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert codec.codec_for(torch.device("cuda")) is tensor

@@ -123,13 +123,13 @@ def _kernels_or_operators() -> Codec:
     except ImportError as error:
         reason = f"{error}; pip install 'torch-lc3[cuda]'"
     else:
-        if cuda.usable():
+        reason = cuda.unusable()
+        if not reason:
             log.info("lc3: gradients on CUDA are coded by numba-cuda kernels")
             return cuda
-        reason = "numba-cuda finds no driver; numba -s says what it looked for"
     log.warning(
         "lc3: gradients on CUDA are coded by torch operators, the same bytes but "
-        "several times slower (%s)",
+        "tens of times slower (%s)",
         reason,
     )
     return tensor

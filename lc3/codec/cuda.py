@@ -41,7 +41,7 @@ from lc3.format import (
     quartic_bytes,
 )
 
-__all__ = ["Batch", "add", "check", "encode", "max_frame_bytes", "usable"]
+__all__ = ["Batch", "add", "check", "encode", "max_frame_bytes", "unusable"]
 
 cuda: Any = numba.cuda  # its types are those of the host's side
 _config: Any = numba.config
@@ -61,9 +61,25 @@ _BODY, _BODY_BYTES, _START = range(3)
 _SOME, _NOT_FINITE = 1, 2  # flags of a piece
 
 
-def usable() -> bool:
-    """Whether kernels can run here: a driver and a device, or the simulator."""
-    return bool(cuda.is_available())
+def unusable() -> str:
+    """Return why kernels cannot run here, or nothing; tries them on some values.
+
+    numba-cuda of one version fails with some versions of NumPy and of CUDA, and only
+    when it compiles.
+    """
+    if not cuda.is_available():
+        return "numba-cuda finds no driver; numba -s says what it looked for"
+    device = "cpu" if _config.ENABLE_CUDASIM else "cuda"
+    x = torch.ones(5, device=device)
+    try:
+        encode(x, 1.0, torch.empty(max_frame_bytes(5), dtype=torch.uint8))
+    except Exception as error:  # noqa: BLE001  # whatever its compiler raises
+        return (
+            f"numba-cuda does not work with NumPy {np.__version__} and this CUDA: "
+            f"{type(error).__name__}: {error}; pip install 'torch-lc3[cuda]' in a "
+            "fresh environment takes versions that do"
+        )
+    return ""
 
 
 @cuda.jit(device=True)
