@@ -59,7 +59,6 @@ CASES = {
         config=dataclasses.replace(ddp_cases.CONFIG, entropy="none"),
     ),
     "beta2": Case(options(bucket_cap_mb=0.1), config=ADAM),
-    "beta2, one bucket": Case(options(bucket_cap_mb=25), config=ADAM),
     "beta2, channels last": Case(
         options(bucket_cap_mb=0.1), config=ADAM, channels_last=True
     ),
