@@ -205,6 +205,7 @@ FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-rates", "chars-muon-rates"),
     ("chars-muon-longest", "chars-muon-longest"),
     ("chars-large", "chars-large"),
+    ("chars-large-longer", "chars-large-longer"),
     ("chars-muon-large", "chars-muon-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
@@ -311,8 +312,12 @@ def test_what_is_said_of_adam_in_every_step_is_so() -> None:
     quarter = "local H=4, density 30 %, all coded"
     assert above(quarter, "0") == "0.7"
     assert round(fewer(quarter)) == 106
-    ends = [float(found[m, "0"]["test_loss"]) for m in (quarter, method)]
-    assert f"{100 * (ends[0] / ends[1] - 1):.1f}" == "0.1"
+    half = "local H=2, density 30 %, all coded"
+    losses = [float(found[m, "0"]["test_loss"]) for m in (method, quarter, half)]
+    assert [f"{100 * (loss / losses[0] - 1):.1f}" for loss in losses[1:]] == [
+        "0.1",
+        "1.0",
+    ]
     for page in (README, text):
         assert "two seeds" in page
         assert "0.6 % above and" in page
@@ -375,6 +380,18 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "2.6"
     assert f"{100 * (sixteenth.loss / base_large.loss - 1):.1f}" == "3.2"
     assert decayed.loss > eighth.loss
+    twice = record.read_csv(ROOT / "experiments/results/chars-large-longer.csv")
+    base_twice, eighth = frontier.points(twice)
+    assert f"{100 * (eighth.loss / base_twice.loss - 1):.2f}" == "0.55"
+    assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "0.7"
+    assert round(base_twice.bytes_per_step / eighth.bytes_per_step) in (418, 419)
+    ends_of = {m.loss: m.method for m in (base_large, base_twice, eighth)}
+    steps = [
+        row["step"]
+        for row in (*large, *twice)
+        if ends_of.get(float(row["test_loss"])) == row["method"]
+    ]
+    assert steps == ["2880", "4320", "4320"]
     longest = record.read_csv(ROOT / "experiments/results/chars-muon-longest.csv")
     lowest = min(longest, key=lambda row: float(row["test_loss"]))
     assert (lowest["test_loss"], lowest["step"]) == ("1.54212", "10830")
