@@ -53,7 +53,7 @@ def signatures() -> dict[str, tuple[Any, ...]]:
         "_count": (*tables, floats, bytes_, ints, ints),
         "_place": (table, ints, ints, ints, longs),
         "_emit": (*tables, floats, bytes_, ints, ints, bytes_),
-        "_measure": (table, bytes_, ints),
+        "_measure": (table, types.int64, bytes_, ints),
         "_begin": (table, ints),
         "_add": (floats, *tables, types.int64, table, floats, ints, bytes_),
     }

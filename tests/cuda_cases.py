@@ -213,11 +213,38 @@ def whole_exchange() -> int:
     return steps * world
 
 
+def launches_that_are_kept() -> int:
+    """Frames of ever other lengths do not make ever new launches."""
+    chance = np.random.default_rng(6)
+    batch, launches = cuda.Batch(DEVICE), set()
+    launch = batch._launch
+
+    def noted(kernel: Any, blocks: int, *arguments: Any) -> None:
+        launches.add((id(kernel), blocks))
+        launch(kernel, blocks, *arguments)
+
+    batch._launch = noted  # type: ignore[assignment, method-assign]
+    adds = 12
+    for add in range(adds):
+        noise = chance.standard_normal(600).astype(np.float32)
+        noise[: 50 * add] = 0
+        out = torch.empty(cuda.max_frame_bytes(600), dtype=torch.uint8)
+        used, _ = reference.encode(torch.from_numpy(noise.copy()), 1.0, out)
+        expected, found = torch.zeros(600), torch.zeros(600, device=DEVICE)
+        reference.add(out[:used], expected)
+        batch.add([(found, [out[:used]])])
+        assert torch.equal(found.cpu(), expected)
+    # Of 1 to 15 chunks under the simulator: 1, 2, 4, 8 or 16 blocks; and two more.
+    assert len(launches) <= 7, launches
+    return adds
+
+
 CASES: tuple[Callable[[], int], ...] = (
     special_values,
     densities,
     whole_exchange,
     pieces_of_every_length,
+    launches_that_are_kept,
 )
 
 

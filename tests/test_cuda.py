@@ -48,6 +48,7 @@ def test_kernels_equal_the_reference_in_the_simulator() -> None:
         "densities": "14",
         "whole_exchange": "4",
         "pieces_of_every_length": "300",
+        "launches_that_are_kept": "12",
     }
 
 
@@ -112,7 +113,7 @@ def test_cuda_without_a_driver_is_coded_by_operators_said_once(
     if importlib.util.find_spec("numba_cuda") is not None:
         from lc3.codec import cuda
 
-        monkeypatch.setattr(cuda, "unusable", lambda: "no driver")
+        monkeypatch.setattr(cuda, "unusable", lambda _: "no driver")
     device = torch.device("cuda", 0)
     with caplog.at_level(logging.WARNING, logger="lc3"):
         assert codec.codec_for(device) is tensor
@@ -157,7 +158,7 @@ def test_cuda_without_numba_cuda_names_the_extra(
 def test_cuda_with_kernels_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from lc3.codec import cuda
 
-    monkeypatch.setattr(cuda, "unusable", str)
+    monkeypatch.setattr(cuda, "unusable", lambda _: "")
     assert codec.codec_for(torch.device("cuda")) is cuda
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert codec.codec_for(torch.device("cuda")) is tensor

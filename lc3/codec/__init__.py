@@ -107,15 +107,15 @@ def codec_for(device: torch.device) -> Codec:
     if device.type == "meta":
         raise InputError("tensors on the meta device have no values to encode")
     if device.type == "cuda" and torch.version.hip is None:
-        return _kernels_or_operators()
+        return _kernels_or_operators(device)
     from lc3.codec import tensor
 
     return tensor
 
 
 @cache
-def _kernels_or_operators() -> Codec:
-    """Return the backend for CUDA; say which, once."""
+def _kernels_or_operators(device: torch.device) -> Codec:
+    """Return the backend for a CUDA device; say which, once."""
     from lc3.codec import tensor
 
     try:
@@ -123,7 +123,7 @@ def _kernels_or_operators() -> Codec:
     except ImportError as error:
         reason = f"{error}; pip install 'torch-lc3[cuda]'"
     else:
-        reason = cuda.unusable()
+        reason = cuda.unusable(device)
         if not reason:
             log.info("lc3: gradients on CUDA are coded by numba-cuda kernels")
             return cuda

@@ -61,16 +61,15 @@ _BODY, _BODY_BYTES, _START = range(3)
 _SOME, _NOT_FINITE = 1, 2  # flags of a piece
 
 
-def unusable() -> str:
-    """Return why kernels cannot run here, or nothing; tries them on some values.
+def unusable(device: torch.device) -> str:
+    """Return why kernels cannot run on a device, or nothing; tries them there.
 
     numba-cuda of one version fails with some versions of NumPy and of CUDA, and only
     when it compiles.
     """
     if not cuda.is_available():
         return "numba-cuda finds no driver; numba -s says what it looked for"
-    device = "cpu" if _config.ENABLE_CUDASIM else "cuda"
-    x = torch.ones(5, device=device)
+    x = torch.ones(5, device="cpu" if _config.ENABLE_CUDASIM else device)
     try:
         encode(x, 1.0, torch.empty(max_frame_bytes(5), dtype=torch.uint8))
     except Exception as error:  # noqa: BLE001  # whatever its compiler raises
@@ -340,9 +339,11 @@ def _steps_of(byte):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit
-def _measure(frames, data, starts):  # type: ignore[no-untyped-def]
+def _measure(frames, chunks, data, starts):  # type: ignore[no-untyped-def]
     """Write for every chunk of THREADS bytes for how many quartic bytes it stands."""
     thread, chunk = cuda.threadIdx.x, cuda.blockIdx.x
+    if chunk >= chunks:  # the same for all threads of the block
+        return
     low, high = 0, frames.shape[0]  # the last frame that begins with it or before
     while high - low > 1:
         middle = (low + high) // 2
@@ -593,11 +594,13 @@ class Batch:
         table[:, _START] = np.cumsum(chunks) - chunks
         frames, scales, data = self._forth.to_device(everything, table)
         chunk_count = int(chunks.sum())
-        if self._starts.size < chunk_count:
-            room = torch.empty(2 * chunk_count, dtype=torch.int32, device=self._device)
+        # A power of two: each number of blocks is a launch that is kept prepared.
+        blocks = 1 << (chunk_count - 1).bit_length()
+        if self._starts.size < blocks:
+            room = torch.empty(blocks, dtype=torch.int32, device=self._device)
             self._starts = _array(room)
         if chunk_count:
-            self._launch(_measure, chunk_count, frames, data, self._starts)
+            self._launch(_measure, blocks, frames, chunk_count, data, self._starts)
             self._launch(_begin, len(sizes), frames, self._starts)
         x = _array(_base(sums[0][0]))
         of_frames = frames, scales, self._starts, data
