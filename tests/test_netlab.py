@@ -30,6 +30,8 @@ MESSAGES = {  # of a step, where they are not one of a push and one of a pull
     "local H=8": 2 / 8,
     "local H=16": 2 / 16,
     "local H=32": 2 / 32,
+    # Second moments in the first ten steps and then in every fifth.
+    "preconditioned s=1.00": 2 + 2 * 14 / 32,
     "float32": 6,
     "fp16": 6,
     "auto": 6,
