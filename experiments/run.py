@@ -32,7 +32,7 @@ from rich.progress import (
 from experiments.methods import find
 from experiments.record import RESULTS, read_csv, write_csv
 from experiments.tasks import TASKS
-from experiments.train import usable
+from experiments.train import add_device_option
 from launch import netlab
 
 LOOPBACK = ""  # the rate of a job that runs without a lab
@@ -332,9 +332,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "local", help="a folder per experiment"
     )
-    parser.add_argument(
-        "--device", type=usable, default="cpu", help="cpu (the default) or cuda"
-    )
+    add_device_option(parser)
     options = parser.parse_args(arguments)
     try:
         options.specs = [read_spec(path) for path in options.toml]

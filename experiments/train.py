@@ -306,6 +306,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), default=500)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
     parser.add_argument("--first-seed", type=at_least(0), default=0)
+    add_device_option(parser)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add what ranks train on."""
     parser.add_argument(
         "--device", type=usable, default="cpu", help="cpu (the default) or cuda"
     )

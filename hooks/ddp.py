@@ -255,7 +255,8 @@ class State:
         """Return what gradients still owe the parameters; collective.
 
         By coded parameter float32[numel] in memory order, the same on every rank: the
-        mean over ranks of the residuals, in the units of the gradients.
+        mean over ranks of the residuals, in the units of the gradients; with
+        ``Config.beta2`` of gradients that are divided, as ``.grad`` then is.
         """
         owed: dict[str, Tensor] = {}
 

@@ -43,7 +43,7 @@ def trains(rank: int, world: int, hook: str, kind: str) -> list[float]:
             state = optimizer
     generator = torch.Generator().manual_seed(rank)
     losses = []
-    for step in range(40):
+    for step in range(32):
         y = torch.randint(10, (32,), generator=generator)
         x = torch.randn(32, 64, generator=generator) + 2 * nn.functional.one_hot(y, 64)
         optimizer.zero_grad()

@@ -95,6 +95,13 @@ def test_the_times_on_a_gpu_in_the_docs_are_the_committed_result() -> None:
     added = seconds["torch operators", "add"] / seconds["kernels", "add"]
     assert f"add {added:.0f} times faster" in text
     assert round(kernels / seconds["copy", "encode"]) == 29
+    others = {
+        row["numel"]: float(row["seconds"])
+        for row in rows
+        if (row["what"], row["stage"], row["density"]) == ("kernels", "encode", "0.05")
+    }
+    assert others["1000000"] >= kernels
+    assert round(others["64000000"] / kernels) == 2
     assert "in 0.8 ms" in (ROOT / "README.md").read_text()
     assert f"{1e3 * kernels:.1f}" == "0.8"
 

@@ -44,10 +44,9 @@ def test_ddp_on_a_gpu_equals_the_oracle(
 def test_a_gpu_trains_as_the_cpu_does(pair: Ranks, hook: str) -> None:
     losses = pair.run(gpu_cases.trains, hook, "cuda", timeout_s=300)
     expected = pair.run(gpu_cases.trains, hook, "cpu", timeout_s=300)
-    # Roundings differ, and then what is sent: the further on, the further apart.
+    # Roundings differ, and then what is sent: after 40 steps by up to 3.4 %.
     for of_rank, there in zip(losses, expected, strict=True):
-        assert of_rank[:2] == pytest.approx(there[:2], rel=0.02)
-        assert of_rank == pytest.approx(there, rel=0.15)
+        assert of_rank == pytest.approx(there, rel=0.02)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -71,8 +70,9 @@ def test_the_harness_trains_on_a_gpu(tmp_path: Path) -> None:
     assert {row["method"] for row in rows} == set(methods)
     card = torch.cuda.get_device_name()
     assert all(row["machine"].endswith(card) for row in rows)
-    first, last = rows[0], rows[9]
-    assert float(last["test_loss"]) < float(first["test_loss"])
+    for method in methods:
+        ends = [float(row["test_loss"]) for row in rows if row["method"] == method]
+        assert ends[-1] < ends[0], method
 
 
 def test_nothing_waits_for_the_gpu_but_what_has_to() -> None:
