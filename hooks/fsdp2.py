@@ -75,10 +75,8 @@ class State:
             if dist.get_rank() in ranks:
                 own = group
 
-        def leave() -> None:
-            dist.destroy_process_group(own)
-
         exchange = GroupExchange(own, torch.device("cpu"))
+        leave = partial(exchange.leave, destroy=True)
         self._session = Session(named, config, exchange, leave)
         self.config = config
         self.meter = self._session.meter

@@ -104,7 +104,7 @@ class GroupExchange:
         self.rank = self._members.index(dist.get_rank(group))
         self.world = len(self._members)
         self.sent_bytes = self.rounds = 0
-        self._group = group
+        self._held = [group]
         self._device = device
         self._peers = [r for r in range(self.world) if r != self.rank]
         self._one_round = dist.get_backend(group) == "gloo"
@@ -114,7 +114,27 @@ class GroupExchange:
     def among(self, members: Sequence[int]) -> "GroupExchange":
         """See ``Divisible.among``."""
         ranks = [self._members[member] for member in members]
-        return GroupExchange(self._group, self._device, ranks)
+        part = GroupExchange(self._group, self._device, ranks)
+        part._held = self._held
+        return part
+
+    def leave(self, *, destroy: bool) -> None:
+        """Let go of the group, so that it can end; nothing can be exchanged then.
+
+        What is left of a group that somebody still holds are threads that may need the
+        interpreter's lock when it is gone, at exit, and abort the process
+        (pytorch/pytorch#190489).
+
+        Args:
+            destroy: end the group, too; of a group that was made for this exchange.
+        """
+        if destroy:
+            dist.destroy_process_group(self._group)
+        self._held.clear()
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self._held[0]
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None

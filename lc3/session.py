@@ -244,15 +244,11 @@ def session_beside(
     """
     own, is_mine = _group_for(beside, group)
     ranks = dist.get_process_group_ranks(own)
-
-    def leave() -> None:
-        if is_mine:
-            dist.destroy_process_group(own)
-
     device = _CPU
     if dist.get_backend(own) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     exchange = GroupExchange(own, device)
+    leave = partial(exchange.leave, destroy=is_mine)
     return Session(parameters, config, exchange, leave, mesh, ranks)
 
 

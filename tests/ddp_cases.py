@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import hashlib
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +223,7 @@ def many_buckets(rank: int, world: int, runs: int) -> dict[str, Any]:
     for run in range(runs):
         torch.manual_seed(run)
         wrapped = DistributedDataParallel(Deep(), bucket_cap_mb=0.01)
+        held = count_held()
         state = ddp.attach(wrapped, CONFIG)
         for step in range(4):
             torch.manual_seed(1000 * run + 10 * step + rank)
@@ -235,18 +236,19 @@ def many_buckets(rank: int, world: int, runs: int) -> dict[str, Any]:
         hashes.append(hash_of(wrapped.module))
         buckets = state.meter.buckets // state.meter.steps
         state.close()
-        if run == 0:
-            files, threads = count_files(), threading.active_count()
+        left = {what: now - held[what] for what, now in count_held().items()}
+        del state, wrapped
+        gc.collect()
+    return {"hashes": hashes, "buckets": buckets, "left": left}
+
+
+def count_held() -> dict[str, int]:
+    """Return how many files and threads, the backend's own too, this process holds."""
+    held = {"files": "fd", "threads": "task"}
     return {
-        "hashes": hashes,
-        "buckets": buckets,
-        "files": count_files() - files,
-        "threads": threading.active_count() - threads,
+        what: len(list(Path("/proc/self", name).iterdir()))
+        for what, name in held.items()
     }
-
-
-def count_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def attach_outcome(rank: int, world: int, what: str) -> str:

@@ -46,8 +46,13 @@ def torchrun(*arguments: str) -> str:
 
 
 def trained(framework: str, mode: str, folder: Path) -> dict[str, Any]:
+    """Return what rank 0 found; the other rank's parameters are the same."""
     torchrun("tests.adapter_cases", framework, mode, str(folder))
-    found: dict[str, Any] = torch.load(folder / f"{framework}-{mode}.pt")
+    found: dict[str, Any]
+    found, other = (
+        torch.load(folder / f"{framework}-{mode}-{rank}.pt") for rank in range(2)
+    )
+    assert torch.equal(found["parameters"], other["parameters"]), "replicas differ"
     return found
 
 
