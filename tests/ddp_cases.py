@@ -260,6 +260,8 @@ def attach_outcome(rank: int, world: int, what: str) -> str:
     if what == "model differs":
         model.register_parameter("late", None)
         config = Config(raw=("weight",)) if rank else Config()
+    if what == "beta2 on a mesh":
+        config = Config(beta2=0.99)
     if what == "complex":
         model = nn.Linear(4, 4, dtype=torch.cfloat)
     if what == "pattern matches nothing":
@@ -276,7 +278,8 @@ def attach_outcome(rank: int, world: int, what: str) -> str:
         )
         model.register_comm_hook(None, hooks.fp16_compress_hook)  # type: ignore[operator]
     try:
-        state = ddp.attach(model, config)  # type: ignore[arg-type]
+        mesh = 1 if what == "beta2 on a mesh" else None
+        state = ddp.attach(model, config, mesh=mesh)  # type: ignore[arg-type]
         if what == "twice":
             try:
                 ddp.attach(model, config)  # type: ignore[arg-type]

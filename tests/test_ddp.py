@@ -158,6 +158,10 @@ def test_fifty_runs_with_many_buckets(ranks: Pools) -> None:
             "PlanMismatch: .*Config.sparsity is 1.0 on rank 0 and 1.25 on",
         ),
         (
+            "beta2 on a mesh",
+            r"ConfigError: beta2=0\.99 is for hooks\.ddp.* with hooks\.ddp with a mesh",
+        ),
+        (
             "pattern matches nothing",
             "ConfigError: raw pattern 'wait.*' matches no train",
         ),
