@@ -70,7 +70,7 @@ def attach(
     Raises:
         AttachError: the model cannot be compressed.
         ConfigError: an argument is out of range.
-        PlanMismatch: ranks differ in configuration, parameters or version.
+        PlanMismatch: ranks differ in configuration, arguments, parameters or version.
         PeerError: one of these happened on another rank.
     """
     check_form(config, "local_sgd")
@@ -119,7 +119,16 @@ class State:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
-        self._session = session_beside(trained, config, dist.group.WORLD, group)
+        facts = {
+            "every": every,
+            "outer_lr": float(outer_lr),
+            "outer_momentum": float(outer_momentum),
+            "residual_decay": float(residual_decay),
+            "delay": delay,
+        }
+        self._session = session_beside(
+            trained, config, dist.group.WORLD, group, facts=facts
+        )
         self.config = config
         self.meter = self._session.meter
         self.engine = self._session.engine

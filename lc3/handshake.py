@@ -107,7 +107,7 @@ def _explain(everybody: Sequence[dict[str, object]]) -> None:
                 raise PlanMismatch(
                     f"ranks differ: {key} is {first.get(key, 'missing')!r} on rank 0 "
                     f"and {said.get(key, 'missing')!r} on rank {rank}; start every "
-                    "rank with the same model, Config and lc3 version"
+                    "rank with the same model, Config, arguments and lc3 version"
                 )
     raise PlanMismatch(
         "ranks list the same parameters in another order; build the model alike "

@@ -52,6 +52,7 @@ class Session:
         leave: what to do when the session ends.
         mesh: for two levels, see ``lc3.two_levels.nodes_of``.
         ranks: of the exchange, in the job; needed with a mesh.
+        facts: what else must be the same on every rank, by name.
 
     Attributes:
         names: the name of each parameter.
@@ -76,6 +77,7 @@ class Session:
         leave: Callable[[], None],
         mesh: DeviceMesh | int | None = None,
         ranks: Sequence[int] = (),
+        facts: Mapping[str, object] | None = None,
     ) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in parameters}
         self.config = config
@@ -99,7 +101,7 @@ class Session:
         try:
             threads = threads_for(exchange, config)
             table = mesh if isinstance(mesh, int | None) else mesh.mesh.tolist()
-            facts = {"mesh": table}
+            facts = {"mesh": table, **(facts or {})}
             coder, plan, nodes = agree(
                 exchange, __version__, config, shapes, build, facts
             )
@@ -229,6 +231,7 @@ def session_beside(
     beside: dist.ProcessGroup,
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | int | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> Session:
     """Return a session over a process group.
 
@@ -238,6 +241,7 @@ def session_beside(
         beside: the group whose ranks train the model; others use it too.
         group: a group of the same ranks that nobody else uses. Default: one is made.
         mesh: for two levels, see ``lc3.two_levels.nodes_of``.
+        facts: see ``Session``.
 
     Raises:
         AttachError: the group is no such group; and what ``Session`` raises.
@@ -249,7 +253,7 @@ def session_beside(
         device = torch.device("cuda", torch.cuda.current_device())
     exchange = GroupExchange(own, device)
     leave = partial(exchange.leave, destroy=is_mine)
-    return Session(parameters, config, exchange, leave, mesh, ranks)
+    return Session(parameters, config, exchange, leave, mesh, ranks, facts)
 
 
 def session_for(

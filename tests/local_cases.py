@@ -263,6 +263,8 @@ def refused(rank: int, world: int, what: str) -> str:
         net.weight = nn.Parameter(torch.zeros(10, 600)[:, ::2])
     if what == "differ":
         given = {"config": Config(density=0.1 + 0.1 * rank)}
+    if what == "every differs":
+        given = {"every": 4 + 4 * rank}
     optimizers = [] if what == "no optimizer" else [optimizer]
     try:
         local_sgd.attach(net, optimizers, **given)

@@ -87,6 +87,7 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
         ("residual_decay", r"ConfigError: residual_decay=3\.0 must be in \[0, 1\]"),
         ("strides", r"AttachError: a parameter of shape \[10, 300\] has strides"),
         ("differ", r"PlanMismatch: ranks differ: Config\.density is 0\.1 on rank 0"),
+        ("every differs", r"PlanMismatch: ranks differ: every is 4 on rank 0 and 8 on"),
     ],
 )
 def test_attach_refuses(ranks: Pools, what: str, words: str) -> None:
