@@ -309,15 +309,17 @@ class Engine:
             bucket: see ``share``.
 
         Returns:
-            The mean, on the CPU.
+            The mean, on the CPU; added up in float32 at least.
         """
         messages = [self._sealed(part, step, bucket) for part in parts]
         arrived = self._unsealed(self.exchange.all_to_all(messages), step, bucket)
-        total, *others = [data.clone().view(parts[0].dtype) for data in arrived]
+        dtype = parts[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        total, *others = [data.clone().view(dtype).to(wide) for data in arrived]
         for other in others:
             total += other
         total /= torch.tensor(float(self.exchange.world))
-        return total
+        return total.to(dtype)
 
     def _sparse_mean(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
         """Return the mean of sparse tensors: everybody gets everybody's entries."""

@@ -155,7 +155,8 @@ class Divided(Oracle):
             for name, shape in self.shapes:
                 each = [self.sums(grad[name], shape) for grad in grads]
                 for i, of_ranks in enumerate(zip(*each, strict=True)):
-                    mean = torch.from_numpy(self.mean([m.numpy() for m in of_ranks]))
+                    halves = [m.bfloat16().float().numpy() for m in of_ranks]
+                    mean = torch.from_numpy(self.mean(halves)).bfloat16().float()
                     kept = self.moments.setdefault(
                         name, [torch.zeros(1)] * len(each[0])
                     )

@@ -43,13 +43,14 @@ def moments_of(gradient: torch.Tensor, shape: tuple[int, ...]) -> Moments:
 
 
 def test_a_gradient_of_rank_one_becomes_its_sign() -> None:
-    """Its squares are an outer product, so nothing is approximated."""
+    """Its squares are an outer product, so nothing is lost but bits of bfloat16."""
     torch.manual_seed(0)
     matrix = torch.randn(20, 1) * torch.randn(1, 30)
     for shape in ((20, 30), (600,)):
         gradient = matrix.flatten().clone()
         moments_of(gradient, shape).divide({"a": gradient})
-        torch.testing.assert_close(gradient, matrix.flatten().sign())
+        sign = matrix.flatten().sign()
+        torch.testing.assert_close(gradient, sign, rtol=0.005, atol=0)
 
 
 def test_what_comes_out_of_nothing_is_bounded() -> None:
