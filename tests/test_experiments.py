@@ -320,6 +320,13 @@ def test_what_is_said_of_adam_in_every_step_is_so() -> None:
         "0.1",
         "1.0",
     ]
+    halves = record.read_csv(ROOT / "experiments/results/chars-long-bf16.csv")
+    (half_moments,) = frontier.points(halves)
+    assert f"{half_moments.loss:.4f}, where" in text
+    assert f"at {float(found[method, '0']['test_loss']):.4f}, with" in text
+    assert f"{half_moments.bytes_per_step:,.0f} bytes a step" in text
+    dense = int(found["float32", "0"]["sent_bytes"]) / 4512
+    assert f"{dense / half_moments.bytes_per_step:.1f} times fewer" in text
     rates = record.read_csv(ROOT / "experiments/results/chars-adam-rates.csv")
     assert report.insert(text, "adam-rates", frontier.markdown(rates)) == text
     best = {point.method: point.loss for point in frontier.points(rates)}
