@@ -390,7 +390,8 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert round(base.bytes_per_step / best.bytes_per_step) == 1574
     assert 1.0135 < best.loss / base.loss < 1.014
     large = record.read_csv(ROOT / "experiments/results/chars-large.csv")
-    base_large, decayed, eighth, sixteenth = frontier.points(large)
+    base_large, decayed, eighth, halved, sixteenth = frontier.points(large)
+    assert f"{100 * (halved.loss / base_large.loss - 1):.1f}" == "4.7"
     assert round(base_large.bytes_per_step / eighth.bytes_per_step) == 419
     assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "2.6"
     assert f"{100 * (sixteenth.loss / base_large.loss - 1):.1f}" == "3.2"
@@ -400,6 +401,9 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert f"{100 * (eighth.loss / base_twice.loss - 1):.2f}" == "0.55"
     assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "0.7"
     assert round(base_twice.bytes_per_step / eighth.bytes_per_step) == 418
+    between = record.read_csv(ROOT / "experiments/results/chars-large-5400.csv")
+    (middle,) = frontier.points(between)
+    assert f"{100 * (middle.loss / base_large.loss - 1):.1f}" == "1.4"
     ends_of = {m.loss: m.method for m in (base_large, base_twice, eighth)}
     steps = [
         row["step"]
