@@ -397,20 +397,21 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert f"{100 * (sixteenth.loss / base_large.loss - 1):.1f}" == "3.2"
     assert decayed.loss > eighth.loss
     twice = record.read_csv(ROOT / "experiments/results/chars-large-longer.csv")
-    base_twice, eighth = frontier.points(twice)
+    base_twice, eighth, faster = frontier.points(twice)
+    assert faster.loss > eighth.loss
     assert f"{100 * (eighth.loss / base_twice.loss - 1):.2f}" == "0.55"
     assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "0.7"
     assert round(base_twice.bytes_per_step / eighth.bytes_per_step) == 418
     between = record.read_csv(ROOT / "experiments/results/chars-large-5400.csv")
     (middle,) = frontier.points(between)
     assert f"{100 * (middle.loss / base_large.loss - 1):.1f}" == "1.4"
-    ends_of = {m.loss: m.method for m in (base_large, base_twice, eighth)}
+    ends_of = {m.loss: m.method for m in (base_large, base_twice, eighth, faster)}
     steps = [
         row["step"]
         for row in (*large, *twice)
         if ends_of.get(float(row["test_loss"])) == row["method"]
     ]
-    assert steps == ["2880", "4320", "4320"]
+    assert steps == ["2880", "4320", "4320", "4320"]
     longest = record.read_csv(ROOT / "experiments/results/chars-muon-longest.csv")
     lowest = min(longest, key=lambda row: float(row["test_loss"]))
     assert (lowest["test_loss"], lowest["step"]) == ("1.54212", "10830")
