@@ -326,7 +326,7 @@ def _all_coded(density: float) -> lc3.Config:
 
 # Steps between exchanges, and the per cent of values sent.
 ALL_CODED = (
-    *((2, 30), (4, 10), (4, 30), (8, 9.5), (8, 10)),
+    *((2, 30), (4, 3.6), (4, 4.7), (4, 10), (4, 30), (8, 9.5), (8, 10)),
     *((16, 4), (16, 9.5), (16, 30), (32, 10)),
 )
 
