@@ -352,7 +352,13 @@ def test_what_the_docs_say_of_the_frontier_is_so() -> None:
     assert all(loss in DOCS for loss in losses)
     assert 2 * quarter.bytes_per_step < preconditioned.bytes_per_step
     assert f"{100 * (quarter.loss / preconditioned.loss - 1):.1f}" == "0.8"
+    often, default = found["local H=4, density 4.7 %, all coded"], found["local H=8"]
+    assert f"{100 * (1 - often.loss / default.loss):.1f}" == "1.1"
+    assert f"{100 * (1 - often.bytes_per_step / default.bytes_per_step):.0f}" == "19"
     eighth = "local H=8, density 9.5 %, all coded"
+    rare, rarer = found[eighth], found["local H=4, density 3.6 %, all coded"]
+    assert abs(rare.loss / rarer.loss - 1) < 0.001
+    assert rare.bytes_per_step < 5300 > rarer.bytes_per_step
     said = [found[m].loss for m in (f"{eighth}, decay 0.8", f"{eighth}, lr × 0.5")]
     assert [f"{loss:.4f}" for loss in said] == ["1.7971", "1.8452"]
     assert "1.7971 with decay,\n1.8452 at half the rate" in DOCS
