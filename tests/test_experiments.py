@@ -355,6 +355,11 @@ def test_what_the_docs_say_of_the_frontier_is_so() -> None:
     often, default = found["local H=4, density 4.7 %, all coded"], found["local H=8"]
     assert f"{100 * (1 - often.loss / default.loss):.1f}" == "1.1"
     assert f"{100 * (1 - often.bytes_per_step / default.bytes_per_step):.0f}" == "19"
+    longer = frontier.points(
+        record.read_csv(ROOT / "experiments/results/chars-long.csv")
+    )
+    (end,) = (point.loss for point in longer if point.method == often.method)
+    assert f"({end:.4f}, and 1.6061 to\n1.6124)" in DOCS
     eighth = "local H=8, density 9.5 %, all coded"
     rare, rarer = found[eighth], found["local H=4, density 3.6 %, all coded"]
     assert abs(rare.loss / rarer.loss - 1) < 0.001
