@@ -369,6 +369,22 @@ def test_what_the_docs_say_of_the_frontier_is_so() -> None:
     assert "1.7971 with decay,\n1.8452 at half the rate" in DOCS
 
 
+def test_each_knob_of_the_quantizer_wins_somewhere() -> None:
+    found = [
+        point
+        for name in ("fashion-mnist", "quantizer")
+        for point in frontier.points(
+            record.read_csv(ROOT / f"experiments/results/{name}.csv")
+        )
+    ]
+    (blocks,) = (point for point in found if point.method == "s=1.00, block 1024")
+    assert frontier.better(blocks, found) is None
+    (pull,) = (point for point in found if point.method == "s=1.75, pull s=1.00")
+    every_step = [point for point in found if "local" not in point.method]
+    assert frontier.better(pull, every_step) is None
+    assert frontier.better(pull, found) is not None
+
+
 def test_the_steps_of_the_frontier_are_those_the_lab_measured() -> None:
     rows = record.read_csv(ROOT / "experiments/results/links-chars.csv")
     times, measured = report.step_ms_by_link(rows)
