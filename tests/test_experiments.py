@@ -209,6 +209,7 @@ FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-large", "chars-muon-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
+    ("quantizer-chars", "quantizer-chars"),
 ]
 
 
@@ -383,6 +384,19 @@ def test_each_knob_of_the_quantizer_wins_somewhere() -> None:
     every_step = [point for point in found if "local" not in point.method]
     assert frontier.better(pull, every_step) is None
     assert frontier.better(pull, found) is not None
+
+
+def test_what_the_docs_say_of_the_quantizer_on_text_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/quantizer-chars.csv")
+    found = {point.method: point for point in frontier.points(rows)}
+    plain, blocks = found["3LC s=1.00"], found["s=1.00, block 1024"]
+    assert f"{100 * (1 - blocks.loss / plain.loss):.1f}" == "3.1"
+    assert f"{blocks.bytes_per_step / plain.bytes_per_step:.2f}" == "1.35"
+    pull = found["s=1.75, pull s=1.00"]
+    assert frontier.better(found["s=1.75, block 1024"], [pull]) is pull
+    density = found["density 5 %"]
+    assert round(density.bytes_per_step, -2) == round(plain.bytes_per_step, -2)
+    assert density.loss == max(point.loss for point in found.values())
 
 
 def test_the_steps_of_the_frontier_are_those_the_lab_measured() -> None:
