@@ -29,7 +29,8 @@ def needs(framework: str) -> None:
         pytest.skip(f"needs the extra {framework}; make test-adapters installs it")
 
 
-def torchrun(*arguments: str) -> str:
+def torchrun(folder: Path, *arguments: str) -> str:
+    """Run in ``folder``, where frameworks leave their logs; return what it prints."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -37,9 +38,14 @@ def torchrun(*arguments: str) -> str:
         ],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=folder,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -47,7 +53,7 @@ def torchrun(*arguments: str) -> str:
 
 def trained(framework: str, mode: str, folder: Path) -> dict[str, Any]:
     """Return what rank 0 found; the other rank's parameters are the same."""
-    torchrun("tests.adapter_cases", framework, mode, str(folder))
+    torchrun(folder, "tests.adapter_cases", framework, mode, str(folder))
     found: dict[str, Any]
     found, other = (
         torch.load(folder / f"{framework}-{mode}-{rank}.pt") for rank in range(2)
@@ -73,11 +79,11 @@ def test_a_framework_trains_what_ddp_trains_and_resumes(
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_the_example(framework: str) -> None:
+def test_the_example(framework: str, tmp_path: Path) -> None:
     needs(framework)
     path = ROOT / f"experiments/examples/{EXAMPLES[framework]}.py"
     assert len(path.read_text().splitlines()) < 60
-    said = torchrun(f"experiments.examples.{EXAMPLES[framework]}")
+    said = torchrun(tmp_path, f"experiments.examples.{EXAMPLES[framework]}")
     found = re.search(r"accuracy (0\.\d+), (\d+) times fewer bytes", said)
     assert found, said
     assert float(found[1]) > 0.8
