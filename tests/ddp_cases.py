@@ -236,10 +236,17 @@ def many_buckets(rank: int, world: int, runs: int) -> dict[str, Any]:
         hashes.append(hash_of(wrapped.module))
         buckets = state.meter.buckets // state.meter.steps
         state.close()
-        left = {what: now - held[what] for what, now in count_held().items()}
+        left = count_held()
+        if run == 0:
+            first = left
         del state, wrapped
         gc.collect()
-    return {"hashes": hashes, "buckets": buckets, "left": left}
+    return {
+        "hashes": hashes,
+        "buckets": buckets,
+        "left": {what: now - held[what] for what, now in left.items()},
+        "grown": {what: now - first[what] for what, now in left.items()},
+    }
 
 
 def count_held() -> dict[str, int]:

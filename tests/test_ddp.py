@@ -137,6 +137,8 @@ def test_fifty_runs_with_many_buckets(ranks: Pools) -> None:
     for result in results:
         assert len(set(result["hashes"])) == 50
         assert result["left"] == {"files": 0, "threads": 0}
+        assert result["grown"]["threads"] == 0
+        assert result["grown"]["files"] <= 2
 
 
 @pytest.mark.parametrize(

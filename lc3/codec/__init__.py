@@ -115,7 +115,7 @@ def codec_for(device: torch.device) -> Codec:
 
 @cache
 def _kernels_or_operators(device: torch.device) -> Codec:
-    """Return the backend for a CUDA device; say which, once."""
+    """Return the backend for a CUDA device; say which, once for each."""
     from lc3.codec import tensor
 
     try:
