@@ -27,6 +27,7 @@ import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
 from lc3.codec import Codec
 from lc3.coder import Coder
+from lc3.config import EntropyStage
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
 
@@ -319,9 +320,9 @@ def _preconditioned(sparsity: float) -> Method:
     return start
 
 
-def _all_coded(density: float) -> lc3.Config:
+def _all_coded(density: float, entropy: EntropyStage = "auto") -> lc3.Config:
     """Return a configuration in which biases and norms do not travel raw."""
-    return lc3.Config(density=density, min_ndim=0, min_numel=1)
+    return lc3.Config(density=density, min_ndim=0, min_numel=1, entropy=entropy)
 
 
 # Steps between exchanges, and the per cent of values sent.
@@ -332,6 +333,9 @@ ALL_CODED = (
 
 # The same, and what multiplies residuals after each exchange.
 DECAYING = ((8, 9.5, 0.8), (32, 10, 0.8))
+
+# With the range stage, which leaves room for more values in as many bytes.
+RANS = ((8, 11.5, 1.0), (16, 11.5, 1.0), (32, 12, 0.8))
 
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
@@ -377,6 +381,15 @@ METHODS: dict[str, Method] = {
         )
         for every, percent, decay in DECAYING
     },
+    **{
+        f"local H={every}, density {percent} %, all coded, "
+        + (f"decay {decay}, rans" if decay < 1 else "rans"): _local(
+            every, _all_coded(percent / 100, "rans"), residual_decay=decay
+        )
+        for every, percent, decay in RANS
+    },
+    "3LC s=1.00, rans": _lc3(1.0, entropy="rans"),
+    "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),
 }
 AT_RATE = ", lr × "
 

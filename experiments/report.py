@@ -263,7 +263,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"{rows[0]['task']}, {rows[0]['ranks']} ranks")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(ncols=1 + len(axes.lines) // 16)
+    many = len(axes.lines) > 16
+    axes.legend(ncols=1 + many, fontsize=5 if many else None)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

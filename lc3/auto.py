@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lc3 import rans
 from lc3.codec import Codec, decode_add
 from lc3.config import Config
-from lc3.entropy import compress
+from lc3.entropy import compress, decompress
 from lc3.exchange import Exchange
-from lc3.format import HEADER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Costs:
 
     Attributes:
         encode: an element, with the entropy stage.
-        decode: an element.
+        decode: an element, with the entropy stage.
         round: an exchange of nothing, all ranks with all.
         byte: a byte that a rank sends in one.
         reduce: an all-reduce of nothing.
@@ -87,26 +87,36 @@ def _sent(elements: int, world: int) -> float:
 
 
 def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, float]:
-    """Return seconds an element to encode, entropy stage included, and to decode."""
+    """Return seconds an element to encode and to decode, entropy stage included."""
     generator = torch.Generator().manual_seed(0)
     x = 0.2 * torch.rand(_ELEMENTS, generator=generator)
     x[torch.rand(_ELEMENTS, generator=generator) < _DENSITY] = 1.0
     room = torch.empty(codec.max_frame_bytes(_ELEMENTS), dtype=torch.uint8)
     residual, values, work = torch.zeros_like(x), torch.zeros_like(x), x.clone()
-    frame = room[:0]
+    frame = coded = room[:0]
 
     def encode() -> None:
-        nonlocal frame
+        nonlocal frame, coded
         used, _ = codec.encode(work, 1.0, room, residual)
         frame = room[:used]
-        if config.entropy != "none":
-            compress(([], [frame]), HEADER_BYTES)
+        if config.entropy == "rans":
+            coded = rans.compress([frame], [_ELEMENTS])
+        elif config.entropy != "none":
+            coded = compress([[frame]], 0)[0]
 
     encoding = []
     for _ in range(_REPEATS):
         work.copy_(x)
         encoding.append(_seconds(encode))
-    decoding = [_seconds(lambda: decode_add(codec, frame, values)) for _ in encoding]
+
+    def decode() -> None:
+        if config.entropy == "rans":
+            rans.decompress(coded, [_ELEMENTS])
+        elif config.entropy != "none":
+            decompress(coded, room.numel())
+        decode_add(codec, frame, values)
+
+    decoding = [_seconds(decode) for _ in encoding]
     each = _ELEMENTS * threads
     return median(encoding) / each, median(decoding) / each
 

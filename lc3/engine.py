@@ -18,8 +18,7 @@ from torch import Tensor
 from lc3.auto import Auto, Wire
 from lc3.budget import Budget
 from lc3.coder import Coder
-from lc3.config import Config, EntropyStage
-from lc3.entropy import AUTO_MIN_BYTES
+from lc3.config import Config
 from lc3.errors import ExchangeError, PeerError
 from lc3.exchange import Exchange
 from lc3.format import HEADER_BYTES, Tag, is_nan_frame, seal, seal_abort, unseal
@@ -30,13 +29,6 @@ from lc3.residual import Residuals, arena
 
 _ABORT_TIMEOUT_S = 5.0
 _ASIDE_BUCKET, _BUDGET_BUCKET = 0xFFFFFFFD, 0xFFFFFFFC
-_ENTROPY_MIN_BYTES: dict[EntropyStage, int | None] = {
-    "auto": AUTO_MIN_BYTES,
-    "zstd": 0,
-    "none": None,
-}
-
-
 NO_HALVES: Mapping[str, Tensor] = MappingProxyType({})  # of float32 gradients
 
 
@@ -627,8 +619,7 @@ class Engine:
         bucket: int,
     ) -> Tensor:
         tag = self._tag(self.exchange.rank, step, bucket)
-        shortest = _ENTROPY_MIN_BYTES[self.config.entropy]
-        return pack(pieces, chunks, tag, shortest, direction)
+        return pack(pieces, chunks, tag, self.config.entropy, direction)
 
     def _sealed(self, data: Tensor, step: int, bucket: int) -> Tensor:
         room = torch.empty(HEADER_BYTES, dtype=torch.uint8)

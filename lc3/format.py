@@ -1,4 +1,4 @@
-"""The bytes of lc3, format version 1. This docstring is the specification.
+"""The bytes of lc3, format versions 1 and 2. This docstring is the specification.
 
 All integers and floats are little-endian. "float32" is IEEE 754 binary32; arithmetic is
 float32 with round-half-to-even, no fused multiply-add, no flush of subnormals.
@@ -81,7 +81,7 @@ Message: all pieces that one rank sends to one rank for one bucket, in one direc
 ::
 
     offset  bytes  field
-    0       4      magic: "3LC1" (33 4c 43 31); the last character is the format version
+    0       4      magic: "3LC1" or "3LC2"; the last character is the format version
     4       4      flags: bit 0 entropy-coded body, bit 1 abort; all others 0
     8       8      step: synchronised backward passes so far, from 0
     16      4      bucket
@@ -104,6 +104,47 @@ is over the bytes as sent. A sender uses it where it makes the body smaller. A r
 knows from the plan the exact size of the raw pieces and the largest of the frames, and
 refuses a content size beyond their sum before it reserves memory.
 
+Range-coded body: a message of version 2, whose flag bit 0 is set, has it instead. All
+else is as in version 1, and a message whose body is not range-coded is of version 1. ::
+
+    z       uint32                          only if the plan has raw pieces here
+    raw     z bytes                         all of them in plan order, as they are if z
+                                            is their size, else as a zstd frame as above
+    heads   of each frame in plan order     its scale, and if a body follows its model:
+                                            d, or 128 + d, a, b, each below 128
+    state   6 bytes                         only if there is a body, as what follows is
+    words   uint16 each                     to the end
+
+State and words are one rANS stream of the bodies' folded bytes in plan order. What a
+byte may be depends on the one before it in its frame: state A after a byte that is not
+a zero run and at the start, state C after a run of 14, state B after a shorter run or a
+single 121. Bytes are sorted into 19 classes: k = 1 to 5 digits that are not 0 (10, 40,
+80, 80 and 32 bytes), then zero runs of 1 (the byte 121), 2, …, 14. All bytes of a class
+are equally likely. In fixed point, with one = 2^30 and x * y = floor(x · y / one):
+
+1. ``p(i) = floor(G[i mod 8] · 2^14 / 2^floor(i / 8))`` with G = 65536, 60097, 55109,
+   50535, 46341, 42495, 38968, 35734: the density 2^(−i/8). Five zeros there have
+   ``q = one − p(i), z(i) = (((q * q) * (q * q)) * q)``.
+2. The model is d, a, b; of a model of one byte a = b = d. ``h = floor(p(d) / 2)``,
+   ``c[k] = one * h * … * h * q * … * q`` from the left, k times h and 5 − k times
+   q = one − p(d). ``t`` is the sum of c[k] times the size of the class.
+3. ``y = z(a)`` in state A, z(b) in state C, 0 in state B. A byte of class k gets
+   ``floor(((one − y) * c[k]) · 65280 / t)`` slots, a run of 1 to 13
+   ``floor((r * (one − z(b))) · 65280 / one)``, where r is y for a run of 1 and
+   ``r * z(b)`` of the run before for the others, and a run of 14
+   ``floor(r · 65280 / one)``; each at least one slot.
+4. Of the classes in order the first that has most slots in all gets, for each of its m
+   bytes, floor(rest / m) more, where rest is what is left of 65536.
+5. Slots are given out from 0 in the order of classes, and in a class of byte values.
+
+A decoder begins with the state x, 2^32 ≤ x < 2^48. A byte is the one whose n slots from
+f on hold ``x mod 65536``; then ``x = n · floor(x / 65536) + x mod 65536 − f``, and if
+that is below 2^32 it becomes ``65536 · x + the next word``. A frame ends with its last
+quartic byte. In the end x must be 2^32 and no word be left. An encoder goes backwards
+from x = 2^32: if x ≥ 2^32 · n the word ``x mod 65536`` goes before those that it has,
+and x becomes floor(x / 65536); then
+``x = 65536 · floor(x / n) + x mod n + f``. Which models it chooses is its own affair.
+
 A single frame with a transport of its own may travel as a zstd frame too. That begins
 with ``28 b5 2f fd``, which is negative as a scale: no frame of this format does.
 
@@ -114,6 +155,10 @@ the frame, then 400 zero bytes. Entropy-coded, 30 by zstd 1.5.7 (others may diff
     28 b5 2f fd 60 98 00 4c 00 00 10 00 00 01 00 8b 2a c0 02   the 400 zero bytes
     41 00 00 00 00 00 41 ca ff ff 79                           the frame, as it was
 
+Range-coded it is (encoders may choose another model)::
+
+    00 00 00 41 3a c8 07 ae f6 9a 63    scale, model 58, state 0x639af6ae07c8
+
 A receiver checks length, magic, CRC, flags, abort, plan, sender, step and bucket, in
 this order, before it decodes anything.
 """
@@ -122,6 +167,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -129,6 +175,8 @@ from torch import Tensor
 from lc3.errors import FormatError, PeerError, PlanMismatch
 
 MAGIC = b"3LC1"
+MAGIC_RANGE_CODED = b"3LC2"
+Coding = Literal["none", "zstd", "rans"]  # of a body
 FLAG_ENTROPY_CODED = 1
 FLAG_ABORT = 2
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
@@ -196,7 +244,7 @@ class Tag:
         return f"rank {self.sender}, bucket {self.bucket}, step {self.step}"
 
 
-def seal(message: Tensor, tag: Tag, flags: int = 0) -> Tensor:
+def seal(message: Tensor, tag: Tag, flags: int = 0, magic: bytes = MAGIC) -> Tensor:
     """Write the header of ``message``, whose body is in place behind it, and return it.
 
     Args:
@@ -204,11 +252,12 @@ def seal(message: Tensor, tag: Tag, flags: int = 0) -> Tensor:
             ``HEADER_BYTES`` are overwritten.
         tag: what the header says.
         flags: bits of the specification.
+        magic: the format version.
     """
     data = _bytes_of(message)
     body = data[HEADER_BYTES:]
     _HEADER.pack_into(
-        data, 0, MAGIC, flags, tag.step, tag.bucket, tag.sender, tag.plan, len(body)
+        data, 0, magic, flags, tag.step, tag.bucket, tag.sender, tag.plan, len(body)
     )
     crc = zlib.crc32(body, zlib.crc32(data[: _HEADER.size]))
     _CRC.pack_into(data, _HEADER.size, crc)
@@ -225,7 +274,7 @@ def seal_abort(reason: str, tag: Tag) -> Tensor:
     return seal(message, tag, FLAG_ABORT)
 
 
-def unseal(message: Tensor, expected: Tag) -> tuple[Tensor, bool]:
+def unseal(message: Tensor, expected: Tag) -> tuple[Tensor, Coding]:
     """Check ``message`` against what must arrive now and return what it carries.
 
     Args:
@@ -233,7 +282,7 @@ def unseal(message: Tensor, expected: Tag) -> tuple[Tensor, bool]:
         expected: the sender, step, bucket and plan that are due.
 
     Returns:
-        The body, a view, and whether it is entropy-coded.
+        The body, a view, and how it is entropy-coded.
 
     Raises:
         FormatError: it is damaged, of another format, or belongs to another exchange.
@@ -247,10 +296,10 @@ def unseal(message: Tensor, expected: Tag) -> tuple[Tensor, bool]:
             f"{HEADER_BYTES}; it was cut on the way"
         )
     magic, flags, step, bucket, sender, plan, body_bytes = _HEADER.unpack_from(data)
-    if magic != MAGIC:
+    if magic not in (MAGIC, MAGIC_RANGE_CODED):
         raise FormatError(
-            f"message from {expected}: starts with {magic!r}, not {MAGIC!r}; "
-            "is the sender an lc3 of the same format version?"
+            f"message from {expected}: starts with {magic!r}, not {MAGIC!r} or "
+            f"{MAGIC_RANGE_CODED!r}; is the sender an lc3 of the same format version?"
         )
     body = data[HEADER_BYTES:]
     if len(body) != body_bytes:
@@ -265,7 +314,8 @@ def unseal(message: Tensor, expected: Tag) -> tuple[Tensor, bool]:
             f"message from {expected}: CRC-32 is {found:08x}, the header says "
             f"{crc:08x}; it was damaged in memory or on the way"
         )
-    if flags & ~(FLAG_ABORT | FLAG_ENTROPY_CODED):
+    known = FLAG_ABORT | FLAG_ENTROPY_CODED
+    if flags & ~known or (magic == MAGIC_RANGE_CODED and flags != FLAG_ENTROPY_CODED):
         raise FormatError(
             f"message from {expected}: flags {flags:#x} ask for a feature that this "
             "version does not have; use the same lc3 version on every rank"
@@ -283,7 +333,10 @@ def unseal(message: Tensor, expected: Tag) -> tuple[Tensor, bool]:
             f"expected the message from {expected}, got the one from rank {sender}, "
             f"bucket {bucket}, step {step}; ranks run different numbers of steps"
         )
-    return message[HEADER_BYTES:], bool(flags & FLAG_ENTROPY_CODED)
+    body_of = message[HEADER_BYTES:]
+    if not flags & FLAG_ENTROPY_CODED:
+        return body_of, "none"
+    return body_of, "zstd" if magic == MAGIC else "rans"
 
 
 def _bytes_of(message: Tensor) -> memoryview:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lc3 import rans
 from lc3.codec import Codec
-from lc3.entropy import compress, decompress
+from lc3.config import EntropyStage
+from lc3.entropy import AUTO_MIN_BYTES, compress, decompress
 from lc3.errors import FormatError
 from lc3.format import (
     FLAG_ENTROPY_CODED,
     HEADER_BYTES,
+    MAGIC_RANGE_CODED,
     Tag,
     seal,
     unseal,
@@ -25,7 +28,7 @@ def pack(
     pieces: Sequence[Piece],
     chunks: Sequence[Tensor],
     tag: Tag,
-    entropy_min_bytes: int | None,
+    entropy: EntropyStage,
     direction: Direction,
 ) -> Tensor:
     """Return the message, uint8[*], entropy-coded where that makes it smaller.
@@ -34,22 +37,54 @@ def pack(
         pieces: in plan order.
         chunks: of each piece its bytes, uint8[*]: a frame or raw values.
         tag: what the header says.
-        entropy_min_bytes: the shortest body to try it on; ``None``: none.
+        entropy: the stage, see ``Config``.
         direction: counts headers and what the entropy stage saves.
     """
     direction.header_bytes += HEADER_BYTES
     size = sum(chunk.numel() for chunk in chunks)
-    if entropy_min_bytes is not None and size >= entropy_min_bytes:
+    room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    if entropy != "none" and (entropy != "auto" or size >= AUTO_MIN_BYTES):
         both = list(zip(pieces, chunks, strict=True))
         raw = [chunk for piece, chunk in both if not piece.coded]
         coded = [chunk for piece, chunk in both if piece.coded]
-        smaller, (raw_bytes, coded_bytes) = compress((raw, coded), HEADER_BYTES)
+        if entropy == "rans":
+            numels = [piece.numel for piece in pieces if piece.coded]
+            parts = [_raw_part(raw), rans.compress(coded, numels)]
+            smaller = torch.cat([room, *parts])
+            raw_bytes, coded_bytes = (part.numel() for part in parts)
+        else:
+            smaller, (raw_bytes, coded_bytes) = compress((raw, coded), HEADER_BYTES)
         if smaller.numel() < HEADER_BYTES + size:
             direction.raw_saved_bytes += sum(c.numel() for c in raw) - raw_bytes
             direction.coded_saved_bytes += sum(c.numel() for c in coded) - coded_bytes
+            if entropy == "rans":
+                return seal(smaller, tag, FLAG_ENTROPY_CODED, MAGIC_RANGE_CODED)
             return seal(smaller, tag, FLAG_ENTROPY_CODED)
-    room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     return seal(torch.cat([room, *chunks]), tag)
+
+
+def _raw_part(raw: Sequence[Tensor]) -> Tensor:
+    """Return the raw pieces, uint8[*] each, as a range-coded body begins with them."""
+    size = sum(chunk.numel() for chunk in raw)
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    smaller, _ = compress([raw], 4)
+    part = smaller if smaller.numel() < 4 + size else torch.cat([smaller[:4], *raw])
+    part[:4] = torch.tensor([part.numel() - 4], dtype=torch.int32).view(torch.uint8)
+    return part
+
+
+def _take_raw_part(body: Tensor, raw_bytes: int) -> tuple[Tensor, Tensor]:
+    """Return the raw pieces of a range-coded body, and what follows them."""
+    if raw_bytes == 0:
+        return body[:0], body
+    if body.numel() < 4:
+        raise FormatError(f"a body of {body.numel()} bytes ends in a size")
+    size = int.from_bytes(body[:4].numpy().tobytes(), "little")
+    part, rest = body[4 : 4 + size], body[4 + size :]
+    if part.numel() < size:
+        raise FormatError(f"raw pieces of {size} bytes end after {part.numel()}")
+    return part if size == raw_bytes else decompress(part, raw_bytes), rest
 
 
 def unpack(
@@ -70,10 +105,14 @@ def unpack(
         PlanMismatch: its sender works by another plan.
         PeerError: its sender stopped.
     """
-    body, entropy_coded = unseal(message, tag)
+    body, coding = unseal(message, tag)
     with _blamed_on(tag):
-        if entropy_coded:
-            raw_bytes = sum(4 * piece.numel for piece in pieces if not piece.coded)
+        raw_bytes = sum(4 * piece.numel for piece in pieces if not piece.coded)
+        if coding == "rans":
+            numels = [piece.numel for piece in pieces if piece.coded]
+            values, rest = _take_raw_part(body, raw_bytes)
+            raw, frames = _Cursor(values), _Cursor(rans.decompress(rest, numels))
+        elif coding == "zstd":
             most = raw_bytes + sum(
                 codec.max_frame_bytes(piece.numel) for piece in pieces if piece.coded
             )

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from lc3 import rans
 from lc3.auto import Auto, measure
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
@@ -94,6 +95,8 @@ class Session:
                 nodes = nodes_of(mesh, ranks)
             coder = Coder(codec_for(device), threads, device)
             warm_up(coder.host)
+            if config.entropy == "rans":
+                rans.warm_up()
             if device != _CPU:
                 warm_up(codec_for(device), device)
             return coder, make_plan(shapes, world, config), nodes

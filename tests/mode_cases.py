@@ -255,7 +255,7 @@ def random_runs(rank: int, world: int, runs: int, seed: int) -> int:
             min_numel=drawn.choice([0, 50, 1000]),
             min_share=drawn.choice([1, 500, 16384]),
             block=drawn.choice([None, 64]),
-            entropy=drawn.choice(["auto", "none", "zstd"]),
+            entropy=drawn.choice(["auto", "none", "rans", "zstd"]),
             mode="3lc" if mesh else drawn.choice(["3lc", "3lc", "auto"]),
         )
         state = ddp.attach(model, config, mesh=mesh)

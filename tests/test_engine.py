@@ -164,7 +164,7 @@ def test_half_precision_goes_the_way_of_what_it_stands_for(
             assert torch.equal(values, halved[name]), name
 
 
-@pytest.mark.parametrize("entropy", ["auto", "zstd", "none"])
+@pytest.mark.parametrize("entropy", ENTROPY_STAGES)
 def test_the_entropy_stage_changes_bytes_only(entropy: EntropyStage) -> None:
     config = dataclasses.replace(SMALL, entropy=entropy, min_share=4000)
     shapes = [("a", (60, 90)), ("b", (70, 80))]

@@ -16,6 +16,7 @@ from torch import Tensor
 import lc3
 from lc3 import format as format_
 from lc3.codec import cpu
+from lc3.config import ENTROPY_STAGES
 from lc3.entropy import compress, decompress
 from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, Tag, seal
 from lc3.message import pack, unpack
@@ -49,8 +50,8 @@ def test_golden_messages_stay_readable() -> None:
     assert len(GOLDEN) == 4
     for case in GOLDEN:
         tag = Tag(case["sender"], case["step"], case["bucket"], case["plan"])
-        body, entropy_coded = format_.unseal(data(bytes.fromhex(case["message"])), tag)
-        assert entropy_coded
+        body, coding = format_.unseal(data(bytes.fromhex(case["message"])), tag)
+        assert coding == "zstd"
         content = bytes.fromhex(case["content"])
         assert raw_bytes(decompress(body, len(content))) == content
 
@@ -137,17 +138,20 @@ def read(message: Tensor, raw_numel: int, numel: int) -> tuple[bytes, bytes]:
 def test_a_message_of_both_kinds_comes_back() -> None:
     frame, _ = lc3.encode(torch.randn(3000, generator=torch.Generator().manual_seed(2)))
     raw = torch.arange(200.0).view(torch.uint8)
-    for shortest in (None, 0):
+    sizes = {}
+    for stage in ENTROPY_STAGES:
         direction = Direction()
         both = pieces(200, 3000)
-        message = pack(both, [frame, raw], TAG, shortest, direction)
+        message = pack(both, [frame, raw], TAG, stage, direction)
         saved = direction.raw_saved_bytes + direction.coded_saved_bytes
         assert message.numel() == HEADER_BYTES + len(frame) + len(raw) - saved
-        assert (saved > 0) == (shortest is not None)
+        assert (saved > 0) == (stage != "none")
+        sizes[stage] = message.numel()
         for found, given_ in zip(
             unpack(message, TAG, both, cpu), (frame, raw), strict=True
         ):
             assert torch.equal(found, given_)
+    assert sizes["rans"] < sizes["zstd"] == sizes["auto"] < sizes["none"]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
     assert 10 < ratio["5% sparsification"] < 32 / 2.6
     assert 35 < ratio["top-k 1%"] < 50
     assert ratio["PowerSGD rank 4"] < ratio["PowerSGD rank 1"]
+    assert sent["3LC s=1.00, rans"] < 0.95 * sent["3LC s=1.00"]
+    assert sent["3LC s=1.75, rans"] < 0.95 * sent["3LC s=1.75"]
     assert sent["3LC s=1.90"] < sent["3LC s=1.00"] < sent["fp16"] / 15
     for row in last.values():
         assert {"commit", "torch", "numba", "machine", "seed"} <= set(row)

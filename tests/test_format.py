@@ -76,6 +76,7 @@ def test_golden_files_are_the_committed_ones() -> None:
         "entropy.json": "4d6cb1b8",
         "frames.json": "b6294255",
         "messages.json": "1562c316",
+        "range.json": "695a9549",
     }
 
 
@@ -94,11 +95,12 @@ def test_the_worked_examples_of_the_specification_are_true() -> None:
 
 def test_a_message_comes_back() -> None:
     body = bytes(range(256))
-    found, entropy_coded = unseal(sealed(body), TAG)
+    found, coding = unseal(sealed(body), TAG)
     assert bytes(found.numpy()) == body
-    assert not entropy_coded
+    assert coding == "none"
     assert unseal(sealed(b""), TAG)[0].numel() == 0
-    assert unseal(seal(sealed(body), TAG, flags=1), TAG)[1]
+    assert unseal(seal(sealed(body), TAG, flags=1), TAG)[1] == "zstd"
+    assert unseal(seal(sealed(body), TAG, 1, b"3LC2"), TAG)[1] == "rans"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,9 @@ def test_a_message_comes_back() -> None:
     [
         (data(b""), lc3.FormatError, "0 bytes"),
         (sealed(b"abc")[:39], lc3.FormatError, "39 bytes"),
-        (data(b"3LC2" + bytes(60)), lc3.FormatError, "same format version"),
+        (data(b"3LC3" + bytes(60)), lc3.FormatError, "same format version"),
+        (seal(sealed(b"abc"), TAG, 0, b"3LC2"), lc3.FormatError, "flags 0x0"),
+        (seal(sealed(b"abc"), TAG, 3, b"3LC2"), lc3.FormatError, "flags 0x3"),
         (sealed(b"abc")[:-1], lc3.FormatError, "announces 3 bytes of body, 2 came"),
         (seal(sealed(b"abc"), TAG, flags=4), lc3.FormatError, "flags 0x4"),
         (seal_abort("no space", TAG), lc3.PeerError, "rank 1 stopped: no space"),

@@ -16,6 +16,7 @@ BELOW = {
     "budget": {"config"},
     "entropy": {"errors", "format"},
     "codec": {"config", "entropy", "errors", "format"},
+    "rans": {"codec", "errors", "format"},
     "exchange": {"errors"},
     "plan": {"config", "errors"},
     "residual": {"plan"},
@@ -23,7 +24,9 @@ BELOW = {
     "meter": set(),
     "moments": set(),
     "monitor": {"meter"},
-    "message": {"codec", "entropy", "errors", "format", "meter", "plan"},
+    "message": {
+        *("codec", "config", "entropy", "errors", "format", "meter", "plan", "rans"),
+    },
     "workers": set(),
     "coder": {"codec", "workers"},
     "lane": {"errors"},
@@ -44,7 +47,7 @@ BELOW = {
             "handshake",
             "lane",
         ),
-        *("meter", "plan", "two_levels", "version"),
+        *("meter", "plan", "rans", "two_levels", "version"),
     },
     "measure": {
         *("codec", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),
@@ -59,14 +62,13 @@ BELOW = {
         "workers",
     },
     "__main__": {"config", "doctor", "errors", "measure"},
-    "auto": {"codec", "config", "entropy", "exchange", "format"},
+    "auto": {"codec", "config", "entropy", "exchange", "rans"},
     "engine": {
         *(
             "auto",
             "budget",
             "coder",
             "config",
-            "entropy",
             "errors",
             "exchange",
             "format",

@@ -17,6 +17,9 @@ from lc3.format import (
     seal,
     seal_abort,
 )
+from lc3.message import pack
+from lc3.meter import Direction
+from lc3.plan import Piece
 
 HERE = Path(__file__).parent
 LENGTHS = (1, 2, 4, 5, 6, 11, 70, 71, 145, 350)
@@ -100,6 +103,30 @@ def entropy_coded_messages() -> list[dict[str, object]]:
     return cases
 
 
+def range_coded_messages() -> list[dict[str, object]]:
+    """Any version of lc3 must read these bytes; its models are its own affair."""
+    tag = Tag(2, 9, 1, 0xCAFED00D)
+    cases = []
+    for raw_numel, n in ((0, 350), (100, 70), (25, 1400), (4000, 4000)):
+        raw = (torch.arange(raw_numel) % 7).float().view(torch.uint8)
+        out = torch.empty(max_frame_bytes(n), dtype=torch.uint8)
+        used = reference.encode(inputs(n)["peaks"], 1.0, out)[0]
+        both = [Piece("b", 0, raw_numel, 0, False), Piece("a", 0, n, 0, True)]
+        both = [piece for piece in both if piece.numel]
+        chunks = [raw, out[:used]][-len(both) :]
+        message = pack(both, chunks, tag, "rans", Direction())
+        cases.append(
+            {
+                **as_dict(tag),
+                "raw": raw_numel,
+                "coded": n,
+                "message": message.numpy().tobytes().hex(),
+                "content": torch.cat(chunks).numpy().tobytes().hex(),
+            }
+        )
+    return cases
+
+
 def as_dict(tag: Tag) -> dict[str, object]:
     return {
         "sender": tag.sender,
@@ -117,6 +144,7 @@ if __name__ == "__main__":
         ("frames", frames()),
         ("messages", messages()),
         ("entropy", entropy_coded_messages()),
+        ("range", range_coded_messages()),
     ):
         text = "".join(f" {json.dumps(case)},\n" for case in cases)[:-2]
         data = f"[\n{text}\n]\n"
