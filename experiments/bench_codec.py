@@ -25,6 +25,7 @@ from torch import Tensor
 from experiments.gradients import recorded
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.report import insert
+from lc3 import rans
 from lc3.codec import cpu, reference, tensor
 from lc3.entropy import compress, decompress
 from lc3.format import SCALE_BYTES, max_frame_bytes
@@ -318,6 +319,13 @@ def entropy_rows() -> Iterator[Row]:
         in_ms = timed(lambda: compress([frames], 0))  # noqa: B023
         out_ms = timed(lambda: decompress(small, whole.numel()))  # noqa: B023
         stage = float(str(in_ms["ms_p50"])) + float(str(out_ms["ms_p50"]))
+        sizes = [x.numel() for x in xs]
+        ranged = rans.compress(frames, sizes)
+        if not torch.equal(rans.decompress(ranged, sizes), whole):
+            raise RuntimeError("the range stage loses bytes")
+        ranged_in = timed(lambda: rans.compress(frames, sizes))  # noqa: B023
+        ranged_out = timed(lambda: rans.decompress(ranged, sizes))  # noqa: B023
+        rans_ms = [float(str(ms["ms_p50"])) for ms in (ranged_in, ranged_out)]
         all_digits = np.concatenate(digits)
         yield {
             "task": task,
@@ -336,6 +344,10 @@ def entropy_rows() -> Iterator[Row]:
             "zstd_decode_gb_s": round(numel * 4e-6 / float(str(out_ms["ms_p50"])), 2),
             "codec_ms": round(encode_ms + decode_ms, 4),
             "stage_ms": round(stage, 4),
+            "rans_bits": round(8 * ranged.numel() / numel, 4),
+            "rans_encode_gb_s": round(numel * 4e-6 / rans_ms[0], 2),
+            "rans_decode_gb_s": round(numel * 4e-6 / rans_ms[1], 2),
+            "rans_ms": round(sum(rans_ms), 4),
         }
 
 
@@ -391,6 +403,30 @@ def entropy_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def range_table(rows: list[dict[str, str]]) -> str:
+    """Return what the range coder takes off beyond zstd, and in how much time."""
+    columns = {
+        "digit_entropy_bits": "digit entropy",
+        "zstd1_bits": "zstd 1",
+        "rans_bits": "rans",
+    }
+    times = {"rans_encode_gb_s": "in, GB/s", "rans_decode_gb_s": "out, GB/s"}
+    lines = [
+        f"| recorded gradients | {' | '.join(columns.values())} | less than zstd | "
+        f"{' | '.join(times.values())} | pays below, Mbit/s |",
+        "| --- |" + " ---: |" * (len(columns) + len(times) + 2),
+    ]
+    for r in rows:
+        zstd, ranged = float(r["zstd1_bits"]), float(r["rans_bits"])
+        longer = float(r["rans_ms"]) - float(r["stage_ms"])
+        cells = [r[column] for column in columns]
+        cells += [f"{100 * (1 - ranged / zstd):.0f} %", *(r[t] for t in times)]
+        cells += [f"{(zstd - ranged) * int(r['numel']) / longer / 1e3:.0f}"]
+        name = f"{r['task']}, s = {r['sparsity']}, {r['moment']}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def caption(rows: list[dict[str, str]]) -> str:
     """Return which machine and versions the figures are of."""
     r = rows[0]
@@ -435,23 +471,28 @@ def main() -> None:
         prog="experiments.bench_codec", description=__doc__
     )
     parser.add_argument("--quick", action="store_true", help="small tensors only")
+    parser.add_argument(
+        "--stages", action="store_true", help="entropy stages only, not the codec"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "local")
     parser.add_argument("--docs", type=Path, help="Markdown file with markers")
     options = parser.parse_args()
     console = Console()
     torch.set_num_threads(1)
     write_csv(options.out / "entropy.csv", stamped(list(entropy_rows())))
-    sizes = SIZES[:2] if options.quick else SIZES
-    write_csv(options.out / "codec.csv", stamped(speed_rows(sizes, console)))
-    speed = read_csv(options.out / "codec.csv")
     entropy = read_csv(options.out / "entropy.csv")
     tables = {
-        "speed": speed_table(speed) + caption(speed),
         "entropy": entropy_table(entropy) + caption(entropy),
+        "range": range_table(entropy) + caption(entropy),
     }
+    if not options.stages:
+        sizes = SIZES[:2] if options.quick else SIZES
+        write_csv(options.out / "codec.csv", stamped(speed_rows(sizes, console)))
+        speed = read_csv(options.out / "codec.csv")
+        tables["speed"] = speed_table(speed) + caption(speed)
     for content in tables.values():
         console.print(content, soft_wrap=True, highlight=False)
-    if not options.quick:
+    if not (options.quick or options.stages):
         plot(speed, options.out / "codec.png")
     if options.docs:
         text = options.docs.read_text()

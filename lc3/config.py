@@ -40,7 +40,7 @@ class Config:
         entropy: a lossless stage over each message, both ways. "zstd" tries it on every
             message, "auto" on those that are long enough to gain; "rans" makes them a
             tenth smaller yet, sparse ones by up to a half, and takes longer: for links
-            of some 50 Mbit/s and less (docs/codec.md). A message that does not shrink
+            of some 40 Mbit/s and less (docs/codec.md). A message that does not shrink
             is sent as it is. "none": the paper's bytes.
         mode: "3lc": always. "auto": link and codec are measured at attach, and a bucket
             that a plain all-reduce, float32 or bfloat16, should bring sooner travels

@@ -73,6 +73,8 @@ def test_the_docs_tables_are_the_committed_results() -> None:
     assert report.insert(docs, "speed", said) == docs
     said = bench_codec.entropy_table(entropy) + bench_codec.caption(entropy)
     assert report.insert(docs, "entropy", said) == docs
+    said = bench_codec.range_table(entropy) + bench_codec.caption(entropy)
+    assert report.insert(docs, "range", said) == docs
 
 
 def test_the_readmes_table_is_the_committed_result() -> None:
