@@ -114,6 +114,10 @@ class Coder:
         for frame in frames:
             self._codec.add(frame.to(self.device), acc)
 
+    def run(self, jobs: Sequence[tuple[int, Job]]) -> None:
+        """Run jobs on the coding threads; see ``Workers.run``."""
+        self._workers.run(jobs)
+
     def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the bytes of some tensors, uint8[*] each, by one copy at most."""
         parts = [tensor.view(torch.uint8) for tensor in tensors]

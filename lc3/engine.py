@@ -8,8 +8,9 @@ were.
 """
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -22,7 +23,7 @@ from lc3.config import Config
 from lc3.errors import ExchangeError, PeerError
 from lc3.exchange import Exchange
 from lc3.format import HEADER_BYTES, Tag, is_nan_frame, seal, seal_abort, unseal
-from lc3.message import pack, unpack
+from lc3.message import Packed, pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Piece, Plan
 from lc3.residual import Residuals, arena
@@ -381,25 +382,17 @@ class Engine:
                 halves = NO_HALVES
             sources = [view for _, view in self._views(pieces, halves)]
             before = _square(coded) if wanted else 0.0
-            chunks = iter(
-                self._encode(everything, views, residuals, sparsity, direction, sources)
+            chunks = self._encode(
+                everything, views, residuals, sparsity, direction, sources
             )
             if wanted:
                 self.meter.add_norms(step, before, _square(coded))
-            messages = [
-                self._pack(
-                    owned, [next(chunks) for _ in owned], direction, step, bucket
-                )
-                for owned in pieces
-            ]
+            messages = self._pack(pieces, chunks, direction, step, bucket)
         with self.meter.stage("exchange"):
             arrived = self.exchange.all_to_all(messages)
         with self.meter.stage("decode"):
             owned = pieces[self.exchange.rank]
-            by_sender = [
-                unpack(message, self._tag(sender, step, bucket), owned, self.coder.host)
-                for sender, message in enumerate(arrived)
-            ]
+            by_sender = self._unpack(arrived, [owned] * len(arrived), step, bucket)
             means = [self.mean_of(piece).zero_() for piece in owned]
             said = list(zip(*by_sender, strict=True))
             both = list(zip(owned, means, said, strict=True))
@@ -441,19 +434,11 @@ class Engine:
         owned = pieces[self.exchange.rank]
         with self.meter.stage("encode"):
             chunks = self._encode(owned, values, residuals, sparsity, self.meter.pull)
-            message = self._pack(owned, chunks, self.meter.pull, step, bucket)
+            (message,) = self._pack([owned], chunks, self.meter.pull, step, bucket)
         with self.meter.stage("exchange"):
             arrived = self.exchange.all_gather(message)
         with self.meter.stage("decode"):
-            return [
-                unpack(
-                    message,
-                    self._tag(owner, step, bucket),
-                    pieces[owner],
-                    self.coder.host,
-                )
-                for owner, message in enumerate(arrived)
-            ]
+            return self._unpack(arrived, pieces, step, bucket)
 
     def _keep_budget(self, step: int) -> None:
         """At some steps share what ranks have sent, and steer by it."""
@@ -612,14 +597,56 @@ class Engine:
 
     def _pack(
         self,
-        pieces: Sequence[Piece],
-        chunks: Sequence[Tensor],
+        pieces: Sequence[Sequence[Piece]],
+        chunks: Iterable[Tensor],
         direction: Direction,
         step: int,
         bucket: int,
-    ) -> Tensor:
+    ) -> list[Tensor]:
+        """Return a message for each list of pieces, whose bytes are in a row."""
         tag = self._tag(self.exchange.rank, step, bucket)
-        return pack(pieces, chunks, tag, self.config.entropy, direction)
+        left = iter(chunks)
+        parts = [[next(left) for _ in some] for some in pieces]
+        packed: dict[int, Packed] = {}
+
+        def work(index: int) -> None:
+            entropy = self.config.entropy
+            packed[index] = pack(pieces[index], parts[index], tag, entropy)
+
+        self._share_out(work, pieces)
+        for index in range(len(pieces)):
+            direction.add_message(
+                HEADER_BYTES,
+                packed[index].raw_saved_bytes,
+                packed[index].coded_saved_bytes,
+            )
+        return [packed[index].message for index in range(len(pieces))]
+
+    def _unpack(
+        self,
+        arrived: Sequence[Tensor],
+        pieces: Sequence[Sequence[Piece]],
+        step: int,
+        bucket: int,
+    ) -> list[list[Tensor]]:
+        """Return by sender the checked bytes of each of its pieces; see ``unpack``."""
+        found: dict[int, list[Tensor]] = {}
+
+        def work(sender: int) -> None:
+            tag = self._tag(sender, step, bucket)
+            found[sender] = unpack(
+                arrived[sender], tag, pieces[sender], self.coder.host
+            )
+
+        self._share_out(work, pieces)
+        return [found[sender] for sender in range(len(arrived))]
+
+    def _share_out(
+        self, work: Callable[[int], None], pieces: Sequence[Sequence[Piece]]
+    ) -> None:
+        """Do what is to be done for each list of pieces, on the coding threads."""
+        weights = [sum(piece.numel for piece in some) for some in pieces]
+        self.coder.run([(n, partial(work, index)) for index, n in enumerate(weights)])
 
     def _sealed(self, data: Tensor, step: int, bucket: int) -> Tensor:
         room = torch.empty(HEADER_BYTES, dtype=torch.uint8)

@@ -15,13 +15,22 @@ from lc3.errors import FormatError
 from lc3.format import (
     FLAG_ENTROPY_CODED,
     HEADER_BYTES,
+    MAGIC,
     MAGIC_RANGE_CODED,
     Tag,
     seal,
     unseal,
 )
-from lc3.meter import Direction
 from lc3.plan import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A message, uint8[*], and what its entropy stage saved of each kind of piece."""
+
+    message: Tensor
+    raw_saved_bytes: int = 0
+    coded_saved_bytes: int = 0
 
 
 def pack(
@@ -29,18 +38,15 @@ def pack(
     chunks: Sequence[Tensor],
     tag: Tag,
     entropy: EntropyStage,
-    direction: Direction,
-) -> Tensor:
-    """Return the message, uint8[*], entropy-coded where that makes it smaller.
+) -> Packed:
+    """Return the message, entropy-coded where that makes it smaller.
 
     Args:
         pieces: in plan order.
         chunks: of each piece its bytes, uint8[*]: a frame or raw values.
         tag: what the header says.
         entropy: the stage, see ``Config``.
-        direction: counts headers and what the entropy stage saves.
     """
-    direction.header_bytes += HEADER_BYTES
     size = sum(chunk.numel() for chunk in chunks)
     room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     if entropy != "none" and (entropy != "auto" or size >= AUTO_MIN_BYTES):
@@ -55,12 +61,13 @@ def pack(
         else:
             smaller, (raw_bytes, coded_bytes) = compress((raw, coded), HEADER_BYTES)
         if smaller.numel() < HEADER_BYTES + size:
-            direction.raw_saved_bytes += sum(c.numel() for c in raw) - raw_bytes
-            direction.coded_saved_bytes += sum(c.numel() for c in coded) - coded_bytes
-            if entropy == "rans":
-                return seal(smaller, tag, FLAG_ENTROPY_CODED, MAGIC_RANGE_CODED)
-            return seal(smaller, tag, FLAG_ENTROPY_CODED)
-    return seal(torch.cat([room, *chunks]), tag)
+            magic = MAGIC_RANGE_CODED if entropy == "rans" else MAGIC
+            return Packed(
+                seal(smaller, tag, FLAG_ENTROPY_CODED, magic),
+                sum(chunk.numel() for chunk in raw) - raw_bytes,
+                sum(chunk.numel() for chunk in coded) - coded_bytes,
+            )
+    return Packed(seal(torch.cat([room, *chunks]), tag))
 
 
 def _raw_part(raw: Sequence[Tensor]) -> Tensor:

@@ -47,6 +47,12 @@ class Direction:
         self.coded_bytes[name] += size
         self.nonzero_digits += nonzero_digits
 
+    def add_message(self, header: int, raw_saved: int, coded_saved: int) -> None:
+        """Count a message: bytes of its header, what the entropy stage took off."""
+        self.header_bytes += header
+        self.raw_saved_bytes += raw_saved
+        self.coded_saved_bytes += coded_saved
+
     @property
     def bits_per_element(self) -> float:
         """Bits sent per coded element, scales included; nan before the first."""

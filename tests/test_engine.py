@@ -196,14 +196,15 @@ def test_any_configuration_equals_the_oracle(
     run(world, 3, config)
 
 
+@pytest.mark.parametrize("entropy", ["auto", "rans"])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_nothing(threads: int) -> None:
+def test_threads_change_nothing(threads: int, entropy: EntropyStage) -> None:
     shapes = [(f"w{i}", (90, 40 + i)) for i in range(25)]
 
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         return random_gradients(rank, step, shapes)
 
-    config = dataclasses.replace(SMALL, threads=threads, block=1000)
+    config = dataclasses.replace(SMALL, threads=threads, block=1000, entropy=entropy)
     for engine in run(2, 4, config, gradients, shapes=shapes):
         assert engine.coder.threads == threads
         engine.close()

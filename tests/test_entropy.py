@@ -20,7 +20,6 @@ from lc3.config import ENTROPY_STAGES
 from lc3.entropy import compress, decompress
 from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, Tag, seal
 from lc3.message import pack, unpack
-from lc3.meter import Direction
 from lc3.plan import Piece
 from tests.test_format import damage, data
 
@@ -140,10 +139,10 @@ def test_a_message_of_both_kinds_comes_back() -> None:
     raw = torch.arange(200.0).view(torch.uint8)
     sizes = {}
     for stage in ENTROPY_STAGES:
-        direction = Direction()
         both = pieces(200, 3000)
-        message = pack(both, [frame, raw], TAG, stage, direction)
-        saved = direction.raw_saved_bytes + direction.coded_saved_bytes
+        packed = pack(both, [frame, raw], TAG, stage)
+        message = packed.message
+        saved = packed.raw_saved_bytes + packed.coded_saved_bytes
         assert message.numel() == HEADER_BYTES + len(frame) + len(raw) - saved
         assert (saved > 0) == (stage != "none")
         sizes[stage] = message.numel()

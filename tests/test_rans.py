@@ -21,7 +21,6 @@ from lc3 import rans
 from lc3.codec import cpu
 from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, MAGIC_RANGE_CODED, Tag, seal
 from lc3.message import pack, unpack
-from lc3.meter import Direction
 from lc3.plan import Piece
 from tests.test_format import damage, data
 
@@ -248,7 +247,7 @@ def pieces(raw_numel: int, numel: int) -> list[Piece]:
 def sealed(raw: bytes, frame: Tensor, numel: int) -> Tensor:
     both = pieces(len(raw) // 4, numel)
     chunks = [data(raw), frame] if raw else [frame]
-    return pack(both, chunks, TAG, "rans", Direction())
+    return pack(both, chunks, TAG, "rans").message
 
 
 def body_sealed(body: bytes) -> Tensor:

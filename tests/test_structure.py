@@ -25,7 +25,7 @@ BELOW = {
     "moments": set(),
     "monitor": {"meter"},
     "message": {
-        *("codec", "config", "entropy", "errors", "format", "meter", "plan", "rans"),
+        *("codec", "config", "entropy", "errors", "format", "plan", "rans"),
     },
     "workers": set(),
     "coder": {"codec", "workers"},

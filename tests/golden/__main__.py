@@ -18,7 +18,6 @@ from lc3.format import (
     seal_abort,
 )
 from lc3.message import pack
-from lc3.meter import Direction
 from lc3.plan import Piece
 
 HERE = Path(__file__).parent
@@ -114,7 +113,7 @@ def range_coded_messages() -> list[dict[str, object]]:
         both = [Piece("b", 0, raw_numel, 0, False), Piece("a", 0, n, 0, True)]
         both = [piece for piece in both if piece.numel]
         chunks = [raw, out[:used]][-len(both) :]
-        message = pack(both, chunks, tag, "rans", Direction())
+        message = pack(both, chunks, tag, "rans").message
         cases.append(
             {
                 **as_dict(tag),
