@@ -28,7 +28,7 @@ HEADERS = [
     "fewer than float32",
     "fewer in coded tensors",
     "bits per element, push + pull",
-    "bits before zstd",
+    "bits before the entropy stage",
     "test loss",
     "test accuracy",
     *(f"step at {link}*" for link in LINKS_MBIT_S.values()),

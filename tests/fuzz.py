@@ -20,7 +20,15 @@ from rich.progress import Progress
 
 from lc3.codec import cpu, reference
 from lc3.errors import FormatError, PeerError, PlanMismatch
-from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, Tag, max_frame_bytes, seal
+from lc3.format import (
+    FLAG_ENTROPY_CODED,
+    HEADER_BYTES,
+    MAGIC,
+    MAGIC_RANGE_CODED,
+    Tag,
+    max_frame_bytes,
+    seal,
+)
 from lc3.message import unpack
 from lc3.plan import Piece
 
@@ -138,7 +146,8 @@ def fuzz_messages(
     """Read mutated messages, their CRC made right in half of the cases."""
     n, raw = 1400, 25
     pieces = [Piece("raw", 0, raw, 0, coded=False), Piece("coded", 0, n, 0, coded=True)]
-    cases = json.loads((GOLDEN / "entropy.json").read_text())
+    names = ("entropy.json", "range.json")
+    cases = [c for name in names for c in json.loads((GOLDEN / name).read_text())]
     corpus = [bytes.fromhex(c["message"]) for c in cases]
     x = torch.randn(n, generator=torch.Generator().manual_seed(1)) ** 5
     out = torch.empty(max_frame_bytes(n), dtype=torch.uint8)
@@ -156,7 +165,14 @@ def fuzz_messages(
         given = source.last(len(data))
         given.numpy()[:] = data
         if chance.random() < 0.5 and len(data) >= HEADER_BYTES:
-            seal(given, TAG, chance.choice((0, FLAG_ENTROPY_CODED)))
+            flags, magic = chance.choice(
+                [
+                    (0, MAGIC),
+                    (FLAG_ENTROPY_CODED, MAGIC),
+                    (FLAG_ENTROPY_CODED, MAGIC_RANGE_CODED),
+                ]
+            )
+            seal(given, TAG, flags, magic)
         try:
             _, frame = unpack(given, TAG, pieces, cpu)
         except (FormatError, PeerError, PlanMismatch):
