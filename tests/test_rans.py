@@ -126,6 +126,21 @@ def frames_of(stream: bytes, numels: Sequence[int]) -> list[bytes]:
     return heads
 
 
+def stream_of(body: bytes, model: Sequence[int], x: int = 2**32) -> bytes:
+    """Encode one frame of scale 1 as the specification says, whatever its body."""
+    words = b""
+    tables = {s: slots(model, s) for s in "ABC"}
+    for i in reversed(range(len(body))):
+        n, f = tables[following(body[i - 1]) if i else "A"][body[i]]
+        if x >= 2**32 * n:
+            words = (x % 65536).to_bytes(2, "little") + words
+            x //= 65536
+        x = 65536 * (x // n) + x % n + f
+    d, a, b = model
+    said = bytes([d] if d == a == b else [128 + d, a, b])
+    return b"\0\0\x80\x3f" + said + x.to_bytes(6, "little") + words
+
+
 def raw_bytes(tensor: Tensor) -> bytes:
     return tensor.numpy().tobytes()
 
@@ -150,6 +165,54 @@ def test_the_specification_decodes_what_is_encoded() -> None:
     frames, numels = some_frames(0)
     stream = raw_bytes(rans.compress(frames, numels))
     assert frames_of(stream, numels) == [raw_bytes(frame) for frame in frames]
+
+
+@pytest.mark.parametrize("model", [[40, 40, 40], [12, 30, 9], [0, 0, 0]])
+def test_any_model_may_be_chosen(model: list[int]) -> None:
+    """Also where frames are not what the model expects, and no encoder's own."""
+    chance = random.Random(8)
+    body = bytes(
+        chance.choice([255, 121, 243, chance.randrange(243)]) for _ in "x" * 300
+    )
+    numel = 5 * sum(b - 243 + 2 if b >= 243 else 1 for b in body)
+    stream = stream_of(body, model)
+    assert frames_of(stream, [numel])[0][4:] == body
+    assert raw_bytes(rans.decompress(data(stream), [numel]))[4:] == body
+
+
+def test_an_encoder_writes_what_the_specification_says() -> None:
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(9)) ** 3
+    frame, _ = lc3.encode(x)
+    stream = raw_bytes(rans.compress([frame], [3000]))
+    body = raw_bytes(frame)[4:]
+    assert stream[4] < 128
+    assert stream[5:] == stream_of(body, [stream[4]] * 3)[5:]
+
+
+def damaged_streams() -> dict[str, tuple[bytes, int]]:
+    """Return, by what is said about them, streams and how many values are due."""
+    body = bytes([0, 121, 40, 255, 121, 200, 7, 243, 9, 9, 9, 9, 9, 9])
+    numel = 5 * 28
+    whole = stream_of(body, [8, 8, 8])
+    assert raw_bytes(rans.decompress(data(whole), [numel]))[4:] == body
+    empty = next(  # a model that leaves slots to nobody
+        m for m in range(128) if max(map(sum, slots([m] * 3, "A").values())) < 65536
+    )
+    nobody = b"\0\0\x80\x3f" + bytes([empty]) + (2**32 + 65535).to_bytes(6, "little")
+    return {
+        "something is left behind": (whole + bytes(2), numel),
+        "something is left behind its": (stream_of(body, [8] * 3, 2**32 + 1), numel),
+        "it ends too early": (whole[:-2], numel),
+        "crosses the end": (stream_of(bytes([0, 255]), [8, 8, 8]), 5 * 14),
+        "stands for no byte": (nobody, 5),
+    }
+
+
+@pytest.mark.parametrize("words", damaged_streams())
+def test_each_damage_is_told(words: str) -> None:
+    stream, numel = damaged_streams()[words]
+    with pytest.raises(lc3.FormatError, match=words):
+        rans.decompress(data(stream), [numel])
 
 
 @pytest.mark.parametrize("state", "ABC")
