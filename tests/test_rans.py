@@ -195,10 +195,10 @@ def damaged_streams() -> dict[str, tuple[bytes, int]]:
     numel = 5 * 28
     whole = stream_of(body, [8, 8, 8])
     assert raw_bytes(rans.decompress(data(whole), [numel]))[4:] == body
-    empty = next(  # a model that leaves slots to nobody
-        m for m in range(128) if max(map(sum, slots([m] * 3, "A").values())) < 65536
-    )
-    nobody = b"\0\0\x80\x3f" + bytes([empty]) + (2**32 + 65535).to_bytes(6, "little")
+    ends = [max(map(sum, slots([m] * 3, "A").values())) for m in range(128)]
+    free = next(m for m, end in enumerate(ends) if end < 65536)
+    state = (2**32 + ends[free]).to_bytes(6, "little")
+    nobody = b"\0\0\x80\x3f" + bytes([free]) + state
     return {
         "something is left behind": (whole + bytes(2), numel),
         "something is left behind its": (stream_of(body, [8] * 3, 2**32 + 1), numel),
