@@ -77,6 +77,23 @@ def test_the_docs_tables_are_the_committed_results() -> None:
     assert report.insert(docs, "range", said) == docs
 
 
+def test_what_is_said_of_the_range_coder_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/entropy.csv")
+    dense, sparse = [], []
+    for row in rows:
+        less = 100 * (1 - float(row["rans_bits"]) / float(row["zstd1_bits"]))
+        (dense if float(row["density"]) >= 0.02 else sparse).append(less)
+        longer = float(row["rans_ms"]) - float(row["stage_ms"])
+        saved = (float(row["zstd1_bits"]) - float(row["rans_bits"])) * int(row["numel"])
+        assert 10 < saved / longer / 1e3 < 60
+    assert (round(min(dense)), round(max(dense))) == (9, 13)
+    assert (round(min(sparse)), round(max(sparse))) == (18, 44)
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    for page in (README, changes):
+        assert "9 to 13 %" in page
+        assert "18 to 44 %" in page
+
+
 def test_the_readmes_table_is_the_committed_result() -> None:
     assert report.insert(README, "digits", report.markdown(RESULT)) == README
 
@@ -369,6 +386,13 @@ def test_what_the_docs_say_of_the_frontier_is_so() -> None:
     rare, rarer = found[eighth], found["local H=4, density 3.6 %, all coded"]
     assert abs(rare.loss / rarer.loss - 1) < 0.001
     assert rare.bytes_per_step < 5300 > rarer.bytes_per_step
+    ranged = found["local H=8, density 11.5 %, all coded, rans"]
+    assert (
+        f"{ranged.loss:.4f}, {100 * (1 - ranged.loss / rare.loss):.1f} % lower, "
+        in ("1.7854, 1.0 % lower, ")
+    )
+    assert "1.7854, 1.0 % lower, 400 times fewer bytes than float32" in DOCS
+    assert int(found["float32"].bytes_per_step / ranged.bytes_per_step) == 400
     said = [found[m].loss for m in (f"{eighth}, decay 0.8", f"{eighth}, lr × 0.5")]
     assert [f"{loss:.4f}" for loss in said] == ["1.7971", "1.8452"]
     assert "1.7971 with decay,\n1.8452 at half the rate" in DOCS
