@@ -79,7 +79,8 @@ def test_the_docs_tables_are_the_committed_results() -> None:
 
 def test_what_is_said_of_the_range_coder_is_so() -> None:
     rows = record.read_csv(ROOT / "experiments/results/entropy.csv")
-    dense, sparse = [], []
+    dense: list[float] = []
+    sparse: list[float] = []
     for row in rows:
         less = 100 * (1 - float(row["rans_bits"]) / float(row["zstd1_bits"]))
         (dense if float(row["density"]) >= 0.02 else sparse).append(less)
