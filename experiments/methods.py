@@ -335,7 +335,7 @@ ALL_CODED = (
 DECAYING = ((8, 9.5, 0.8), (32, 10, 0.8))
 
 # With the range stage, which leaves room for more values in as many bytes.
-RANS = ((8, 11.5, 1.0), (16, 11.5, 1.0), (32, 12, 0.8))
+RANS = ((4, 4.6, 1.0), (8, 11.5, 1.0), (16, 11.5, 1.0), (32, 12.4, 0.8))
 
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
