@@ -392,6 +392,8 @@ def test_what_the_docs_say_of_the_frontier_is_so() -> None:
         f"{ranged.loss:.4f}, {100 * (1 - ranged.loss / rare.loss):.1f} % lower, "
         in ("1.7854, 1.0 % lower, ")
     )
+    often = found["local H=4, density 4.6 %, all coded, rans"]
+    assert f"({often.loss:.4f} at {often.bytes_per_step:,.0f} bytes)" in DOCS
     assert "1.7854, 1.0 % lower, 400 times fewer bytes than float32" in DOCS
     assert int(found["float32"].bytes_per_step / ranged.bytes_per_step) == 400
     said = [found[m].loss for m in (f"{eighth}, decay 0.8", f"{eighth}, lr × 0.5")]
@@ -461,27 +463,34 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert 1.0135 < best.loss / base.loss < 1.014
     large = record.read_csv(ROOT / "experiments/results/chars-large.csv")
     base_large, decayed, eighth, halved, sixteenth = frontier.points(large)
-    assert f"{100 * (halved.loss / base_large.loss - 1):.1f}" == "4.7"
+    assert f"{100 * (halved.loss / base_large.loss - 1):.1f}" == "4.5"
     assert round(base_large.bytes_per_step / eighth.bytes_per_step) == 419
-    assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "2.6"
-    assert f"{100 * (sixteenth.loss / base_large.loss - 1):.1f}" == "3.2"
+    assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "2.4"
+    assert f"{100 * (sixteenth.loss / base_large.loss - 1):.1f}" == "3.1"
     assert decayed.loss > eighth.loss
     twice = record.read_csv(ROOT / "experiments/results/chars-large-longer.csv")
-    base_twice, eighth, faster = frontier.points(twice)
+    base_twice, ranged, eighth, faster = frontier.points(twice)
     assert faster.loss > eighth.loss
     assert f"{100 * (eighth.loss / base_twice.loss - 1):.2f}" == "0.55"
-    assert f"{100 * (eighth.loss / base_large.loss - 1):.1f}" == "0.7"
+    for some in (eighth, ranged):
+        assert f"{100 * (some.loss / base_large.loss - 1):.1f}" == "0.6"
+    assert round(base_twice.bytes_per_step / ranged.bytes_per_step) == 405
     assert round(base_twice.bytes_per_step / eighth.bytes_per_step) == 418
     between = record.read_csv(ROOT / "experiments/results/chars-large-5400.csv")
     (middle,) = frontier.points(between)
-    assert f"{100 * (middle.loss / base_large.loss - 1):.1f}" == "1.4"
-    ends_of = {m.loss: m.method for m in (base_large, base_twice, eighth, faster)}
-    steps = [
-        row["step"]
-        for row in (*large, *twice)
-        if ends_of.get(float(row["test_loss"])) == row["method"]
-    ]
-    assert steps == ["2880", "4320", "4320", "4320"]
+    assert f"{100 * (middle.loss / base_large.loss - 1):.1f}" == "1.3"
+    lowest_of: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in (*[r for r in large if r["method"] == "float32"], *twice):
+        key = row["steps"], row["method"], row["seed"]
+        best_row = lowest_of.setdefault(key, row)
+        if float(row["test_loss"]) < float(best_row["test_loss"]):
+            lowest_of[key] = row
+    assert [r["step"] for r in lowest_of.values()] == ["2880"] * 3 + ["4320"] * 4
+    three = [float(r["test_loss"]) for r in lowest_of.values() if r["steps"] == "3600"]
+    assert f"{100 * (max(three) / min(three) - 1):.1f}" == "0.4"
+    denser = points["local H=32, density 12.4 %, all coded, decay 0.8, rans, lr × 0.5"]
+    assert f"{100 * (denser.loss / base.loss - 1):.1f}" == "2.1"
+    assert round(base.bytes_per_step / denser.bytes_per_step) == 1492
     longest = record.read_csv(ROOT / "experiments/results/chars-muon-longest.csv")
     lowest = min(longest, key=lambda row: float(row["test_loss"]))
     assert (lowest["test_loss"], lowest["step"]) == ("1.54212", "10830")
