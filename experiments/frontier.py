@@ -125,7 +125,7 @@ def plot(rows: Sequence[Row], links: Sequence[Row] | None, path: Path) -> None:
     """Write a PNG: loss against bytes, and against the time of each measured link."""
     times = step_ms_by_link(links)[0] if links else {}
     rates = list(next(iter(times.values()))) if times else []
-    figure = Figure(figsize=(6.5 * (1 + len(rates)), 5), layout="constrained")
+    figure = Figure(figsize=(6.5 * (1 + len(rates)) + 3, 5), layout="constrained")
     first, *others = figure.subplots(1, 1 + len(rates), squeeze=False)[0]
     everything = curves(rows)
     _draw(first, everything, {c.method: c.sent_mb for c in everything})
@@ -141,7 +141,12 @@ def plot(rows: Sequence[Row], links: Sequence[Row] | None, path: Path) -> None:
         _draw(axes, everything, seconds)
         axes.set_xlabel("seconds of training")
         axes.set_title(f"links of {rate}")
-    first.legend(fontsize=7, handlelength=4)
+    figure.legend(
+        *first.get_legend_handles_labels(),
+        loc="outside right upper",
+        fontsize=7,
+        handlelength=4,
+    )
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
