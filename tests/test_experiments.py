@@ -345,8 +345,18 @@ def test_what_is_said_of_adam_in_every_step_is_so() -> None:
     ]
     halves = record.read_csv(ROOT / "experiments/results/chars-long-bf16.csv")
     (half_moments,) = frontier.points(halves)
-    assert f"{half_moments.loss:.4f}, where" in text
-    assert f"at {float(found[method, '0']['test_loss']):.4f}, with" in text
+    ends = {
+        row["seed"]: float(row["test_loss"])
+        for row in halves
+        if row["step"] == row["steps"]
+    }
+    before = [float(found[method, seed]["test_loss"]) for seed in ends]
+    assert "end at {:.4f} and {:.4f},\nwhere".format(*ends.values()) in text
+    assert "ended at {:.4f} and {:.4f}: 0.4 and 0.3 % above".format(*before) in text
+    plain = [float(found["float32", seed]["test_loss"]) for seed in ends]
+    over = [100 * (end / p - 1) for end, p in zip(ends.values(), plain, strict=True)]
+    assert [f"{one:.1f}" for one in over] == ["0.4", "0.3"]
+    assert "0.4 and 0.3 % above in two seeds, at 51 ×" in README
     assert f"{half_moments.bytes_per_step:,.0f} bytes a step" in text
     dense = int(found["float32", "0"]["sent_bytes"]) / 4512
     assert f"{dense / half_moments.bytes_per_step:.1f} times fewer" in text
