@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lc3 import rans
-from lc3.codec import Codec, decode_add
+from lc3.codec import Codec
 from lc3.config import Config
-from lc3.entropy import compress, decompress
 from lc3.exchange import Exchange
+from lc3.format import Tag
+from lc3.message import pack, unpack
+from lc3.plan import Piece
 
 log = logging.getLogger(__name__)
 
@@ -87,35 +88,28 @@ def _sent(elements: int, world: int) -> float:
 
 
 def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, float]:
-    """Return seconds an element to encode and to decode, entropy stage included."""
+    """Return seconds an element to encode into a message, and to check and add it."""
     generator = torch.Generator().manual_seed(0)
     x = 0.2 * torch.rand(_ELEMENTS, generator=generator)
     x[torch.rand(_ELEMENTS, generator=generator) < _DENSITY] = 1.0
     room = torch.empty(codec.max_frame_bytes(_ELEMENTS), dtype=torch.uint8)
     residual, values, work = torch.zeros_like(x), torch.zeros_like(x), x.clone()
-    frame = coded = room[:0]
+    piece, tag = Piece("", 0, _ELEMENTS, 0, coded=True), Tag(0, 0, 0, 0)
+    message = room[:0]
 
     def encode() -> None:
-        nonlocal frame, coded
+        nonlocal message
         used, _ = codec.encode(work, 1.0, room, residual)
-        frame = room[:used]
-        if config.entropy == "rans":
-            coded = rans.compress([frame], [_ELEMENTS])
-        elif config.entropy != "none":
-            coded = compress([[frame]], 0)[0]
+        message = pack([piece], [room[:used]], tag, config.entropy).message
+
+    def decode() -> None:
+        (frame,) = unpack(message, tag, [piece], codec)
+        codec.add(frame, values)
 
     encoding = []
     for _ in range(_REPEATS):
         work.copy_(x)
         encoding.append(_seconds(encode))
-
-    def decode() -> None:
-        if config.entropy == "rans":
-            rans.decompress(coded, [_ELEMENTS])
-        elif config.entropy != "none":
-            decompress(coded, room.numel())
-        decode_add(codec, frame, values)
-
     decoding = [_seconds(decode) for _ in encoding]
     each = _ELEMENTS * threads
     return median(encoding) / each, median(decoding) / each

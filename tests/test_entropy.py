@@ -16,7 +16,7 @@ from torch import Tensor
 import lc3
 from lc3 import format as format_
 from lc3.codec import cpu
-from lc3.config import ENTROPY_STAGES
+from lc3.config import ENTROPY_STAGES, EntropyStage
 from lc3.entropy import compress, decompress
 from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, Tag, seal
 from lc3.message import pack, unpack
@@ -184,23 +184,28 @@ def test_a_body_that_is_no_zstd_frame_is_blamed_on_its_sender() -> None:
         read(message, 1, 10)
 
 
+@pytest.mark.parametrize("stage", ["zstd", "rans"])
 @pytest.mark.parametrize("with_valid_crc", [True, False])
-def test_damaged_messages_are_refused_or_change_nothing(with_valid_crc: bool) -> None:
+def test_damaged_messages_are_refused_or_change_nothing(
+    with_valid_crc: bool, stage: EntropyStage
+) -> None:
     """20 000 mutations; also those that no CRC catches, as by a broken sender."""
     chance = random.Random(6)
     refused = unchanged = other = 0
     for seed in range(100):
         n = chance.randrange(200, 2000)
         x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) ** 5
-        frame = raw_bytes(lc3.encode(x, 1.0)[0])
+        frame = lc3.encode(x, 1.0)[0]
         raw = np.arange(50, dtype=np.float32).tobytes()
-        original = entropy_coded([[raw], [frame]])
+        original = pack(pieces(50, n), [frame, data(raw)], TAG, stage).message
+        assert format_.unseal(original, TAG)[1] == stage
         expected = read(original, 50, n)
         for _ in range(200):
             body = damage(bytearray(raw_bytes(original)[HEADER_BYTES:]), chance)
             message = data(raw_bytes(original)[:HEADER_BYTES] + body)
             if with_valid_crc:
-                seal(message, TAG, FLAG_ENTROPY_CODED)
+                magic = raw_bytes(original)[:4]
+                seal(message, TAG, FLAG_ENTROPY_CODED, magic)
             try:
                 found = read(message, 50, n)
             except lc3.FormatError:

@@ -93,6 +93,11 @@ def test_what_is_said_of_the_range_coder_is_so() -> None:
     for page in (README, changes):
         assert "9 to 13 %" in page
         assert "18 to 44 %" in page
+    docs = (ROOT / "docs/codec.md").read_text()
+    speeds = [float(row["zstd_encode_gb_s"]) for row in rows]
+    assert f"{min(speeds):.0f} to {max(speeds):.0f} GB/s of float32" in docs
+    shares = [100 * float(row["stage_ms"]) / float(row["codec_ms"]) for row in rows]
+    assert f"takes {min(shares):.0f} to {max(shares):.0f} % of" in docs
 
 
 def test_the_readmes_table_is_the_committed_result() -> None:
@@ -400,14 +405,14 @@ def test_what_the_docs_say_of_the_frontier_is_so() -> None:
     assert abs(rare.loss / rarer.loss - 1) < 0.001
     assert rare.bytes_per_step < 5300 > rarer.bytes_per_step
     ranged = found["local H=8, density 11.5 %, all coded, rans"]
-    assert (
-        f"{ranged.loss:.4f}, {100 * (1 - ranged.loss / rare.loss):.1f} % lower, "
-        in ("1.7854, 1.0 % lower, ")
-    )
     often = found["local H=4, density 4.6 %, all coded, rans"]
     assert f"({often.loss:.4f} at {often.bytes_per_step:,.0f} bytes)" in DOCS
-    assert "1.7854, 1.0 % lower, 400 times fewer bytes than float32" in DOCS
-    assert int(found["float32"].bytes_per_step / ranged.bytes_per_step) == 400
+    lower = 100 * (1 - ranged.loss / rare.loss)
+    times = int(found["float32"].bytes_per_step / ranged.bytes_per_step)
+    assert (
+        f"{ranged.loss:.4f}, {lower:.1f} % lower, {times} times fewer bytes than "
+        "float32" in DOCS
+    )
     said = [found[m].loss for m in (f"{eighth}, decay 0.8", f"{eighth}, lr × 0.5")]
     assert [f"{loss:.4f}" for loss in said] == ["1.7971", "1.8452"]
     assert "1.7971 with decay,\n1.8452 at half the rate" in DOCS

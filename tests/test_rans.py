@@ -20,9 +20,9 @@ from lc3 import format as format_
 from lc3 import rans
 from lc3.codec import cpu
 from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, MAGIC_RANGE_CODED, Tag, seal
-from lc3.message import pack, unpack
+from lc3.message import unpack
 from lc3.plan import Piece
-from tests.test_format import damage, data
+from tests.test_format import data
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/range.json").read_text())
 TAG = Tag(sender=1, step=7, bucket=2, plan=0xABCDEF01)
@@ -307,12 +307,6 @@ def pieces(raw_numel: int, numel: int) -> list[Piece]:
     return [piece for piece in both if piece.numel]
 
 
-def sealed(raw: bytes, frame: Tensor, numel: int) -> Tensor:
-    both = pieces(len(raw) // 4, numel)
-    chunks = [data(raw), frame] if raw else [frame]
-    return pack(both, chunks, TAG, "rans").message
-
-
 def body_sealed(body: bytes) -> Tensor:
     message = data(bytes(HEADER_BYTES) + body)
     return seal(message, TAG, FLAG_ENTROPY_CODED, MAGIC_RANGE_CODED)
@@ -341,36 +335,6 @@ def test_a_body_that_does_not_fit_is_blamed_on_its_sender(
     with pytest.raises(lc3.FormatError, match=words) as caught:
         unpack(body_sealed(body), TAG, pieces(1, 5000), cpu)
     assert "rank 1, bucket 2, step 7" in str(caught.value)
-
-
-@pytest.mark.parametrize("with_valid_crc", [True, False])
-def test_damaged_messages_are_refused_or_change_nothing(with_valid_crc: bool) -> None:
-    """20 000 mutations; also those that no CRC catches, as by a broken sender."""
-    chance = random.Random(6)
-    refused = unchanged = other = 0
-    for seed in range(100):
-        n = chance.randrange(200, 2000)
-        x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) ** 5
-        frame = lc3.encode(x, 1.0)[0]
-        raw = np.arange(50, dtype=np.float32).tobytes()
-        original = sealed(raw, frame, n)
-        expected = raw + raw_bytes(frame)
-        for _ in range(200):
-            body = damage(bytearray(raw_bytes(original)[HEADER_BYTES:]), chance)
-            message = data(raw_bytes(original)[:HEADER_BYTES] + body)
-            if with_valid_crc:
-                seal(message, TAG, FLAG_ENTROPY_CODED, MAGIC_RANGE_CODED)
-            try:
-                found = unpack(message, TAG, pieces(50, n), cpu)
-            except lc3.FormatError:
-                refused += 1
-                continue
-            same = b"".join(map(raw_bytes, found)) == expected
-            unchanged += same
-            other += not same
-    assert refused + unchanged + other == 20_000
-    assert refused > 5_000
-    assert with_valid_crc or other == 0
 
 
 def test_nothing_compiles_in_a_step() -> None:

@@ -62,7 +62,7 @@ BELOW = {
         "workers",
     },
     "__main__": {"config", "doctor", "errors", "measure"},
-    "auto": {"codec", "config", "entropy", "exchange", "rans"},
+    "auto": {"codec", "config", "exchange", "format", "message", "plan"},
     "engine": {
         *(
             "auto",
