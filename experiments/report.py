@@ -181,7 +181,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     lines = cells(summarise(rows))
     for columns in (TRAFFIC, slice(TRAFFIC.stop, None)):
         table = Table()
-        table.add_column(HEADERS[0], no_wrap=True)
+        table.add_column(HEADERS[0])
         for header in HEADERS[columns]:
             table.add_column(header, justify="right")
         for line in lines:

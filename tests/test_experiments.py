@@ -1,5 +1,6 @@
 """What the README shows and says is what the code does."""
 
+import io
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from experiments import (
     allocation,
@@ -98,6 +100,14 @@ def test_what_is_said_of_the_range_coder_is_so() -> None:
     assert f"{min(speeds):.0f} to {max(speeds):.0f} GB/s of float32" in docs
     shares = [100 * float(row["stage_ms"]) / float(row["codec_ms"]) for row in rows]
     assert f"takes {min(shares):.0f} to {max(shares):.0f} % of" in docs
+
+
+def test_no_figure_is_cut_off_in_a_terminal_of_80_columns() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/cifar10-longer.csv")
+    out = io.StringIO()
+    report.print_table(rows, Console(file=out, width=80))
+    assert "1,078,888" in out.getvalue()
+    assert "…" not in out.getvalue()
 
 
 def test_the_readmes_table_is_the_committed_result() -> None:
