@@ -27,7 +27,7 @@ import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
 from lc3.codec import Codec
 from lc3.coder import Coder
-from lc3.config import EntropyStage
+from lc3.config import EntropyStage, Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
 
@@ -99,11 +99,13 @@ class Metered:
         meter: of the hook's state.
         close: ends the worker lane and its process group.
         every: steps between two exchanges; bits are per step.
+        direct: without owners what others push is what a rank gets.
     """
 
     meter: Meter
     close: Callable[[], None]
     every: int = 1
+    direct: bool = False
 
     @property
     def sent_bytes(self) -> int:
@@ -118,14 +120,17 @@ class Metered:
     @property
     def pull_bits(self) -> float:
         """See ``Traffic``."""
+        if self.direct:
+            return (dist.get_world_size() - 1) * self.push_bits
         return self.meter.pull.bits_per_element / self.every
 
     @property
     def frame_bits(self) -> float:
         """See ``Traffic``."""
-        push, pull = self.meter.push, self.meter.pull
-        both = push.frame_bits_per_element + pull.frame_bits_per_element
-        return both / self.every
+        push = self.meter.push.frame_bits_per_element
+        if self.direct:
+            return dist.get_world_size() * push / self.every
+        return (push + self.meter.pull.frame_bits_per_element) / self.every
 
     @property
     def codec_seconds(self) -> float:
@@ -140,7 +145,7 @@ def _hooked(
     state = ddp.attach(model, config)
     if codec is not None:
         state.engine.coder = Coder(codec)
-    return Metered(state.meter, state.close)
+    return Metered(state.meter, state.close, direct=state.engine.direct)
 
 
 class Training(NamedTuple):
@@ -195,8 +200,9 @@ def _all_reduce(
     return _ddp(attach)
 
 
-def _lc3(sparsity: float, **others: Any) -> Method:
-    config = lc3.Config(sparsity=sparsity, **others)
+def _lc3(sparsity: float, exchange: Topology = "owners", **others: Any) -> Method:
+    """Return 3LC with a push and a pull, as in the paper, unless another is named."""
+    config = lc3.Config(sparsity=sparsity, exchange=exchange, **others)
     return _ddp(lambda model: _hooked(model, config))
 
 
@@ -204,7 +210,9 @@ def _baseline(make_codec: Callable[[int], Codec]) -> Method:
     """Return a method of the paper's table, made for a rank; no entropy stage."""
     return _ddp(
         lambda model: _hooked(
-            model, lc3.Config(entropy="none"), make_codec(dist.get_rank())
+            model,
+            lc3.Config(entropy="none", exchange="owners"),
+            make_codec(dist.get_rank()),
         )
     )
 
@@ -289,7 +297,7 @@ def push_pull_optimizer(
 def _local(every: int, config: lc3.Config, **others: Any) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         state = local_state(module, optimizers, every, config, **others)
-        traffic = Metered(state.meter, state.close, every)
+        traffic = Metered(state.meter, state.close, every, state.engine.direct)
         return Training(module, optimizers, traffic, state.shared_model)
 
     return start
@@ -305,7 +313,9 @@ def _push_pull(config: lc3.Config) -> Method:
 
 def _preconditioned(sparsity: float) -> Method:
     """Return what may take the place of AdamW, whose rate and first moment it has."""
-    config = lc3.Config(sparsity=sparsity, beta2=0.99, min_ndim=0, min_numel=1)
+    config = lc3.Config(
+        sparsity=sparsity, beta2=0.99, min_ndim=0, min_numel=1, exchange="owners"
+    )
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model = wrapped(module)
@@ -320,9 +330,14 @@ def _preconditioned(sparsity: float) -> Method:
     return start
 
 
+def _sparse(density: float, **others: Any) -> lc3.Config:
+    """Return a configuration for local steps."""
+    return lc3.Config(density=density, **{"exchange": "owners", **others})
+
+
 def _all_coded(density: float, entropy: EntropyStage = "auto") -> lc3.Config:
-    """Return a configuration in which biases and norms do not travel raw."""
-    return lc3.Config(density=density, min_ndim=0, min_numel=1, entropy=entropy)
+    """Return one in which biases and norms do not travel raw."""
+    return _sparse(density, min_ndim=0, min_numel=1, entropy=entropy)
 
 
 # Steps between exchanges, and the per cent of values sent.
@@ -344,6 +359,7 @@ METHODS: dict[str, Method] = {
     "3LC s=1.50": _lc3(1.5),
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
+    **{f"3LC s={s:.2f}, direct": _lc3(s, "direct") for s in (1.0, 1.5, 1.75, 1.9)},
     "3LC s=1.00, all coded": _lc3(1.0, min_ndim=0, min_numel=1),
     "s=1.00, block 1024": _lc3(1.0, block=1024),
     "s=1.75, block 1024": _lc3(1.75, block=1024),
@@ -363,12 +379,13 @@ METHODS: dict[str, Method] = {
     "PowerSGD rank 4": _power_sgd(4),
     "preconditioned s=1.00": _preconditioned(1.0),
     "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
-    "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
-    **{
-        f"local H={every}": _local(every, lc3.Config(density=0.1))
-        for every in (2, 8, 16, 32)
-    },
-    "local H=16, density 30 %": _local(16, lc3.Config(density=0.3)),
+    "2 local steps": _local(
+        2, lc3.Config(raw=("*",), entropy="none", exchange="owners")
+    ),
+    **{f"local H={every}": _local(every, _sparse(0.1)) for every in (2, 8, 16, 32)},
+    "local H=16, density 30 %": _local(16, _sparse(0.3)),
+    "local H=8, direct": _local(8, _sparse(0.1, exchange="direct")),
+    "local H=8, density 5 %, direct": _local(8, _sparse(0.05, exchange="direct")),
     **{
         f"local H={every}, density {percent} %, all coded": _local(
             every, _all_coded(percent / 100)

@@ -327,6 +327,7 @@ class State:
         mine.copy_from(found)
         if merged:
             self.engine.keep_own_part()
+        self.engine.push_what_owners_owe()
         self.engine.owing.update(self.engine.residuals.sent)
         self._overflowed = False
         self._scale = float(found.counters["scale"])

@@ -151,6 +151,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "fsdp2", self.engine.plan, rank, mine)
         mine.copy_from(found)
+        self.engine.push_what_owners_owe()
         self.engine.budget.load(found.counters)
         self._session.begin_step(int(found.counters["step"]))
 

@@ -248,6 +248,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "horovod", self.engine.plan, rank, mine)
         mine.copy_from(found)
+        self.engine.push_what_owners_owe()
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
 

@@ -23,7 +23,7 @@ from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
 from lc3.residual import arena_like
-from lc3.session import check_form, session_beside
+from lc3.session import check_form, session_beside, with_owners
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def attach(
         every: H, local steps between two exchanges. ``None``: none by itself.
         outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
         outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
-            is a momentum already: it helps uncoded exchanges, not coded ones.
+            is a momentum already: it helps uncoded exchanges, not coded ones. Needs
+            owners, which two ranks then have, too.
         residual_decay: what multiplies, after every exchange, what was not sent yet: a
             rank's residuals, and how far masters are ahead of the replicas. 1 forgets
             nothing. What has waited for long was found again and again where the
@@ -77,7 +78,7 @@ def attach(
     return State(
         model,
         [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
-        config,
+        with_owners(config, "outer_momentum") if outer_momentum else config,
         every=every,
         outer_lr=outer_lr,
         outer_momentum=outer_momentum,
@@ -299,6 +300,8 @@ class State:
             return
         for residual in self.engine.residuals.sent.values():
             residual.mul_(self._residual_decay)
+        if self.engine.direct:
+            return
         for piece in self.owners.owned:
             replica = self.owners.replica[piece.name][piece.start : piece.stop]
             master = self.owners.master(piece)
@@ -349,6 +352,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "local_sgd", self.engine.plan, rank, mine)
         mine.copy_from(found)
+        self.owners.take_lead(found.shares["masters"], self._outer_lr)
         self.steps = int(found.counters["steps"])
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)

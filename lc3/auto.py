@@ -31,7 +31,7 @@ Bucket = tuple[str, ...]  # the names in it: numbers change when DDP rebuilds th
 TRIAL_STEPS = 12  # with 3LC, before it is compared
 _WARM_UP = 4  # of them that do not count
 _MARGIN = 1.1  # by which an all-reduce must be predicted to win afterwards
-_BITS = 0.8  # an element, both ways: s = 1 with the entropy stage, see docs/codec.md
+_BITS = 0.8  # an element, push and pull: s = 1 with the entropy stage, docs/codec.md
 _DENSITY = 0.05
 _ELEMENTS = 1 << 19
 _FIRST_BYTES, _MOST_BYTES, _ENOUGH_S = 1 << 14, 1 << 22, 0.05
@@ -61,30 +61,44 @@ class Costs:
     reduce_byte: float
     cast: float = 0.0
 
-    def predict(self, elements: int, world: int) -> dict[Wire, float]:
-        """Return the seconds of a bucket on its way, by form."""
-        coding = 2 * self.round + self._coding(elements, world)
+    def predict(self, elements: int, world: int, direct: bool) -> dict[Wire, float]:
+        """Return the seconds of a bucket on its way, by form.
+
+        Args:
+            elements: of the bucket.
+            world: number of ranks.
+            direct: whether 3LC is exchanged without owners.
+        """
         return {
             "float32": self.reduce + 4 * elements * self.reduce_byte,
             "bfloat16": self.reduce
             + _CAST_S
             + elements * (self.cast + 2 * self.reduce_byte),
-            "3lc": coding + _sent(elements, world) * self.byte,
+            "3lc": self._coded(elements, world, direct)
+            + _sent(elements, world, direct) * self.byte,
         }
 
-    def break_even(self, elements: int, world: int) -> float:
+    def break_even(self, elements: int, world: int, direct: bool) -> float:
         """Return the link rate below which 3LC beats a float32 ring, bit/s."""
         ring = 2 * (world - 1) / world * 4 * elements
-        saved = ring - _sent(elements, world)
-        return 8 * saved / (2 * self.round + self._coding(elements, world))
+        saved = ring - _sent(elements, world, direct)
+        return 8 * saved / self._coded(elements, world, direct)
 
-    def _coding(self, elements: int, world: int) -> float:
-        """A push and its pull encode, an owner decodes W parts, everybody the means."""
-        return elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
+    def _coded(self, elements: int, world: int, direct: bool) -> float:
+        """Return the seconds of 3LC but for its bytes.
+
+        A push and its pull encode, an owner decodes W parts, everybody the means;
+        without owners everybody encodes once and decodes W.
+        """
+        if direct:
+            return self.round + elements * (self.encode + world * self.decode)
+        coding = elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
+        return 2 * self.round + coding
 
 
-def _sent(elements: int, world: int) -> float:
-    return (world - 1) / world * elements * _BITS / 8
+def _sent(elements: int, world: int, direct: bool) -> float:
+    others = (world - 1) / 2 if direct else (world - 1) / world
+    return others * elements * _BITS / 8
 
 
 def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, float]:
@@ -181,18 +195,20 @@ class Auto:
     Attributes:
         costs: the same on every rank.
         world: number of ranks.
+        direct: whether 3LC is exchanged without owners.
         chosen: by bucket, so far.
     """
 
     costs: Costs
     world: int
+    direct: bool
     chosen: dict[Bucket, Wire] = field(default_factory=dict)
     _trials: dict[Bucket, list[float]] = field(default_factory=dict)
 
     def wire(self, bucket: Bucket, elements: int) -> Wire:
         """Return how a bucket travels; the same on every rank."""
         if bucket not in self.chosen:
-            predicted = self.costs.predict(elements, self.world)
+            predicted = self.costs.predict(elements, self.world, self.direct)
             self.chosen[bucket] = min(predicted, key=lambda wire: predicted[wire])
             self._say(bucket, elements, predicted)
         return self.chosen[bucket]
@@ -211,7 +227,7 @@ class Auto:
         The shortest counts: others have waited for a rank that came late to the bucket,
         as they would with any form.
         """
-        predicted = self.costs.predict(elements, self.world)
+        predicted = self.costs.predict(elements, self.world, self.direct)
         measured = min(float(one) for one in medians)
         plain: Wire = (
             "bfloat16" if predicted["bfloat16"] < predicted["float32"] else "float32"

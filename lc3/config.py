@@ -9,6 +9,8 @@ from lc3.errors import ConfigError
 
 Mode = Literal["3lc", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Topology = Literal["auto", "owners", "direct"]
+TOPOLOGIES: tuple[Topology, ...] = get_args(Topology)
 EntropyStage = Literal["auto", "zstd", "rans", "none"]
 ENTROPY_STAGES: tuple[EntropyStage, ...] = get_args(EntropyStage)
 
@@ -21,6 +23,12 @@ class Config:
         sparsity: 3LC's s for the push (worker to owner), 1 ≤ s < 2 after rounding to
             float32. Larger sends fewer values and keeps a larger residual.
         pull_sparsity: s for the pull (owner to everybody). ``None``: the push's.
+        exchange: who averages. "owners", as in the paper: every slice has an owner, who
+            gets what all ranks push, and whose mean, coded once more, everybody pulls.
+            "direct": every rank sends what it has coded to every other, and all
+            average alike: one round in place of two, and nothing is coded twice, for
+            W/2 times the bytes. "auto": direct between two ranks, or two nodes with a
+            mesh, where it takes no more bytes; owners between more.
         density: a share of values to send, 0 < density < 1, instead of a sparsity: the
             largest ones, each as their mean magnitude. Right for the light tails of
             local steps, wrong for per-step gradients. Both ways.
@@ -58,6 +66,7 @@ class Config:
 
     sparsity: float = 1.0
     pull_sparsity: float | None = None
+    exchange: Topology = "auto"
     density: float | None = None
     budget: int | None = None
     min_numel: int = 1024
@@ -76,6 +85,16 @@ class Config:
         check_sparsity("sparsity", self.sparsity)
         if self.pull_sparsity is not None:
             check_sparsity("pull_sparsity", self.pull_sparsity)
+        if self.exchange not in TOPOLOGIES:
+            raise ConfigError(
+                f"exchange={self.exchange!r} must be one of "
+                f"{', '.join(map(repr, TOPOLOGIES))}"
+            )
+        if self.exchange == "direct" and self.pull_sparsity is not None:
+            raise ConfigError(
+                f"pull_sparsity={self.pull_sparsity!r} is for a pull, and with "
+                "exchange='direct' there is none; leave one of them out"
+            )
         if self.density is not None and not (
             isinstance(self.density, float) and 0 < self.density < 1
         ):
@@ -119,6 +138,12 @@ class Config:
             )
         _check_patterns("raw", self.raw)
         _check_patterns("coded", self.coded)
+
+    def direct(self, world: int) -> bool:
+        """Whether ``world`` ranks exchange without owners."""
+        if self.exchange == "auto":
+            return world == 2 and self.pull_sparsity is None
+        return self.exchange == "direct"
 
 
 def check_sparsity(name: str, value: float) -> None:

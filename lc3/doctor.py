@@ -93,12 +93,13 @@ def _predict(
     elements: int, compute_ms: float, world: int, links: dict[str, Costs]
 ) -> None:
     """Print step times by form, for one bucket that nothing hides, and break-even."""
+    direct = Config().direct(world)
     print(
         f"for {elements:,} parameters, {compute_ms:g} ms of computing, {world} ranks, "
         "no overlap:"
     )
     for name, costs in links.items():
-        times = costs.predict(elements, world)
+        times = costs.predict(elements, world, direct)
         steps = {form: compute_ms + 1e3 * seconds for form, seconds in times.items()}
         verdict = "compress" if steps["3lc"] < steps["float32"] else "do not compress"
         print(
@@ -106,6 +107,7 @@ def _predict(
             f"{steps['bfloat16']:10,.1f} ms, 3LC {steps['3lc']:10,.1f} ms: {verdict}"
         )
     print(
-        f"  break-even with float32: {costs.break_even(elements, world) / 1e9:.2f} "
+        "  break-even with float32: "
+        f"{costs.break_even(elements, world, direct) / 1e9:.2f} "
         "Gbit/s. python -m lc3 measure your_script.py tells what your gradients need"
     )

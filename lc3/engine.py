@@ -2,15 +2,17 @@
 
 ``all_reduce`` is ``reduce_scatter`` (push: every rank sends each owner its pieces) and
 ``all_gather`` (pull: every owner sends its means to everybody). Both directions are
-coded with error feedback. A residual changes only when the pull has arrived and is
-finite, so a step that fails, or overflows on any rank, leaves all residuals as they
-were.
+coded with error feedback. Between two ranks it is ``broadcast_all`` instead: every rank
+sends all pieces to all others, and there is nothing to pull. A residual changes only
+when everything has arrived and is finite, so a step that fails, or overflows on any
+rank, leaves all residuals as they were.
 """
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 
 import torch
@@ -22,13 +24,22 @@ from lc3.coder import Coder
 from lc3.config import Config
 from lc3.errors import ExchangeError, PeerError
 from lc3.exchange import Exchange
-from lc3.format import HEADER_BYTES, Tag, is_nan_frame, seal, seal_abort, unseal
+from lc3.format import (
+    HEADER_BYTES,
+    Tag,
+    is_nan_frame,
+    scale_of,
+    seal,
+    seal_abort,
+    unseal,
+)
 from lc3.message import Packed, pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Piece, Plan
 from lc3.residual import Residuals, arena
 
 _ABORT_TIMEOUT_S = 5.0
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 _ASIDE_BUCKET, _BUDGET_BUCKET = 0xFFFFFFFD, 0xFFFFFFFC
 NO_HALVES: Mapping[str, Tensor] = MappingProxyType({})  # of float32 gradients
 
@@ -51,10 +62,11 @@ class Engine:
         residuals: memory that is this rank's already.
 
     Attributes:
+        direct: whether ranks average what they send each other, without owners.
         budget: what is sent of each value; moved, if the configuration has a budget.
         owing: names of parameters whose residuals may hold something.
         means: by parameter name float32[slice], of the slices that this rank owns: what
-            the last push brought. The pull uses the memory again.
+            the last push brought. The pull uses the memory again. Nothing, if direct.
     """
 
     def __init__(
@@ -69,6 +81,7 @@ class Engine:
         residuals: Residuals | None = None,
     ) -> None:
         self.owners = range(exchange.world) if owners is None else owners
+        self.direct = config.direct(exchange.world)
         me = self.owners[exchange.rank]
         self.auto = auto
         self.owing: set[str] = set()
@@ -77,8 +90,9 @@ class Engine:
         self.exchange = exchange
         self.coder = coder
         self.meter = meter
+        self._me = me
         self.residuals = residuals or Residuals(plan, me, coder.device)
-        slices = list(plan.slices_of(plan.numel, me))
+        slices = [] if self.direct else list(plan.slices_of(plan.numel, me))
         rooms = arena([slice_.numel for slice_ in slices], coder.device)
         self.means = {s.name: room for s, room in zip(slices, rooms, strict=True)}
         self.budget = Budget(config)
@@ -155,7 +169,7 @@ class Engine:
         for name in owing:
             grads[name].add_(self.residuals.sent[name])
         world = self.exchange.world
-        owned = [p for p in pieces[self.exchange.rank] if p.name in owing]
+        owned = [p for p in self._owned(pieces) if p.name in owing]
         for piece in owned:
             values = grads[piece.name][piece.start : piece.stop]
             values.add_(self.residuals.of_owned(piece), alpha=world)
@@ -188,6 +202,9 @@ class Engine:
         halves: Mapping[str, Tensor] = NO_HALVES,
     ) -> None:
         """Do what ``all_reduce`` does, at any world size; see there."""
+        if self.direct:
+            self.broadcast_all(pieces, grads, step, bucket, halves)
+            return
         owned = pieces[self.exchange.rank]
         means = self.reduce_scatter(pieces, grads, step, bucket, halves)
         residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
@@ -204,9 +221,17 @@ class Engine:
                     residual.copy_(mean)
 
     def pieces(self, names: Iterable[str]) -> list[list[Piece]]:
-        """Return the pieces of some parameters by owner, in plan order."""
+        """Return the pieces of some parameters by owner, in plan order.
+
+        Of one list, everybody's, if there are no owners.
+        """
         some = [name for name in names if self.plan.numel[name]]
-        return [list(self.plan.pieces_of(some, owner)) for owner in self.owners]
+        by_owner = [list(self.plan.pieces_of(some, owner)) for owner in self.owners]
+        return [[*chain.from_iterable(by_owner)]] if self.direct else by_owner
+
+    def _owned(self, pieces: Sequence[Sequence[Piece]]) -> Sequence[Piece]:
+        """Return the pieces that this rank is the owner of; if direct, of none."""
+        return () if self.direct else pieces[self.exchange.rank]
 
     def native_form(self, names: Collection[str], elements: int) -> Wire | None:
         """Return the form of a bucket that DDP's own all-reduce can average as well.
@@ -366,6 +391,80 @@ class Engine:
             For each piece of this rank a view, float32[piece], of memory that the next
             exchange uses again. NaN where some rank's values were not finite.
         """
+        messages = self._pushes(pieces, values, step, bucket, halves)
+        with self.meter.stage("exchange"):
+            arrived = self.exchange.all_to_all(messages)
+        with self.meter.stage("decode"):
+            owned = pieces[self.exchange.rank]
+            by_sender = self._unpack(arrived, [owned] * len(arrived), step, bucket)
+            means = [self.mean_of(piece).zero_() for piece in owned]
+            said = list(zip(*by_sender, strict=True))
+            both = list(zip(owned, means, said, strict=True))
+            self.coder.add([(mean, frames) for p, mean, frames in both if p.coded])
+            for piece, mean, chunks_of in both:
+                if not piece.coded:
+                    mean.copy_(_sum(chunks_of))
+            self._divide(means)
+        return means
+
+    def broadcast_all(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        values: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+        halves: Mapping[str, Tensor] = NO_HALVES,
+    ) -> None:
+        """Replace values by their 3LC means, from what every rank sends to all others.
+
+        Every rank adds up the same frames in the same order, so the means are the same
+        bits everywhere, and nobody has to send them.
+
+        Args:
+            pieces: one list, in an order that all ranks have alike.
+            values: by parameter name, float32[numel]; overwritten. NaN in all of a
+                coded piece where some rank's values were not finite.
+            step: see ``all_reduce``.
+            bucket: see ``all_reduce``.
+            halves: see ``all_reduce``.
+        """
+        (everything,) = pieces
+        (message,) = self._pushes(pieces, values, step, bucket, halves)
+        with self.meter.stage("exchange"):
+            arrived = self.exchange.all_gather(message)
+        with self.meter.stage("decode"):
+            by_sender = self._unpack(arrived, [everything] * len(arrived), step, bucket)
+            sums: list[tuple[Tensor, Sequence[Tensor]]] = []
+            said = zip(*by_sender, strict=True)
+            for (piece, view), chunks in zip(
+                self._views(pieces, values), said, strict=True
+            ):
+                if not piece.coded:
+                    view.copy_(_sum(chunks))
+                elif sum(map(scale_of, chunks)) <= _LARGEST_FLOAT:
+                    self.residuals.of_sent(piece).copy_(view)
+                    sums.append((view.zero_(), chunks))
+                else:
+                    view.fill_(torch.nan)
+            self.coder.add(sums)
+            self._divide(values.values())
+
+    def _divide(self, sums: Iterable[Tensor]) -> None:
+        """Make sums over the ranks means, in place."""
+        # On the device: CUDA multiplies by 1/W when W is a number on the host.
+        world = torch.tensor(float(self.exchange.world), device=self.coder.device)
+        for total in sums:
+            total /= world
+
+    def _pushes(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        values: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+        halves: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        """Return a message for each list of pieces; see ``reduce_scatter``."""
         if bucket == 0:
             self._keep_budget(step)
         with self.meter.stage("encode"):
@@ -387,24 +486,7 @@ class Engine:
             )
             if wanted:
                 self.meter.add_norms(step, before, _square(coded))
-            messages = self._pack(pieces, chunks, direction, step, bucket)
-        with self.meter.stage("exchange"):
-            arrived = self.exchange.all_to_all(messages)
-        with self.meter.stage("decode"):
-            owned = pieces[self.exchange.rank]
-            by_sender = self._unpack(arrived, [owned] * len(arrived), step, bucket)
-            means = [self.mean_of(piece).zero_() for piece in owned]
-            said = list(zip(*by_sender, strict=True))
-            both = list(zip(owned, means, said, strict=True))
-            self.coder.add([(mean, frames) for p, mean, frames in both if p.coded])
-            for piece, mean, chunks_of in both:
-                if not piece.coded:
-                    mean.copy_(_sum(chunks_of))
-            # On the device: CUDA multiplies by 1/W when W is a number on the host.
-            world = torch.tensor(float(self.exchange.world), device=self.coder.device)
-            for mean in means:
-                mean /= world
-        return means
+            return self._pack(pieces, chunks, direction, step, bucket)
 
     def all_gather(
         self,
@@ -530,6 +612,19 @@ class Engine:
 
     def keep_own_part(self) -> None:
         """Forget worker-side residuals of what this rank does not push: nothing."""
+
+    def push_what_owners_owe(self) -> None:
+        """Let this rank's pushes carry what its pulls owed, if there are none any more.
+
+        For a state of a run that had owners: residuals of means, times the senders that
+        a push is averaged over.
+        """
+        if self.direct:
+            for slice_ in self.plan.slices_of(self.residuals.owned, self._me):
+                owed = self.residuals.owned[slice_.name]
+                sent = self.residuals.sent[slice_.name][slice_.start : slice_.stop]
+                sent.add_(owed, alpha=self.senders)
+                owed.zero_()
 
     def pending(self) -> dict[str, Tensor]:
         """Return what gradients still owe the parameters, as a mean; collective.

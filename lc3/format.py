@@ -227,8 +227,14 @@ def has_body(data: bytes) -> bool:
 
 def is_nan_frame(data: Tensor) -> bool:
     """Whether the frame at the start of uint8[*] decodes to NaN."""
-    scale = bytes(data[:SCALE_BYTES].numpy())
-    return len(scale) == SCALE_BYTES and math.isnan(struct.unpack("<f", scale)[0])
+    return data.numel() >= SCALE_BYTES and math.isnan(scale_of(data))
+
+
+def scale_of(frame: Tensor) -> float:
+    """Return the largest magnitude that a frame, uint8[*], decodes to; may be NaN."""
+    scale: float
+    (scale,) = struct.unpack("<f", bytes(frame[:SCALE_BYTES].numpy()))
+    return scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class Meter:
             would have sent from this rank: 2 (W − 1) / W · 4 bytes an element.
         passed_through_bytes: the part of ``sent_bytes`` that is sparse and float64
             gradients, which are not compressed.
-        push, pull: the two directions.
+        push, pull: the two directions; nothing is pulled where there are no owners.
         seconds: wall-clock by stage: encode, exchange, decode on the worker lane, and
             wait, which is what training stood still for them: what was not hidden.
             The lane's stages are ranges of torch.profiler, named ``lc3.encode`` and so
@@ -192,10 +192,14 @@ class Meter:
         return (
             f"step {self.steps:,}: {self.ratio:.1f} times fewer bytes "
             f"({self.sent_bytes / steps:,.0f} a step), "
-            f"{self.push.bits_per_element:.3f} + {self.pull.bits_per_element:.3f} bits "
-            f"an element, residual {self.residual_ratio:.1f} times the gradient, "
+            f"{self._bits()} bits an element, "
+            f"residual {self.residual_ratio:.1f} times the gradient, "
             f"{self.rounds / steps:.1f} rounds, ms a step: {stages}"
         )
+
+    def _bits(self) -> str:
+        ways = [d for d in (self.push, self.pull) if d.coded_elements]
+        return " + ".join(f"{way.bits_per_element:.3f}" for way in ways) or "no"
 
     def summary(self) -> dict[str, float]:
         """Return the main figures by name, for logs and tables."""

@@ -4,6 +4,9 @@ The paper's parameter servers, spread over the ranks. A push brings the mean of 
 ranks say about a share to its owner, the owner changes its masters, and the pull sends
 everybody 3LC of ``master − replica``. What a pull does not carry is still in that
 difference, so it needs no residual of its own, and replicas stay bit-identical.
+
+Where ranks exchange without owners (``Config.exchange``) the push brings every mean to
+every rank, the replica is the master, and there is nothing to pull.
 """
 
 from collections.abc import Mapping
@@ -25,7 +28,8 @@ class Owners:
             by every ``pull``, to the same bits on every rank.
 
     Attributes:
-        masters: by parameter name float32[slice], of the slices that this rank owns.
+        masters: by parameter name float32[slice], of the slices that this rank owns;
+            without owners views of the replica.
         replica: see above.
     """
 
@@ -33,18 +37,22 @@ class Owners:
         self.engine = engine
         self.replica = replica
         self.pieces = engine.pieces(replica)
-        self.masters = {
-            slice_.name: replica[slice_.name][slice_.start : slice_.stop].clone()
-            for slice_ in engine.plan.slices_of(engine.plan.numel, engine.exchange.rank)
-        }
+        self._means: Mapping[str, Tensor] = {}
+        mine = engine.plan.slices_of(engine.plan.numel, engine.exchange.rank)
+        views = {s.name: replica[s.name][s.start : s.stop] for s in mine}
+        self.masters = (
+            views if engine.direct else {name: v.clone() for name, v in views.items()}
+        )
 
     @property
     def owned(self) -> list[Piece]:
-        """The pieces that this rank owns, in plan order."""
-        return self.pieces[self.engine.exchange.rank]
+        """The pieces whose masters this rank changes, in plan order."""
+        return self.pieces[0 if self.engine.direct else self.engine.exchange.rank]
 
     def master(self, piece: Piece) -> Tensor:
         """Return the master of a piece that this rank owns: a view, float32[piece]."""
+        if self.engine.direct:
+            return self.replica[piece.name][piece.start : piece.stop]
         return self.masters[piece.name][piece.offset : piece.offset + piece.numel]
 
     def mean(self, piece: Piece) -> Tensor:
@@ -52,6 +60,8 @@ class Owners:
 
         NaN in all of a coded piece where some rank's values were not finite.
         """
+        if self.engine.direct:
+            return self._means[piece.name][piece.start : piece.stop]
         return self.engine.mean_of(piece)
 
     def push(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
@@ -59,11 +69,16 @@ class Owners:
 
         Args:
             values: of some parameters, by name float32[numel]. Left for ``pull``, see
-                ``Engine.reduce_scatter``.
+                ``Engine.reduce_scatter``; without owners they become the means.
             step: the same on every rank.
             bucket: its number in this step, the same on every rank.
         """
-        self.engine.reduce_scatter(self.engine.pieces(values), values, step, bucket)
+        pieces = self.engine.pieces(values)
+        if self.engine.direct:
+            self.engine.broadcast_all(pieces, values, step, bucket)
+            self._means = values
+        else:
+            self.engine.reduce_scatter(pieces, values, step, bucket)
 
     def pull(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """Bring every replica nearer to the masters, and keep the push's residuals.
@@ -75,6 +90,8 @@ class Owners:
             bucket: the same on every rank, and not that of a push in this step unless
                 there was only one.
         """
+        if self.engine.direct:
+            return
         means = [self.mean(piece) for piece in self.owned]
         for piece, mean in zip(self.owned, means, strict=True):
             master = self.master(piece)
@@ -106,10 +123,32 @@ class Owners:
 
     def export(self) -> dict[str, Tensor]:
         """Return everybody's masters, by parameter name float32[numel]; collective."""
+        if self.engine.direct:
+            return {name: flat.clone() for name, flat in self.replica.items()}
         return self.engine.gather(self.masters, list(self.replica))
+
+    def take_lead(self, masters: Mapping[str, Tensor], share: float) -> None:
+        """Let pushes bring on how far masters were ahead, if there are none any more.
+
+        For a state of a run that had owners, its replica in place.
+
+        Args:
+            masters: of the slices that this rank owned, by name float32[slice].
+            share: how far a mean of 1 moves a master.
+        """
+        if not self.engine.direct:
+            return
+        plan, residuals = self.engine.plan, self.engine.residuals
+        for slice_ in plan.slices_of(plan.coded, self.engine.exchange.rank):
+            replica = self.masters[slice_.name]
+            owed = replica - masters[slice_.name].view(replica.shape).to(replica.device)
+            sent = residuals.sent[slice_.name][slice_.start : slice_.stop]
+            sent.add_(owed, alpha=self.engine.senders / share)
 
     def flush(self) -> None:
         """Make every replica equal to the masters, exactly; collective."""
+        if self.engine.direct:
+            return
         for name, flat in self.export().items():
             self.replica[name].copy_(flat)
 

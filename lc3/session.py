@@ -1,5 +1,6 @@
 """What every hook needs for one model: names, a group of its own, an engine, a lane."""
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -116,7 +117,7 @@ class Session:
                 self.engine = TwoLevels(plan, config, exchange, nodes, *shared)
             if config.mode == "auto" and world > 1:
                 costs = measure(exchange, coder.host, config, threads)
-                self.engine.auto = Auto(costs, world)
+                self.engine.auto = Auto(costs, world, direct=self.engine.direct)
         except BaseException:
             leave()
             raise
@@ -304,6 +305,20 @@ def check_form(config: Config, hook: str) -> None:
             f"uncoded; hooks.{hook} always sends 3LC: leave mode out"
         )
     check_beta2(config, hook)
+
+
+def with_owners(config: Config, what: str) -> Config:
+    """Return the configuration for what lives on the owners of slices.
+
+    Raises:
+        ConfigError: it says that there are none.
+    """
+    if config.exchange == "direct":
+        raise ConfigError(
+            f"exchange='direct' leaves no owners, on whose masters {what} works; leave "
+            "one of them out"
+        )
+    return dataclasses.replace(config, exchange="owners")
 
 
 def check_beta2(config: Config, hook: str) -> None:

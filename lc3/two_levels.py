@@ -108,7 +108,7 @@ class TwoLevels(Engine):
             owners=place,
             residuals=self.residuals,
         )
-        self.budget = self.between.budget
+        self.budget, self.direct = self.between.budget, self.between.direct
 
     def all_reduce(
         self,

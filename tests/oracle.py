@@ -57,10 +57,16 @@ def largest_share(x: Floats, density: float) -> Floats:
 
 
 class Oracle:
-    """3LC with error feedback on both sides, for ``world`` workers."""
+    """3LC with error feedback on both sides, for ``world`` workers.
+
+    Without owners nothing is pulled: the mean of what was pushed is what all have.
+    """
 
     def __init__(self, shapes: Shapes, world: int, config: Config) -> None:
         self.shapes, self.world, self.config = shapes, world, config
+        self.direct = world == 2 and config.pull_sparsity is None
+        if config.exchange != "auto":
+            self.direct = config.exchange == "direct"
         self.sent = [
             {name: np.zeros(prod(shape), np.float32) for name, shape in shapes}
             for _ in range(world)
@@ -102,7 +108,9 @@ class Oracle:
         pulled = np.zeros_like(parts[0])
         rest = self.owned[name][piece].copy()
         mean = self.mean(pushed)
-        if mean.any():
+        if self.direct:
+            pulled = mean
+        elif mean.any():
             pull_sparsity = self.config.pull_sparsity or self.config.sparsity
             pulled, rest = quantize(mean + rest, pull_sparsity, self.config.density)
         if not np.isnan(pulled).any():
@@ -209,6 +217,8 @@ class TwoLevels(Oracle):
     def __init__(self, shapes: Shapes, nodes: Sequence[Sequence[int]], config: Config):
         super().__init__(shapes, sum(map(len, nodes)), config)
         self.nodes = nodes
+        if config.exchange == "auto":
+            self.direct = len(nodes) == 2 and config.pull_sparsity is None
 
     def step(self, grads: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
         means = [
@@ -261,6 +271,9 @@ class Servers(Oracle):
                 if np.isnan(mean).any():
                     continue
                 server_step(name, piece, master, mean)
-                replica += quantize(master - replica, sparsity, self.config.density)[0]
+                lead = master - replica
+                if not self.direct:
+                    lead, _ = quantize(lead, sparsity, self.config.density)
+                replica += lead
                 for rank in range(self.world):
                     self.sent[rank][name][piece] = left[rank]

@@ -46,13 +46,27 @@ def costs(bit_s: float, round_s: float = 1e-4) -> Costs:
 def test_the_form_that_should_arrive_first_is_chosen(
     bit_s: float, elements: int, wire: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    auto = Auto(costs(bit_s), 4)
+    auto = Auto(costs(bit_s), 4, direct=False)
     with caplog.at_level(logging.INFO, logger="lc3.auto"):
         for _ in range(3):
             assert auto.wire(("a",), elements) == wire
     (said,) = caplog.records
     assert f"{bit_s / 1e6:.0f} Mbit/s" in said.getMessage()
     assert ("will not help here" in said.getMessage()) == (wire != "3lc")
+
+
+def test_two_ranks_are_predicted_one_round_and_as_many_bytes() -> None:
+    """Both without owners and with them; one encodes for everybody, and once."""
+    elements, priced = 1000, Costs(3e-3, 5e-3, 7.0, 0.0, 1e3, 0.0)
+    owners = priced.predict(elements, 2, direct=False)["3lc"]
+    assert owners == pytest.approx(2 * 7 + 1.5 * 3 + 2 * 5)
+    assert priced.predict(elements, 2, direct=True)["3lc"] == pytest.approx(7 + 3 + 10)
+    link = Costs(0.0, 0.0, 0.0, 1.0, 1e3, 0.0)
+    sent = [link.predict(elements, 2, direct)["3lc"] for direct in (False, True)]
+    assert sent[0] == sent[1] > 0
+    assert link.predict(elements, 4, True)["3lc"] == pytest.approx(
+        2 * link.predict(elements, 4, False)["3lc"]
+    )
 
 
 def test_measuring_gives_every_rank_the_same() -> None:
@@ -89,7 +103,7 @@ def test_what_is_owed_comes_along_when_the_choice_changes(overflow: bool) -> Non
 
     def job(rank: int, exchange: Exchange) -> Any:
         plan = make_plan(SHAPES, exchange.world, SMALL)
-        auto = Auto(nobody, exchange.world)
+        auto = Auto(nobody, exchange.world, direct=SMALL.direct(exchange.world))
         engine = Engine(plan, SMALL, exchange, Coder(cpu), Meter(), auto)
         sums = {name: torch.zeros(n).double() for name, n in plan.numel.items()}
         for step in range(steps):

@@ -18,7 +18,7 @@ from lc3 import Config
 from lc3.auto import Auto, Costs
 from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.coder import Coder
-from lc3.config import ENTROPY_STAGES, EntropyStage
+from lc3.config import ENTROPY_STAGES, TOPOLOGIES, EntropyStage, Topology
 from lc3.engine import Engine
 from lc3.exchange import Exchange, Loopback
 from lc3.format import HEADER_BYTES
@@ -124,9 +124,104 @@ def run(
 
 @pytest.mark.parametrize("world", [2, 3, 4, 7])
 @pytest.mark.parametrize("block", [None, 64])
-def test_the_exchange_equals_the_oracle(world: int, block: int | None) -> None:
-    config = Config(sparsity=1.5, min_numel=100, min_share=400, block=block)
+@pytest.mark.parametrize("exchange", ["owners", "direct"])
+def test_the_exchange_equals_the_oracle(
+    world: int, block: int | None, exchange: Topology
+) -> None:
+    config = Config(
+        sparsity=1.5, min_numel=100, min_share=400, block=block, exchange=exchange
+    )
     run(world, 20, config)
+
+
+@pytest.mark.parametrize("entropy", ["auto", "none"])
+def test_two_ranks_send_as_much_with_owners_as_without(entropy: EntropyStage) -> None:
+    """But for a header and a size; in one round instead of two, and coded once."""
+    engines = {}
+    for exchange in TOPOLOGIES:
+        config = dataclasses.replace(SMALL, exchange=exchange, entropy=entropy)
+        engines[exchange] = run(2, 6, config)[0]
+    assert engines["auto"].direct
+    assert not engines["owners"].direct
+    sent, rounds = (
+        {name: getattr(e.meter, figure) for name, e in engines.items()}
+        for figure in ("sent_bytes", "rounds")
+    )
+    assert rounds["auto"] == rounds["direct"] == 6
+    assert rounds["owners"] == 12
+    assert sent["auto"] == sent["direct"] < 1.05 * sent["owners"]
+    meter = engines["auto"].meter
+    assert meter.dense_bytes == engines["owners"].meter.dense_bytes
+    assert meter.pull.coded_elements == 0
+    numel = sum(engines["auto"].plan.numel[name] for name in engines["auto"].plan.coded)
+    assert meter.push.coded_elements == 6 * numel
+    assert "nan" not in meter.line()
+    assert not engines["auto"].means
+
+
+def test_what_a_pull_would_carry_needs_owners() -> None:
+    assert Config(pull_sparsity=1.5).direct(2) is False
+    with pytest.raises(lc3.ConfigError, match="there is none"):
+        Config(exchange="direct", pull_sparsity=1.5)
+    with pytest.raises(lc3.ConfigError, match="'auto', 'owners', 'direct'"):
+        Config(exchange="ring")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("largest", [3e38, 1e38])
+def test_a_sum_beyond_float32_is_nan_and_leaves_residuals(largest: float) -> None:
+    """Each rank's part is finite: what overflows is their sum."""
+
+    def job(rank: int, exchange: Exchange) -> tuple[Engine, dict[str, Tensor]]:
+        engine = engine_of(exchange)
+        grads = random_gradients(rank, 0)
+        grads["a"][3] = largest
+        engine.all_reduce(grads, 0, 0)
+        return engine, grads
+
+    for engine, grads in in_threads(2, job):
+        lost = largest > 2e38
+        assert grads["a"][:1000].isnan().all() == lost
+        assert grads["a"][:1000].isfinite().all() != lost
+        assert engine.residuals.sent["a"][:1000].any() != lost
+        assert engine.residuals.sent["c"].any()
+
+
+@pytest.mark.parametrize("from_owners", [False, True])
+def test_a_run_without_owners_goes_on_from_what_they_owed(from_owners: bool) -> None:
+    """The sum of all means plus what is pending is that of the gradients."""
+
+    def job(rank: int, exchange: Exchange) -> tuple[dict[str, Tensor], Engine]:
+        config = dataclasses.replace(SMALL, exchange="owners")
+        engine = engine_of(exchange, config if from_owners else SMALL)
+        total = {
+            name: torch.zeros(int(np.prod(shape))).double() for name, shape in SHAPES
+        }
+        for step in range(8):
+            if step == 4 and from_owners:
+                before = engine.residuals
+                engine = engine_of(exchange, SMALL)
+                for mine, kept in zip(
+                    engine.residuals.buffers(), before.buffers(), strict=True
+                ):
+                    mine.copy_(kept)
+                assert any(owed.any() for owed in before.owned.values())
+                engine.push_what_owners_owe()
+                assert not any(o.any() for o in engine.residuals.owned.values())
+            grads = random_gradients(rank, step)
+            engine.all_reduce(grads, step, 0)
+            for name, grad in grads.items():
+                total[name] += grad
+        for name, owed in engine.pending().items():
+            total[name] += owed
+        return total, engine
+
+    for total, _ in in_threads(2, job):
+        for name, _ in SHAPES:
+            everything = [
+                random_gradients(r, s)[name] for r in (0, 1) for s in range(8)
+            ]
+            expected = sum(g.double() for g in everything) / 2
+            torch.testing.assert_close(total[name], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -145,7 +240,9 @@ def test_half_precision_goes_the_way_of_what_it_stands_for(
         for given_as_halves in (False, True):
             engine = engine_of(exchange)
             if mode == "auto":
-                engine.auto = Auto(Costs(2e-9, 5e-10, 1e-4, 8e-12, 2e-4, 8e-12), world)
+                engine.auto = Auto(
+                    Costs(2e-9, 5e-10, 1e-4, 8e-12, 2e-4, 8e-12), world, direct=False
+                )
             for step in range(3):
                 halves = halves_of(rank, step)
                 grads = {k: h.float() for k, h in halves.items()}
@@ -166,7 +263,9 @@ def test_half_precision_goes_the_way_of_what_it_stands_for(
 
 @pytest.mark.parametrize("entropy", ENTROPY_STAGES)
 def test_the_entropy_stage_changes_bytes_only(entropy: EntropyStage) -> None:
-    config = dataclasses.replace(SMALL, entropy=entropy, min_share=4000)
+    config = dataclasses.replace(
+        SMALL, entropy=entropy, min_share=4000, exchange="owners"
+    )
     shapes = [("a", (60, 90)), ("b", (70, 80))]
 
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
@@ -351,7 +450,7 @@ def test_density_counts_nonzero_digits() -> None:
         grads["a"][[3, 500, 1999]] = torch.tensor([1.0, -1.0, 1.0])
         return grads
 
-    for engine in run(2, 1, Config(min_numel=100), few):
+    for engine in run(2, 1, Config(min_numel=100, exchange="owners"), few):
         assert engine.meter.push.nonzero_digits == 3
         assert engine.meter.pull.nonzero_digits == (
             3 if engine.residuals.owned.get("a") is not None else 0

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lc3 import Config
 from lc3.exchange import Exchange
 from lc3.owners import Owners
 from tests.oracle import Floats, Servers
@@ -19,6 +18,8 @@ CONFIGS = {
     "s = 1.75, pull 1.25": dataclasses.replace(
         SMALL, sparsity=1.75, pull_sparsity=1.25
     ),
+    "density, with owners": dataclasses.replace(SMALL, density=0.1, exchange="owners"),
+    "without owners": dataclasses.replace(SMALL, exchange="direct"),
     "density": dataclasses.replace(SMALL, density=0.1),
     "blocks": dataclasses.replace(SMALL, block=64, entropy="none"),
 }
@@ -96,12 +97,42 @@ def test_owners_equal_the_servers(world: int, name: str) -> None:
             raise result
 
 
+def test_without_owners_a_run_goes_on_from_what_masters_were_ahead() -> None:
+    """Where replicas would be if all had arrived is the same before and after."""
+    rate = 0.5
+
+    def job(rank: int, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
+        before = Owners(
+            engine_of(exchange, dataclasses.replace(SMALL, exchange="owners")), start()
+        )
+        for step in range(6):
+            pushed = random_gradients(rank, step)
+            before.push(pushed, step, 0)
+            for piece in before.owned:
+                before.master(piece).sub_(before.mean(piece), alpha=rate)
+            before.pull(pushed, step, 0)
+        after = Owners(engine_of(exchange, SMALL), dict(before.replica))
+        for name, sent in before.engine.residuals.sent.items():
+            after.engine.residuals.sent[name].copy_(sent)
+        ahead = {name: master.clone() for name, master in before.masters.items()}
+        after.take_lead(ahead, rate)
+        where = []
+        for owners in (before, after):
+            masters, pending = owners.export(), owners.engine.pending()
+            where.append(masters["a"].double() - rate * pending["a"])
+        return where[0], where[1], before.export()["a"] - before.replica["a"]
+
+    for old, new, lead in in_threads(2, job, timeout_s=60):
+        assert float(lead.abs().max()) > 0.1
+        torch.testing.assert_close(old, new, rtol=0, atol=1e-4)
+
+
 def test_replicas_follow_the_masters() -> None:
     """What a pull lacks stays in master − replica, bounded."""
 
     def job(rank: int, exchange: Exchange) -> list[float]:
         owners = Owners(
-            engine_of(exchange, Config(min_numel=100, min_share=400)), start()
+            engine_of(exchange, dataclasses.replace(SMALL, exchange="owners")), start()
         )
         distances = []
         for step in range(200):
