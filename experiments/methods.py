@@ -433,4 +433,11 @@ def find(name: str) -> tuple[Method, float]:
     return METHODS[method], times
 
 
-DEMO = ("float32", "fp16", *(f"3LC s={s:.2f}" for s in (1.0, 1.5, 1.75, 1.9)))
+DEMO = (
+    *("float32", "fp16"),
+    *(
+        f"3LC s={s:.2f}{form}"
+        for s in (1.0, 1.5, 1.75, 1.9)
+        for form in (", direct", "")
+    ),
+)

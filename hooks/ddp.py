@@ -382,7 +382,9 @@ def figures(meter: Meter) -> dict[str, float]:
     return {
         "lc3/ratio": meter.ratio,
         "lc3/bits_push": meter.push.bits_per_element,
-        "lc3/bits_pull": meter.pull.bits_per_element,
+        "lc3/bits_pull": meter.pull.bits_per_element
+        if meter.pull.coded_elements
+        else 0.0,
         **stages,
     }
 

@@ -223,11 +223,15 @@ class Engine:
     def pieces(self, names: Iterable[str]) -> list[list[Piece]]:
         """Return the pieces of some parameters by owner, in plan order.
 
-        Of one list, everybody's, if there are no owners.
+        One list of all of them, if there are no owners.
         """
         some = [name for name in names if self.plan.numel[name]]
         by_owner = [list(self.plan.pieces_of(some, owner)) for owner in self.owners]
-        return [[*chain.from_iterable(by_owner)]] if self.direct else by_owner
+        if not self.direct:
+            return by_owner
+        place = self.plan.position
+        everything = chain.from_iterable(by_owner)
+        return [sorted(everything, key=lambda piece: (place[piece.name], piece.start))]
 
     def _owned(self, pieces: Sequence[Sequence[Piece]]) -> Sequence[Piece]:
         """Return the pieces that this rank is the owner of; if direct, of none."""

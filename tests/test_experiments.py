@@ -118,7 +118,7 @@ def test_the_committed_result_keeps_what_the_demo_promises() -> None:
     """s = 1 within 0.5 points of plain DDP, 15 times fewer bytes in coded tensors."""
     of = {summary.method: summary for summary in report.summarise(RESULT)}
     assert set(of) == set(DEMO)
-    plain, coded = of["float32"], of["3LC s=1.00"]
+    plain, coded = of["float32"], of["3LC s=1.00, direct"]
     assert len({row["seed"] for row in RESULT}) == 3
     assert coded.accuracy >= plain.accuracy - 0.005
     assert 64 / (coded.push_bits + coded.pull_bits) >= 15
@@ -549,7 +549,13 @@ def test_what_the_readme_says_of_optimizers_is_so() -> None:
         }
 
     digits, fashion, chars = beside("digits"), beside("fashion-mnist"), beside("chars")
-    assert digits["3LC s=1.00"][::2] == ("+0.4", "106")
+    assert digits["3LC s=1.00, direct"][::2] == ("+0.2", "103")
+    assert digits["3LC s=1.90, direct"][::2] == ("-1.2", "230")
+    assert digits["3LC s=1.90"][::2] == ("-39.6", "278")
+    assert digits["3LC s=1.50"][::2] == ("-1.0", "167")
+    ends = {s.method: f"{100 * s.accuracy:.1f}" for s in report.summarise(RESULT)}
+    for method in ("3LC s=1.90, direct", "3LC s=1.90", "3LC s=1.50"):
+        assert f"at {ends[method]} %" in " ".join(README.split())
     assert fashion["3LC s=1.00"][::2] == ("-0.7", "144")
     assert fashion["local H=8"][::2] == ("-1.0", "383")
     images = beside("cifar10-longer")
