@@ -8,7 +8,7 @@ codes what Adam would step by. docs/adam.md derives it.
 A matrix has as second moment the outer product of its rows' and its columns'
 (Adafactor, arXiv 1804.04235), a tensor of more dimensions that of the matrix with the
 fewest rows and columns that it is in memory; one of fewer has each element's. So few
-numbers are shared, as bfloat16, in the first steps and then in every fifth.
+numbers are shared exactly, in the first steps and then in every fifth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class Moments:
         return step < FIRST or step % REFRESH == REFRESH - 1
 
     def of(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """Return this rank's part of the moments of some gradients, bfloat16[*].
+        """Return this rank's part of the moments of some gradients, float32[*].
 
         Args:
             grads: by parameter name, float32[numel].
@@ -69,7 +69,7 @@ class Moments:
                 parts += [matrix.mean(dim=1), matrix.mean(dim=0)]
             else:
                 parts.append(squares)
-        return torch.cat(parts).bfloat16()
+        return torch.cat(parts)
 
     def take(self, names: Sequence[str], shared: Tensor) -> None:
         """Take in the mean over ranks of what ``of`` returned for the same names.
@@ -77,7 +77,6 @@ class Moments:
         What overflowed in a parameter is left out: its step will not be taken.
         """
         sizes = [self.kept[name].numel() - 1 for name in names]
-        shared = shared.float()
         one = torch.ones(1, device=shared.device)
         for name, mean in zip(names, torch.split(shared, sizes), strict=True):
             if mean.isfinite().all():

@@ -163,8 +163,7 @@ class Divided(Oracle):
             for name, shape in self.shapes:
                 each = [self.sums(grad[name], shape) for grad in grads]
                 for i, of_ranks in enumerate(zip(*each, strict=True)):
-                    halves = [m.bfloat16().float().numpy() for m in of_ranks]
-                    mean = torch.from_numpy(self.mean(halves)).bfloat16().float()
+                    mean = torch.from_numpy(self.mean([m.numpy() for m in of_ranks]))
                     kept = self.moments.setdefault(
                         name, [torch.zeros(1)] * len(each[0])
                     )

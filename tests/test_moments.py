@@ -43,25 +43,13 @@ def moments_of(gradient: torch.Tensor, shape: tuple[int, ...]) -> Moments:
 
 
 def test_a_gradient_of_rank_one_becomes_its_sign() -> None:
-    """Its squares are an outer product, and their means fit bfloat16."""
+    """Its squares are an outer product, so nothing is approximated."""
     torch.manual_seed(0)
-    rows = torch.tensor([1.0, 2.0] * 10)[:, None]  # the mean of the squares is 2.5
-    signs = torch.randint(2, (20, 30)) * 2 - 1
-    matrix = rows * 2.0 ** torch.randint(-3, 4, (1, 30)) * signs
+    matrix = torch.randn(20, 1) * torch.randn(1, 30)
     for shape in ((20, 30), (600,)):
         gradient = matrix.flatten().clone()
         moments_of(gradient, shape).divide({"a": gradient})
         torch.testing.assert_close(gradient, matrix.flatten().sign())
-
-
-def test_what_bfloat16_takes_from_a_step() -> None:
-    """At most 0.6 % where moments are rounded once: a row's, a column's, their mean."""
-    torch.manual_seed(0)
-    matrix = torch.randn(20, 1) * torch.randn(1, 30)
-    gradient = matrix.flatten().clone()
-    moments_of(gradient, (20, 30)).divide({"a": gradient})
-    off = (gradient.abs() - 1).abs().max()
-    assert 0.0005 < off < 0.005
 
 
 def test_what_comes_out_of_nothing_is_bounded() -> None:
