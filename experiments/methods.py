@@ -311,7 +311,9 @@ def _push_pull(config: lc3.Config) -> Method:
     return start
 
 
-def _preconditioned(sparsity: float, entropy: EntropyStage = "auto") -> Method:
+def _preconditioned(
+    sparsity: float, exchange: Topology = "owners", entropy: EntropyStage = "auto"
+) -> Method:
     """Return what may take the place of AdamW, whose rate and first moment it has."""
     config = lc3.Config(
         sparsity=sparsity,
@@ -319,7 +321,7 @@ def _preconditioned(sparsity: float, entropy: EntropyStage = "auto") -> Method:
         min_ndim=0,
         min_numel=1,
         entropy=entropy,
-        exchange="owners",
+        exchange=exchange,
     )
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
@@ -383,7 +385,8 @@ METHODS: dict[str, Method] = {
     "PowerSGD rank 2": _power_sgd(2),
     "PowerSGD rank 4": _power_sgd(4),
     "preconditioned s=1.00": _preconditioned(1.0),
-    "preconditioned s=1.00, rans": _preconditioned(1.0, "rans"),
+    "preconditioned s=1.00, rans": _preconditioned(1.0, entropy="rans"),
+    "preconditioned s=1.00, direct": _preconditioned(1.0, "direct"),
     "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
     "2 local steps": _local(
         2, lc3.Config(raw=("*",), entropy="none", exchange="owners")

@@ -37,6 +37,7 @@ MESSAGES = {  # of a step, where they are not one of a push and one of a pull
         f"preconditioned s=1.00{stage}": 2 + 2 * sum(map(DUE, range(32))) / 32
         for stage in ("", ", rans")
     },
+    "preconditioned s=1.00, direct": 1 + 2 * sum(map(DUE, range(32))) / 32,
     **{f"3LC s={s:.2f}, direct": 1 for s in (1.0, 1.5, 1.75, 1.9)},
     **{f"local H=8{density}, direct": 1 / 8 for density in ("", ", density 5 %")},
     "float32": 6,
