@@ -88,6 +88,26 @@ def test_two_levels_equal_the_oracle(nodes: Nodes, config: Config) -> None:
                 )
 
 
+def test_two_nodes_bring_on_what_owners_owed() -> None:
+    """After a run of more nodes: each owner's slice, by the rank that pushes it."""
+
+    def job(rank: int, exchange: Exchange) -> tuple[bool, torch.Tensor, torch.Tensor]:
+        assert isinstance(exchange, LoopbackExchange)
+        plan = make_plan(SHAPES, 4, SMALL)
+        engine = TwoLevels(plan, SMALL, exchange, TABLES["2 x 2"], Coder(cpu), Meter())
+        for owed in engine.residuals.owned.values():
+            owed += rank + 1
+        before = engine.pending()["a"]
+        engine.push_what_owners_owe()
+        left = any(bool(owed.any()) for owed in engine.residuals.owned.values())
+        return left, before, engine.pending()["a"]
+
+    for left, before, after in in_threads(4, job):
+        assert not left
+        assert before.unique().tolist() == [1, 2, 3, 4]
+        torch.testing.assert_close(before, after)
+
+
 CASES = {
     "two levels": Case((("bucket_cap_mb", 0.1),), mesh=2, steps=12),
     "two levels, bfloat16 and no_sync": Case(
