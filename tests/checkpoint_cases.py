@@ -17,7 +17,8 @@ from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
 from tests.push_pull_cases import CODED, KINDS, small_net
 
-HOOKS = ("ddp", "push_pull", "local_sgd")
+AVERAGING = "local_sgd, averaging"
+HOOKS = ("ddp", "push_pull", "local_sgd", AVERAGING)
 
 
 class Run:
@@ -34,11 +35,12 @@ class Run:
         self.model: nn.Module = self.net
         self.state: Any
         self.optimizer: Any
-        if hook == "local_sgd":
+        if hook.startswith("local_sgd"):
             self.optimizer = KINDS["adamw"](self.net.parameters())
             config = lc3.Config(density=0.1, min_numel=64, min_share=500)
+            momentum = 0.0 if hook == AVERAGING else 0.5  # which needs owners
             self.state = local_sgd.attach(
-                self.net, self.optimizer, config, every=2, outer_momentum=0.5
+                self.net, self.optimizer, config, every=2, outer_momentum=momentum
             )
             return
         self.model = DistributedDataParallel(self.net)
@@ -63,17 +65,21 @@ class Run:
         if self.hook == "push_pull":
             return dict(self.state.export())
         exported: dict[str, Tensor] = self.state.owners.export()
-        return exported
+        return {} if self.hook == AVERAGING else exported
 
     def pending(self) -> dict[str, Tensor]:
         if self.hook == "ddp":
             pending: dict[str, Tensor] = self.state.pending()
             return pending
         engine = self.state.engine
-        return {
+        owed = {
             name: engine.mean(sent, 0, 0)
             for name, sent in engine.residuals.sent.items()
         }
+        if self.hook == AVERAGING:  # where masters will be, whoever holds them
+            masters = self.state.owners.export()
+            return {name: masters[name] - values for name, values in owed.items()}
+        return owed
 
 
 def save(rank: int, world: int, hook: str, folder: str, bfloat16: bool) -> Any:
@@ -110,6 +116,10 @@ def load(
     ]
     run.net.load_state_dict(states[0]["model"])
     run.state.load_state_dict(lc3.merge_states([state["lc3"] for state in states]))
+    engine = run.state.engine
+    assert engine.direct == (world == 2 and hook in ("ddp", AVERAGING))
+    if engine.direct:  # nothing would bring it on
+        assert not any(owed.any() for owed in engine.residuals.owned.values())
     found = run.masters(), run.pending(), optimizer_state(run, world)
     run.train(rank, range(6, 10))
     digest = hash_of(run.net)
