@@ -2,11 +2,12 @@
 
 After every H-th step of the optimizer the ranks push what their parameters have moved,
 the owners average it into float32 masters, and everybody pulls 3LC of what the masters
-have moved. Sources: local SGD (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and
-for masters with error feedback EF21-P (arXiv 2209.15218); residuals that decay,
-SparseLoCo (arXiv 2508.15706).
+have moved. Two ranks need no owners: what both push is the mean of both. Sources: local
+SGD (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and for masters with error
+feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706).
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,6 +121,12 @@ class State:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
+        if (
+            config.exchange == "auto"
+            and config.pull_sparsity is None
+            and dist.get_world_size(group) == 2
+        ):
+            config = dataclasses.replace(config, exchange="direct")
         facts = {
             "every": every,
             "outer_lr": float(outer_lr),

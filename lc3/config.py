@@ -27,8 +27,9 @@ class Config:
             gets what all ranks push, and whose mean, coded once more, everybody pulls.
             "direct": every rank sends what it has coded to every other, and all
             average alike: one round in place of two, and nothing is coded twice, for
-            W/2 times the bytes. "auto": direct between two ranks, or two nodes with a
-            mesh, where it takes no more bytes; owners between more.
+            W/2 times the bytes. "auto": what ended better: direct for
+            ``hooks.local_sgd`` between two ranks, where it takes no more bytes; else
+            owners. For large s and SGD try "direct" on two ranks.
         density: a share of values to send, 0 < density < 1, instead of a sparsity: the
             largest ones, each as their mean magnitude. Right for the light tails of
             local steps, wrong for per-step gradients. Both ways.
@@ -138,12 +139,6 @@ class Config:
             )
         _check_patterns("raw", self.raw)
         _check_patterns("coded", self.coded)
-
-    def direct(self, world: int) -> bool:
-        """Whether ``world`` ranks exchange without owners."""
-        if self.exchange == "auto":
-            return world == 2 and self.pull_sparsity is None
-        return self.exchange == "direct"
 
 
 def check_sparsity(name: str, value: float) -> None:

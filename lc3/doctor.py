@@ -93,13 +93,12 @@ def _predict(
     elements: int, compute_ms: float, world: int, links: dict[str, Costs]
 ) -> None:
     """Print step times by form, for one bucket that nothing hides, and break-even."""
-    direct = Config().direct(world)
     print(
         f"for {elements:,} parameters, {compute_ms:g} ms of computing, {world} ranks, "
         "no overlap:"
     )
     for name, costs in links.items():
-        times = costs.predict(elements, world, direct)
+        times = costs.predict(elements, world, direct=False)
         steps = {form: compute_ms + 1e3 * seconds for form, seconds in times.items()}
         verdict = "compress" if steps["3lc"] < steps["float32"] else "do not compress"
         print(
@@ -108,6 +107,6 @@ def _predict(
         )
     print(
         "  break-even with float32: "
-        f"{costs.break_even(elements, world, direct) / 1e9:.2f} "
+        f"{costs.break_even(elements, world, direct=False) / 1e9:.2f} "
         "Gbit/s. python -m lc3 measure your_script.py tells what your gradients need"
     )

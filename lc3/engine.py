@@ -2,7 +2,7 @@
 
 ``all_reduce`` is ``reduce_scatter`` (push: every rank sends each owner its pieces) and
 ``all_gather`` (pull: every owner sends its means to everybody). Both directions are
-coded with error feedback. Between two ranks it is ``broadcast_all`` instead: every rank
+coded with error feedback. Without owners it is ``broadcast_all`` instead: every rank
 sends all pieces to all others, and there is nothing to pull. A residual changes only
 when everything has arrived and is finite, so a step that fails, or overflows on any
 rank, leaves all residuals as they were.
@@ -81,7 +81,7 @@ class Engine:
         residuals: Residuals | None = None,
     ) -> None:
         self.owners = range(exchange.world) if owners is None else owners
-        self.direct = config.direct(exchange.world)
+        self.direct = config.exchange == "direct"
         me = self.owners[exchange.rank]
         self.auto = auto
         self.owing: set[str] = set()

@@ -108,7 +108,7 @@ class TwoLevels(Engine):
             owners=place,
             residuals=self.residuals,
         )
-        self.budget, self.direct = self.between.budget, self.between.direct
+        self.budget = self.between.budget
 
     def all_reduce(
         self,

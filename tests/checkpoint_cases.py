@@ -1,5 +1,6 @@
 """What the ranks of ``test_checkpoint`` do: each function runs on every rank."""
 
+import dataclasses
 import random
 import time
 from functools import partial
@@ -17,8 +18,8 @@ from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
 from tests.push_pull_cases import CODED, KINDS, small_net
 
-AVERAGING = "local_sgd, averaging"
-HOOKS = ("ddp", "push_pull", "local_sgd", AVERAGING)
+AVERAGING, WITHOUT_OWNERS = "local_sgd, averaging", "ddp, without owners"
+HOOKS = ("ddp", "push_pull", "local_sgd", AVERAGING, WITHOUT_OWNERS)
 
 
 class Run:
@@ -49,7 +50,9 @@ class Run:
             self.state = self.optimizer
         else:
             self.optimizer = KINDS["adamw"](self.net.parameters())
-            self.state = ddp.attach(self.model, CODED)
+            direct = hook == WITHOUT_OWNERS and dist.get_world_size() == 2
+            config = dataclasses.replace(CODED, exchange="direct") if direct else CODED
+            self.state = ddp.attach(self.model, config)
 
     def train(self, rank: int, steps: range) -> None:
         for step in steps:
@@ -60,7 +63,7 @@ class Run:
             self.optimizer.step()
 
     def masters(self) -> dict[str, Tensor]:
-        if self.hook == "ddp":
+        if self.hook.startswith("ddp"):
             return {n: p.detach().clone() for n, p in self.net.named_parameters()}
         if self.hook == "push_pull":
             return dict(self.state.export())
@@ -68,7 +71,7 @@ class Run:
         return {} if self.hook == AVERAGING else exported
 
     def pending(self) -> dict[str, Tensor]:
-        if self.hook == "ddp":
+        if self.hook.startswith("ddp"):
             pending: dict[str, Tensor] = self.state.pending()
             return pending
         engine = self.state.engine
@@ -117,7 +120,7 @@ def load(
     run.net.load_state_dict(states[0]["model"])
     run.state.load_state_dict(lc3.merge_states([state["lc3"] for state in states]))
     engine = run.state.engine
-    assert engine.direct == (world == 2 and hook in ("ddp", AVERAGING))
+    assert engine.direct == (world == 2 and hook in (WITHOUT_OWNERS, AVERAGING))
     if engine.direct:  # nothing would bring it on
         assert not any(owed.any() for owed in engine.residuals.owned.values())
     found = run.masters(), run.pending(), optimizer_state(run, world)

@@ -97,7 +97,9 @@ def equals_the_servers(
         return {n: flat(p, p.detach()).copy() for n, p in shadow.named_parameters()}
 
     shapes = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
-    servers = Servers(shapes, world, CODED, values(shadows[0]))
+    direct = dataclasses.replace(CODED, exchange="direct")
+    config = direct if world == 2 else CODED
+    servers = Servers(shapes, world, config, values(shadows[0]))
     seen: list[dict[str, Any]] = []
 
     def write(shadow: nn.Module, wanted: dict[str, Any]) -> None:

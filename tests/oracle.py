@@ -64,9 +64,7 @@ class Oracle:
 
     def __init__(self, shapes: Shapes, world: int, config: Config) -> None:
         self.shapes, self.world, self.config = shapes, world, config
-        self.direct = world == 2 and config.pull_sparsity is None
-        if config.exchange != "auto":
-            self.direct = config.exchange == "direct"
+        self.direct = config.exchange == "direct"
         self.sent = [
             {name: np.zeros(prod(shape), np.float32) for name, shape in shapes}
             for _ in range(world)
@@ -216,8 +214,6 @@ class TwoLevels(Oracle):
     def __init__(self, shapes: Shapes, nodes: Sequence[Sequence[int]], config: Config):
         super().__init__(shapes, sum(map(len, nodes)), config)
         self.nodes = nodes
-        if config.exchange == "auto":
-            self.direct = len(nodes) == 2 and config.pull_sparsity is None
 
     def step(self, grads: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
         means = [

@@ -1,6 +1,5 @@
 """Nothing is lost: across restarts, other numbers of ranks, and a scaler's skips."""
 
-import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -98,7 +97,7 @@ def test_a_bit_that_differs_is_found(ranks: Pools, hook: str) -> None:
 
 
 def test_a_state_comes_back() -> None:
-    engine = run(2, 3, dataclasses.replace(SMALL, exchange="owners"))[1]
+    engine = run(2, 3, SMALL)[1]
     state = checkpoint.save("ddp", engine.plan, 1, parts_of(engine))
     fresh = engine_of(Loopback(2).ranks[1])
     mine = parts_of(fresh)

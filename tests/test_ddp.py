@@ -24,6 +24,7 @@ def options(**given: Any) -> tuple[tuple[str, Any], ...]:
 
 
 ADAM = dataclasses.replace(ddp_cases.CONFIG, beta2=0.9, min_numel=1, min_ndim=0)
+DIRECT = dataclasses.replace(ddp_cases.CONFIG, exchange="direct")
 CASES = {
     "one bucket": Case(options(bucket_cap_mb=25)),
     "buckets of 1 MB": Case(options(bucket_cap_mb=1)),
@@ -57,6 +58,16 @@ CASES = {
     "no entropy stage": Case(
         options(bucket_cap_mb=1),
         config=dataclasses.replace(ddp_cases.CONFIG, entropy="none"),
+    ),
+    "without owners": Case(options(bucket_cap_mb=0.1), config=DIRECT),
+    "without owners, bfloat16, unused at times": Case(
+        options(bucket_cap_mb=0.1, find_unused_parameters=True),
+        used="(step + rank) % 3 == 0 and step % 4 > 0",
+        dtype=torch.bfloat16,
+        config=DIRECT,
+    ),
+    "without owners, no_sync": Case(
+        options(bucket_cap_mb=0.1), accumulate=3, config=DIRECT
     ),
     "beta2": Case(options(bucket_cap_mb=0.1), config=ADAM),
     "beta2, channels last": Case(

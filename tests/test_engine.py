@@ -18,7 +18,7 @@ from lc3 import Config
 from lc3.auto import Auto, Costs
 from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.coder import Coder
-from lc3.config import ENTROPY_STAGES, TOPOLOGIES, EntropyStage, Topology
+from lc3.config import ENTROPY_STAGES, EntropyStage, Topology
 from lc3.engine import Engine
 from lc3.exchange import Exchange, Loopback
 from lc3.format import HEADER_BYTES
@@ -35,6 +35,7 @@ SHAPES = [
     ("d", (11, 3)),
 ]
 SMALL = Config(min_numel=100, min_share=400)
+DIRECT = dataclasses.replace(SMALL, exchange="direct")
 
 
 def in_threads(
@@ -137,30 +138,22 @@ def test_the_exchange_equals_the_oracle(
 @pytest.mark.parametrize("entropy", ["auto", "none"])
 def test_two_ranks_send_as_much_with_owners_as_without(entropy: EntropyStage) -> None:
     """But for a header and a size; in one round instead of two, and coded once."""
-    engines = {}
-    for exchange in TOPOLOGIES:
-        config = dataclasses.replace(SMALL, exchange=exchange, entropy=entropy)
-        engines[exchange] = run(2, 6, config)[0]
-    assert engines["auto"].direct
-    assert not engines["owners"].direct
-    sent, rounds = (
-        {name: getattr(e.meter, figure) for name, e in engines.items()}
-        for figure in ("sent_bytes", "rounds")
+    owners, direct = (
+        run(2, 6, dataclasses.replace(SMALL, exchange=exchange, entropy=entropy))[0]
+        for exchange in ("owners", "direct")
     )
-    assert rounds["auto"] == rounds["direct"] == 6
-    assert rounds["owners"] == 12
-    assert sent["auto"] == sent["direct"] < 1.05 * sent["owners"]
-    meter = engines["auto"].meter
-    assert meter.dense_bytes == engines["owners"].meter.dense_bytes
-    assert meter.pull.coded_elements == 0
-    numel = sum(engines["auto"].plan.numel[name] for name in engines["auto"].plan.coded)
-    assert meter.push.coded_elements == 6 * numel
-    assert "nan" not in meter.line()
-    assert not engines["auto"].means
+    assert direct.meter.rounds == 6
+    assert owners.meter.rounds == 12
+    assert direct.meter.sent_bytes < 1.05 * owners.meter.sent_bytes
+    assert direct.meter.dense_bytes == owners.meter.dense_bytes
+    assert direct.meter.pull.coded_elements == 0
+    numel = sum(direct.plan.numel[name] for name in direct.plan.coded)
+    assert direct.meter.push.coded_elements == 6 * numel
+    assert "nan" not in direct.meter.line()
+    assert not direct.means
 
 
 def test_what_a_pull_would_carry_needs_owners() -> None:
-    assert Config(pull_sparsity=1.5).direct(2) is False
     with pytest.raises(lc3.ConfigError, match="there is none"):
         Config(exchange="direct", pull_sparsity=1.5)
     with pytest.raises(lc3.ConfigError, match="'auto', 'owners', 'direct'"):
@@ -172,7 +165,7 @@ def test_a_sum_beyond_float32_is_nan_and_leaves_residuals(largest: float) -> Non
     """Each rank's part is finite: what overflows is their sum."""
 
     def job(rank: int, exchange: Exchange) -> tuple[Engine, dict[str, Tensor]]:
-        engine = engine_of(exchange)
+        engine = engine_of(exchange, DIRECT)
         grads = random_gradients(rank, 0)
         grads["a"][3] = largest
         engine.all_reduce(grads, 0, 0)
@@ -191,15 +184,14 @@ def test_a_run_without_owners_goes_on_from_what_they_owed(from_owners: bool) -> 
     """The sum of all means plus what is pending is that of the gradients."""
 
     def job(rank: int, exchange: Exchange) -> tuple[dict[str, Tensor], Engine]:
-        config = dataclasses.replace(SMALL, exchange="owners")
-        engine = engine_of(exchange, config if from_owners else SMALL)
+        engine = engine_of(exchange, SMALL if from_owners else DIRECT)
         total = {
             name: torch.zeros(int(np.prod(shape))).double() for name, shape in SHAPES
         }
         for step in range(8):
             if step == 4 and from_owners:
                 before = engine.residuals
-                engine = engine_of(exchange, SMALL)
+                engine = engine_of(exchange, DIRECT)
                 for mine, kept in zip(
                     engine.residuals.buffers(), before.buffers(), strict=True
                 ):
@@ -263,9 +255,7 @@ def test_half_precision_goes_the_way_of_what_it_stands_for(
 
 @pytest.mark.parametrize("entropy", ENTROPY_STAGES)
 def test_the_entropy_stage_changes_bytes_only(entropy: EntropyStage) -> None:
-    config = dataclasses.replace(
-        SMALL, entropy=entropy, min_share=4000, exchange="owners"
-    )
+    config = dataclasses.replace(SMALL, entropy=entropy, min_share=4000)
     shapes = [("a", (60, 90)), ("b", (70, 80))]
 
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
@@ -450,7 +440,7 @@ def test_density_counts_nonzero_digits() -> None:
         grads["a"][[3, 500, 1999]] = torch.tensor([1.0, -1.0, 1.0])
         return grads
 
-    for engine in run(2, 1, Config(min_numel=100, exchange="owners"), few):
+    for engine in run(2, 1, Config(min_numel=100), few):
         assert engine.meter.push.nonzero_digits == 3
         assert engine.meter.pull.nonzero_digits == (
             3 if engine.residuals.owned.get("a") is not None else 0

@@ -11,15 +11,21 @@ from torch import Tensor
 from lc3.exchange import Exchange
 from lc3.owners import Owners
 from tests.oracle import Floats, Servers
-from tests.test_engine import SHAPES, SMALL, engine_of, in_threads, random_gradients
+from tests.test_engine import (
+    DIRECT,
+    SHAPES,
+    SMALL,
+    engine_of,
+    in_threads,
+    random_gradients,
+)
 
 CONFIGS = {
     "s = 1": SMALL,
     "s = 1.75, pull 1.25": dataclasses.replace(
         SMALL, sparsity=1.75, pull_sparsity=1.25
     ),
-    "density, with owners": dataclasses.replace(SMALL, density=0.1, exchange="owners"),
-    "without owners": dataclasses.replace(SMALL, exchange="direct"),
+    "without owners": DIRECT,
     "density": dataclasses.replace(SMALL, density=0.1),
     "blocks": dataclasses.replace(SMALL, block=64, entropy="none"),
 }
@@ -102,16 +108,14 @@ def test_without_owners_a_run_goes_on_from_what_masters_were_ahead() -> None:
     rate = 0.5
 
     def job(rank: int, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
-        before = Owners(
-            engine_of(exchange, dataclasses.replace(SMALL, exchange="owners")), start()
-        )
+        before = Owners(engine_of(exchange), start())
         for step in range(6):
             pushed = random_gradients(rank, step)
             before.push(pushed, step, 0)
             for piece in before.owned:
                 before.master(piece).sub_(before.mean(piece), alpha=rate)
             before.pull(pushed, step, 0)
-        after = Owners(engine_of(exchange, SMALL), dict(before.replica))
+        after = Owners(engine_of(exchange, DIRECT), dict(before.replica))
         for name, sent in before.engine.residuals.sent.items():
             after.engine.residuals.sent[name].copy_(sent)
         ahead = {name: master.clone() for name, master in before.masters.items()}
@@ -131,9 +135,7 @@ def test_replicas_follow_the_masters() -> None:
     """What a pull lacks stays in master − replica, bounded."""
 
     def job(rank: int, exchange: Exchange) -> list[float]:
-        owners = Owners(
-            engine_of(exchange, dataclasses.replace(SMALL, exchange="owners")), start()
-        )
+        owners = Owners(engine_of(exchange), start())
         distances = []
         for step in range(200):
             pushed = random_gradients(rank, step)

@@ -20,7 +20,7 @@ from tests import ddp_cases, two_levels_cases
 from tests.ddp_cases import Case
 from tests.oracle import TwoLevels as Oracle
 from tests.ranks import Ranks
-from tests.test_engine import SHAPES, SMALL, in_threads, random_gradients
+from tests.test_engine import DIRECT, SHAPES, SMALL, in_threads, random_gradients
 
 pytestmark = pytest.mark.timeout(240)
 Pools = Callable[[int], Ranks]
@@ -36,8 +36,8 @@ TABLES = {
 @pytest.mark.parametrize("nodes", TABLES.values(), ids=TABLES)
 @pytest.mark.parametrize(
     "config",
-    [SMALL, Config(sparsity=1.5, pull_sparsity=1.25, min_numel=100, block=64)],
-    ids=["small shares", "blocks"],
+    [SMALL, Config(sparsity=1.5, pull_sparsity=1.25, min_numel=100, block=64), DIRECT],
+    ids=["small shares", "blocks", "without owners"],
 )
 def test_two_levels_equal_the_oracle(nodes: Nodes, config: Config) -> None:
     world, steps = sum(map(len, nodes)), 12
@@ -93,8 +93,8 @@ def test_two_nodes_bring_on_what_owners_owed() -> None:
 
     def job(rank: int, exchange: Exchange) -> tuple[bool, torch.Tensor, torch.Tensor]:
         assert isinstance(exchange, LoopbackExchange)
-        plan = make_plan(SHAPES, 4, SMALL)
-        engine = TwoLevels(plan, SMALL, exchange, TABLES["2 x 2"], Coder(cpu), Meter())
+        plan = make_plan(SHAPES, 4, DIRECT)
+        engine = TwoLevels(plan, DIRECT, exchange, TABLES["2 x 2"], Coder(cpu), Meter())
         for owed in engine.residuals.owned.values():
             owed += rank + 1
         before = engine.pending()["a"]
