@@ -246,6 +246,7 @@ FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-large", "chars-muon-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
+    ("chars-two", "chars-two"),
     ("quantizer-chars", "quantizer-chars"),
 ]
 
@@ -573,6 +574,37 @@ def test_what_the_readme_says_of_optimizers_is_so() -> None:
     assert (
         beside("chars-muon-longer")["local H=16, density 9.5 %, all coded"][2] == "819"
     )
+
+
+def test_what_is_said_of_two_ranks_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-two.csv")
+    loss = {p.method: p.loss for p in frontier.points(rows)}
+    sent = {p.method: p.bytes_per_step for p in frontier.points(rows)}
+
+    def change(of: dict[str, float], method: str, base: str) -> str:
+        return f"{100 * (of[method] / of[base] - 1):+.1f}"
+
+    assert change(loss, "local H=8, direct", "local H=8") == "-0.7"
+    fewer = "local H=8, density 5 %, direct"
+    assert change(loss, fewer, "local H=8") == "-0.2"
+    assert change(sent, fewer, "local H=8") == "-26.3"
+    assert change(loss, "3LC s=1.75, direct", "3LC s=1.75") == "-13.1"
+    assert change(loss, "3LC s=1.00, direct", "3LC s=1.00") == "+5.3"
+    rates = {
+        form: min(loss[f"3LC s=1.00{form}{rate}"] for rate in (", lr × 2", ""))
+        for form in (", direct", "")
+    }
+    slow = loss["3LC s=1.00, direct, lr × 0.5"]
+    assert slow < rates[", direct"]
+    assert rates[""] == loss["3LC s=1.00, lr × 2"]
+    assert f"{100 * (slow / rates[''] - 1):.1f}" == "2.6"
+    direct, owners = (f"preconditioned s=1.00{form}" for form in (", direct", ""))
+    assert change(loss, direct, owners) == "-0.3"
+    assert change(sent, direct, owners) == "+12.1"
+    found = {s.method: s for s in report.summarise(RESULT)}
+    ends = [found[m] for m in ("3LC s=1.50, direct", "3LC s=1.00")]
+    assert "({:.1f} and\n{:.1f} %)".format(*(100 * s.accuracy for s in ends)) in DOCS
+    assert f"{100 * (1 - ends[0].bytes_per_step / ends[1].bytes_per_step):.0f}" == "25"
 
 
 def test_the_rate_of_the_larger_transformer_is_the_best_of_three() -> None:
