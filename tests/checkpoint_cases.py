@@ -30,6 +30,7 @@ class Run:
         hook: str,
         dtype: torch.dtype = torch.float32,
         net: nn.Module | None = None,
+        direct: bool = False,
     ) -> None:
         self.hook = hook
         self.net = small_net().to(dtype) if net is None else net
@@ -50,7 +51,6 @@ class Run:
             self.state = self.optimizer
         else:
             self.optimizer = KINDS["adamw"](self.net.parameters())
-            direct = hook == WITHOUT_OWNERS and dist.get_world_size() == 2
             config = dataclasses.replace(CODED, exchange="direct") if direct else CODED
             self.state = ddp.attach(self.model, config)
 
@@ -113,14 +113,15 @@ def load(
     rank: int, world: int, hook: str, folder: str, files: int, bfloat16: bool
 ) -> Any:
     """Load on another number of ranks; return what is found, then train on."""
-    run = Run(hook, torch.bfloat16 if bfloat16 else torch.float32)
+    direct = hook == WITHOUT_OWNERS and world == 2
+    run = Run(hook, torch.bfloat16 if bfloat16 else torch.float32, direct=direct)
     states = [
         torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(files)
     ]
     run.net.load_state_dict(states[0]["model"])
     run.state.load_state_dict(lc3.merge_states([state["lc3"] for state in states]))
     engine = run.state.engine
-    assert engine.direct == (world == 2 and hook in (WITHOUT_OWNERS, AVERAGING))
+    assert engine.direct == (direct or (world == 2 and hook == AVERAGING))
     if engine.direct:  # nothing would bring it on
         assert not any(owed.any() for owed in engine.residuals.owned.values())
     found = run.masters(), run.pending(), optimizer_state(run, world)
@@ -235,13 +236,15 @@ def with_a_scaler(rank: int, world: int, hook: str, steps: int, bad: Overflows) 
 STAGES = {  # methods of the engine, in which something goes wrong, and calls before
     "_encode": 6,
     "_pack": 9,
-    "_sum": 12,
+    "_unpack": 6,
     "reduce_scatter": 3,
     "all_gather": 3,
     "keep_residuals": 3,
     "apply": 3,
+    "broadcast_all": 3,
     "_unsealed": 6,
 }
+WITH_OWNERS = {"reduce_scatter", "all_gather", "keep_residuals", "apply"}
 
 
 def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
@@ -250,10 +253,13 @@ def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
     hook, culprit = chance.choice(HOOKS), chance.randrange(world)
     # Its statistics are averaged, too. DDP would wait for them in every forward.
     normed = nn.Sequential(nn.BatchNorm1d(30), small_net())
-    run = Run(hook, net=normed if hook == "local_sgd" else None)
+    direct = hook == WITHOUT_OWNERS
+    run = Run(hook, net=normed if hook.startswith("local_sgd") else None, direct=direct)
     engine = run.state.engine
-    unused = {"ddp": "_unsealed"}.get(hook, "none")
-    stage = chance.choice([name for name in STAGES if name != unused])
+    unused = WITH_OWNERS if direct else {"broadcast_all"}
+    if hook.startswith("ddp"):
+        unused = {*unused, "_unsealed"}
+    stage = chance.choice([name for name in STAGES if name not in unused])
     good, left, at = getattr(engine, stage), chance.randrange(STAGES[stage]), 0.0
 
     def fail(*args: Any, **kwargs: Any) -> Any:

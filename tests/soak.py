@@ -9,6 +9,7 @@ anyway. ``worlds`` kills whole jobs, and goes on with other numbers of ranks.
 """
 
 import argparse
+import dataclasses
 import os
 import random
 import re
@@ -42,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 WORLD = 3
 SHAPES = [("a", (50, 40)), ("bias", (30,)), ("b", (1, 3000)), ("c", (7, 11, 13))]
 CONFIG = Config(min_numel=64, min_share=900, threads=1)
+DIRECT = dataclasses.replace(CONFIG, exchange="direct")
 GROWTH_FROM = 0.3  # of the run; before it, allocators are still warming up
 
 
@@ -56,7 +58,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def steps(count: int, seed: int) -> dict[str, float]:
+def steps(count: int, seed: int, config: Config = CONFIG) -> dict[str, float]:
     """Run ``count`` steps with faults; return what was seen.
 
     Raises:
@@ -64,13 +66,13 @@ def steps(count: int, seed: int) -> dict[str, float]:
     """
     chance = random.Random(seed)
     generator = np.random.default_rng(seed)
-    plan = make_plan(SHAPES, WORLD, CONFIG)
+    plan = make_plan(SHAPES, WORLD, config)
     codec = codec_for(torch.device("cpu"))
     engines = [
-        Engine(plan, CONFIG, exchange, Coder(codec), Meter())
+        Engine(plan, config, exchange, Coder(codec), Meter())
         for exchange in Loopback(WORLD).ranks
     ]
-    oracle = Oracle(SHAPES, WORLD, CONFIG)
+    oracle = Oracle(SHAPES, WORLD, config)
     seen = {"steps": 0.0, "non-finite": 0.0, "silent": 0.0, "slow": 0.0}
     memory = threads = files = 0
     with ThreadPoolExecutor(WORLD) as pool, np.errstate(all="ignore"):
@@ -330,6 +332,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps:
         print(steps(options.steps, options.seed))
+        print(steps(options.steps, options.seed, DIRECT))
     if options.overflows or options.raises:
         pool = Ranks(WORLD)
         if options.overflows:

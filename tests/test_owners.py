@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lc3 import ConfigError
 from lc3.exchange import Exchange
 from lc3.owners import Owners
+from lc3.session import with_owners
 from tests.oracle import Floats, Servers
 from tests.test_engine import (
     DIRECT,
@@ -152,3 +154,9 @@ def test_replicas_follow_the_masters() -> None:
 
     for distances in in_threads(2, job, timeout_s=60):
         assert max(distances[150:]) < 3 * max(distances[:100])
+
+
+def test_what_works_on_masters_needs_owners() -> None:
+    assert with_owners(SMALL, "a momentum").exchange == "owners"
+    with pytest.raises(ConfigError, match="leaves no owners, on whose masters a mom"):
+        with_owners(DIRECT, "a momentum")

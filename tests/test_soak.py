@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import pytest
 
+from lc3 import Config
 from tests import soak
 from tests.ranks import Ranks
 
 
-def test_steps_with_faults_equal_the_oracle() -> None:
-    seen = soak.steps(400, seed=1)
+@pytest.mark.parametrize("config", [soak.CONFIG, soak.DIRECT], ids=["owners", "direct"])
+def test_steps_with_faults_equal_the_oracle(config: Config) -> None:
+    seen = soak.steps(400, 1, config)
     assert seen["steps"] == 400
     assert min(seen["non-finite"], seen["silent"], seen["slow"]) > 3
     assert seen["more threads"] <= 0
