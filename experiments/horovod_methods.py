@@ -57,7 +57,7 @@ def _coded(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
     hvd.init()
     (given,) = optimizers
     optimizer = hook.DistributedOptimizer(
-        given, module.named_parameters(), lc3.Config(sparsity=1.0, exchange="owners")
+        given, module.named_parameters(), lc3.Config(sparsity=1.0)
     )
     traffic = Metered(optimizer.lc3.meter, optimizer.lc3.close)
     return Training(module, [optimizer], traffic)

@@ -36,7 +36,7 @@ def measure(
     torch.manual_seed(0)
     module = task.make_model()
     optimizers = task.make_optimizers(module)
-    config = lc3.Config(density=0.1, exchange="owners")
+    config = lc3.Config(density=0.1)
     state = local_state(module, optimizers, EVERY, config, delay=delay)
     rates = [schedule(optimizer, WARM_UP + steps) for optimizer in optimizers]
     wait = exchange = start = 0.0

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = local_sgd.attach(
         module,
         optimizers,
-        lc3.Config(density=options.density, raw=raw, exchange="owners"),
+        lc3.Config(density=options.density, raw=raw),
         every=options.every,
         outer_momentum=options.outer_momentum,
     )

@@ -200,9 +200,8 @@ def _all_reduce(
     return _ddp(attach)
 
 
-def _lc3(sparsity: float, exchange: Topology = "owners", **others: Any) -> Method:
-    """Return 3LC with a push and a pull, as in the paper, unless another is named."""
-    config = lc3.Config(sparsity=sparsity, exchange=exchange, **others)
+def _lc3(sparsity: float, **others: Any) -> Method:
+    config = lc3.Config(sparsity=sparsity, **others)
     return _ddp(lambda model: _hooked(model, config))
 
 
@@ -210,9 +209,7 @@ def _baseline(make_codec: Callable[[int], Codec]) -> Method:
     """Return a method of the paper's table, made for a rank; no entropy stage."""
     return _ddp(
         lambda model: _hooked(
-            model,
-            lc3.Config(entropy="none", exchange="owners"),
-            make_codec(dist.get_rank()),
+            model, lc3.Config(entropy="none"), make_codec(dist.get_rank())
         )
     )
 
@@ -337,14 +334,9 @@ def _preconditioned(
     return start
 
 
-def _sparse(density: float, **others: Any) -> lc3.Config:
-    """Return a configuration for local steps."""
-    return lc3.Config(density=density, **{"exchange": "owners", **others})
-
-
 def _all_coded(density: float, entropy: EntropyStage = "auto") -> lc3.Config:
-    """Return one in which biases and norms do not travel raw."""
-    return _sparse(density, min_ndim=0, min_numel=1, entropy=entropy)
+    """Return a configuration in which biases and norms do not travel raw."""
+    return lc3.Config(density=density, min_ndim=0, min_numel=1, entropy=entropy)
 
 
 # Steps between exchanges, and the per cent of values sent.
@@ -366,7 +358,10 @@ METHODS: dict[str, Method] = {
     "3LC s=1.50": _lc3(1.5),
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
-    **{f"3LC s={s:.2f}, direct": _lc3(s, "direct") for s in (1.0, 1.5, 1.75, 1.9)},
+    **{
+        f"3LC s={s:.2f}, direct": _lc3(s, exchange="direct")
+        for s in (1.0, 1.5, 1.75, 1.9)
+    },
     "3LC s=1.00, all coded": _lc3(1.0, min_ndim=0, min_numel=1),
     "s=1.00, block 1024": _lc3(1.0, block=1024),
     "s=1.75, block 1024": _lc3(1.75, block=1024),
@@ -388,13 +383,16 @@ METHODS: dict[str, Method] = {
     "preconditioned s=1.00, rans": _preconditioned(1.0, entropy="rans"),
     "preconditioned s=1.00, direct": _preconditioned(1.0, "direct"),
     "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
-    "2 local steps": _local(
-        2, lc3.Config(raw=("*",), entropy="none", exchange="owners")
+    "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
+    **{
+        f"local H={every}": _local(every, lc3.Config(density=0.1))
+        for every in (2, 8, 16, 32)
+    },
+    "local H=16, density 30 %": _local(16, lc3.Config(density=0.3)),
+    "local H=8, direct": _local(8, lc3.Config(density=0.1, exchange="direct")),
+    "local H=8, density 5 %, direct": _local(
+        8, lc3.Config(density=0.05, exchange="direct")
     ),
-    **{f"local H={every}": _local(every, _sparse(0.1)) for every in (2, 8, 16, 32)},
-    "local H=16, density 30 %": _local(16, _sparse(0.3)),
-    "local H=8, direct": _local(8, _sparse(0.1, exchange="direct")),
-    "local H=8, density 5 %, direct": _local(8, _sparse(0.05, exchange="direct")),
     **{
         f"local H={every}, density {percent} %, all coded": _local(
             every, _all_coded(percent / 100)

@@ -215,12 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     try:
         task = TASKS[options.task](options.data_dir)
-        coded = [lc3.Config(sparsity=s, exchange="owners") for s in options.sparsity]
+        configs = [None, *(lc3.Config(sparsity=s) for s in options.sparsity)]
     except (DataError, lc3.ConfigError) as error:
         parser.error(str(error))
     rows = []
     for world in options.worlds:
-        for config in (None, *coded):
+        for config in configs:
             for seed in range(options.seeds):
                 row = train(task, world, config, seed, options.steps, options.batch)
                 rows.append(row)

@@ -2,12 +2,11 @@
 
 After every H-th step of the optimizer the ranks push what their parameters have moved,
 the owners average it into float32 masters, and everybody pulls 3LC of what the masters
-have moved. Two ranks need no owners: what both push is the mean of both. Sources: local
-SGD (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and for masters with error
+have moved (with ``Config(exchange="direct")`` everybody averages). Sources: local SGD
+(Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and for masters with error
 feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706).
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
 from lc3.residual import arena_like
-from lc3.session import check_form, session_beside, with_owners
+from lc3.session import check_form, check_owners, session_beside
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,8 @@ def attach(
         every: H, local steps between two exchanges. ``None``: none by itself.
         outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
         outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
-            is a momentum already: it helps uncoded exchanges, not coded ones. Needs
-            owners, which two ranks then have, too.
+            is a momentum already: it helps uncoded exchanges, not coded ones. Not with
+            ``Config(exchange="direct")``.
         residual_decay: what multiplies, after every exchange, what was not sent yet: a
             rank's residuals, and how far masters are ahead of the replicas. 1 forgets
             nothing. What has waited for long was found again and again where the
@@ -76,10 +75,12 @@ def attach(
         PeerError: one of these happened on another rank.
     """
     check_form(config, "local_sgd")
+    if outer_momentum:
+        check_owners(config, "outer_momentum")
     return State(
         model,
         [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
-        with_owners(config, "outer_momentum") if outer_momentum else config,
+        config,
         every=every,
         outer_lr=outer_lr,
         outer_momentum=outer_momentum,
@@ -121,12 +122,6 @@ class State:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
-        if (
-            config.exchange == "auto"
-            and config.pull_sparsity is None
-            and dist.get_world_size(group) == 2
-        ):
-            config = dataclasses.replace(config, exchange="direct")
         facts = {
             "every": every,
             "outer_lr": float(outer_lr),

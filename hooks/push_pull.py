@@ -26,7 +26,7 @@ from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
 from lc3.residual import arena_like
-from lc3.session import check_form, session_for, with_owners
+from lc3.session import check_form, check_owners, session_for
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Groups = list[dict[str, Any]]
@@ -69,7 +69,7 @@ def attach(
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
     check_form(config, "push_pull")
-    config = with_owners(config, "hooks.push_pull")
+    check_owners(config, "hooks.push_pull")
     optimizer = PushPull(model, make_optimizer, config, params, max_norm, scaler, group)
     model.register_comm_hook(optimizer, push_pull_hook)
     return optimizer

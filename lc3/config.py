@@ -9,7 +9,7 @@ from lc3.errors import ConfigError
 
 Mode = Literal["3lc", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-Topology = Literal["auto", "owners", "direct"]
+Topology = Literal["owners", "direct"]
 TOPOLOGIES: tuple[Topology, ...] = get_args(Topology)
 EntropyStage = Literal["auto", "zstd", "rans", "none"]
 ENTROPY_STAGES: tuple[EntropyStage, ...] = get_args(EntropyStage)
@@ -27,9 +27,8 @@ class Config:
             gets what all ranks push, and whose mean, coded once more, everybody pulls.
             "direct": every rank sends what it has coded to every other, and all
             average alike: one round in place of two, and nothing is coded twice, for
-            W/2 times the bytes. "auto": what ended better: direct for
-            ``hooks.local_sgd`` between two ranks, where it takes no more bytes; else
-            owners. For large s and SGD try "direct" on two ranks.
+            W/2 times the bytes. For large s on two ranks, or two nodes with a mesh, and
+            for far links; not for ``hooks.push_pull``, whose masters owners hold.
         density: a share of values to send, 0 < density < 1, instead of a sparsity: the
             largest ones, each as their mean magnitude. Right for the light tails of
             local steps, wrong for per-step gradients. Both ways.
@@ -67,7 +66,7 @@ class Config:
 
     sparsity: float = 1.0
     pull_sparsity: float | None = None
-    exchange: Topology = "auto"
+    exchange: Topology = "owners"
     density: float | None = None
     budget: int | None = None
     min_numel: int = 1024

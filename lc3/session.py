@@ -1,6 +1,5 @@
 """What every hook needs for one model: names, a group of its own, an engine, a lane."""
 
-import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -307,18 +306,13 @@ def check_form(config: Config, hook: str) -> None:
     check_beta2(config, hook)
 
 
-def with_owners(config: Config, what: str) -> Config:
-    """Return the configuration for what lives on the owners of slices.
-
-    Raises:
-        ConfigError: it says that there are none.
-    """
+def check_owners(config: Config, what: str) -> None:
+    """Raise ``ConfigError`` if there are no owners for what lives on them."""
     if config.exchange == "direct":
         raise ConfigError(
             f"exchange='direct' leaves no owners, on whose masters {what} works; leave "
             "one of them out"
         )
-    return dataclasses.replace(config, exchange="owners")
 
 
 def check_beta2(config: Config, hook: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
+from lc3.config import Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
 from tests.push_pull_cases import CODED, KINDS, small_net
@@ -33,6 +34,7 @@ class Run:
         direct: bool = False,
     ) -> None:
         self.hook = hook
+        exchange: Topology = "direct" if direct else "owners"
         self.net = small_net().to(dtype) if net is None else net
         self.model: nn.Module = self.net
         self.state: Any
@@ -40,7 +42,8 @@ class Run:
         if hook.startswith("local_sgd"):
             self.optimizer = KINDS["adamw"](self.net.parameters())
             config = lc3.Config(density=0.1, min_numel=64, min_share=500)
-            momentum = 0.0 if hook == AVERAGING else 0.5  # which needs owners
+            momentum = 0.0 if hook == AVERAGING else 0.5
+            config = dataclasses.replace(config, exchange=exchange)
             self.state = local_sgd.attach(
                 self.net, self.optimizer, config, every=2, outer_momentum=momentum
             )
@@ -51,7 +54,7 @@ class Run:
             self.state = self.optimizer
         else:
             self.optimizer = KINDS["adamw"](self.net.parameters())
-            config = dataclasses.replace(CODED, exchange="direct") if direct else CODED
+            config = dataclasses.replace(CODED, exchange=exchange)
             self.state = ddp.attach(self.model, config)
 
     def train(self, rank: int, steps: range) -> None:
@@ -113,7 +116,7 @@ def load(
     rank: int, world: int, hook: str, folder: str, files: int, bfloat16: bool
 ) -> Any:
     """Load on another number of ranks; return what is found, then train on."""
-    direct = hook == WITHOUT_OWNERS and world == 2
+    direct = hook in (WITHOUT_OWNERS, AVERAGING) and world == 2
     run = Run(hook, torch.bfloat16 if bfloat16 else torch.float32, direct=direct)
     states = [
         torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(files)
@@ -121,8 +124,7 @@ def load(
     run.net.load_state_dict(states[0]["model"])
     run.state.load_state_dict(lc3.merge_states([state["lc3"] for state in states]))
     engine = run.state.engine
-    assert engine.direct == (direct or (world == 2 and hook == AVERAGING))
-    if engine.direct:  # nothing would bring it on
+    if direct:  # nothing would bring it on
         assert not any(owed.any() for owed in engine.residuals.owned.values())
     found = run.masters(), run.pending(), optimizer_state(run, world)
     run.train(rank, range(6, 10))
@@ -253,7 +255,7 @@ def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
     hook, culprit = chance.choice(HOOKS), chance.randrange(world)
     # Its statistics are averaged, too. DDP would wait for them in every forward.
     normed = nn.Sequential(nn.BatchNorm1d(30), small_net())
-    direct = hook == WITHOUT_OWNERS
+    direct = hook in (WITHOUT_OWNERS, AVERAGING)
     run = Run(hook, net=normed if hook.startswith("local_sgd") else None, direct=direct)
     engine = run.state.engine
     unused = WITH_OWNERS if direct else {"broadcast_all"}

@@ -51,8 +51,7 @@ def equals_the_servers(
     optimizer = push_pull.attach(wrapped, KINDS[kind], case.config)
     named = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     start = {name: flat(p, p.detach()).copy() for name, p in model.named_parameters()}
-    config = dataclasses.replace(case.config, exchange="owners")
-    servers = Servers(named, world, config, start)
+    servers = Servers(named, world, case.config, start)
     theirs = ServerOptimizer(kind)
     distance = 0.0
     for step in range(steps):

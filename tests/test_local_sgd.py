@@ -40,8 +40,10 @@ def test_local_steps_equal_the_servers(
         assert report["ratio"] > 2 * every
 
 
-def test_residuals_decay_as_the_servers_do(ranks: Pools) -> None:
-    reports = ranks(2).run(local_cases.equals_the_servers, 4, 3, "adamw", True, 0.7)
+@pytest.mark.parametrize("world", [2, 3])
+def test_residuals_decay_as_the_servers_do(ranks: Pools, world: int) -> None:
+    case = (4, 3, "adamw", True, 0.7)
+    reports = ranks(world).run(local_cases.equals_the_servers, *case)
     assert len({report["hash"] for report in reports}) == 1
 
 

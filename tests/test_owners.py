@@ -11,7 +11,7 @@ from torch import Tensor
 from lc3 import ConfigError
 from lc3.exchange import Exchange
 from lc3.owners import Owners
-from lc3.session import with_owners
+from lc3.session import check_owners
 from tests.oracle import Floats, Servers
 from tests.test_engine import (
     DIRECT,
@@ -157,6 +157,6 @@ def test_replicas_follow_the_masters() -> None:
 
 
 def test_what_works_on_masters_needs_owners() -> None:
-    assert with_owners(SMALL, "a momentum").exchange == "owners"
+    check_owners(SMALL, "a momentum")
     with pytest.raises(ConfigError, match="leaves no owners, on whose masters a mom"):
-        with_owners(DIRECT, "a momentum")
+        check_owners(DIRECT, "a momentum")
