@@ -350,6 +350,11 @@ def test_what_is_said_of_adam_in_every_step_is_so() -> None:
     means = {p.method: p.loss for p in frontier.points(rows)}
     assert f"{100 * (means[method] / means['float32'] - 1):.1f}" == "0.1"
     assert round(fewer(method)) == 45
+    ranged = f"{method}, rans"
+    for end in (found[method, "1"], found[ranged, "1"]):
+        assert f"at {end['test_loss']} with it and without" in text
+    all_of_it, some = (int(found[m, "0"]["sent_bytes"]) for m in ("float32", ranged))
+    assert round(all_of_it / some) == 50
     quarter = "local H=4, density 30 %, all coded"
     assert above(quarter, "0") == "0.7"
     assert round(fewer(quarter)) == 106
