@@ -36,7 +36,7 @@ fuzz: $(READY)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 tests/test_codec.py tests/test_plan.py tests/test_engine.py
 	$(BIN)/python -m tests.fuzz --mutations 10000000
 
-# 10 000 steps with faults beside the oracle, 200 overflows under a GradScaler, 100 failing
+# 20 000 steps with faults beside the oracle, 200 overflows under a GradScaler, 100 failing
 # stages, 30 workers killed, 4 → 3 → 4 ranks: three quarters of an hour.
 soak: $(READY)
 	$(BIN)/python -m tests.soak
