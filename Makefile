@@ -37,7 +37,7 @@ fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --mutations 10000000
 
 # 20 000 steps with faults beside the oracle, 200 overflows under a GradScaler, 100 failing
-# stages, 30 workers killed, 4 → 3 → 4 ranks: three quarters of an hour.
+# stages, 30 workers killed, 4 → 3 → 4 ranks: most of an hour.
 soak: $(READY)
 	$(BIN)/python -m tests.soak
 

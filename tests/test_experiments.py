@@ -259,6 +259,7 @@ FRONTIERS = [  # result file, marker in the docs
         "chars-muon",
         "cifar10",
         "cifar10-longer",
+        "digits-four",
         "fashion-mnist",
         "forms",
         "quantizer",
@@ -620,6 +621,10 @@ def test_what_is_said_of_two_ranks_is_so() -> None:
     once = {p.method: p.loss for p in frontier.points(first)}
     assert change(once, "3LC s=1.75, direct", "3LC s=1.50") == "-0.4"
     assert change(sent, "3LC s=1.75, direct, images", "3LC s=1.75, images") == "+14.5"
+    four = record.read_csv(ROOT / "experiments/results/digits-four.csv")
+    of = {s.method: s for s in report.summarise(four)}
+    assert of["3LC s=1.50"].accuracy > of["3LC s=1.90, direct"].accuracy
+    assert of["3LC s=1.50"].bytes_per_step < of["3LC s=1.90, direct"].bytes_per_step
     found = {s.method: s for s in report.summarise(RESULT)}
     ends = [found[m] for m in ("3LC s=1.50, direct", "3LC s=1.00")]
     assert "({:.1f} and\n{:.1f} %)".format(*(100 * s.accuracy for s in ends)) in DOCS
