@@ -36,6 +36,11 @@ def main() -> int:
         *("--first-seed", str(options.first_seed), "--device", options.device),
         *("--out", str(path)),
         *(("--data-dir", str(options.data_dir)) if options.data_dir else ()),
+        *(
+            ("--evaluate-every", str(options.evaluate_every))
+            if options.evaluate_every
+            else ()
+        ),
     ]
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
     console.print(

@@ -8,6 +8,7 @@ times the steps.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +117,18 @@ def markdown(rows: Sequence[Row]) -> str:
     return (
         f"{table}\n\nTask {row['task']}, {row['ranks']} ranks, {row['steps']} steps, "
         f"up to {most} {'seed' if most == 1 else 'seeds'} (mean, lowest and highest); "
-        "the best of ten evaluations. Bytes are all that a rank sends, headers and raw "
-        f"tensors too. lc3 {row['lc3']} at commit {commits}.\n"
+        f"the best of {evaluations(rows)} evaluations. Bytes are all that a rank "
+        f"sends, headers and raw tensors too. lc3 {row['lc3']} at commit {commits}.\n"
     )
+
+
+def evaluations(rows: Sequence[Row]) -> str:
+    """Return in how many evaluations of a training its best was looked for."""
+    counts = Counter(
+        (row["method"], row["seed"], row.get("rate")) for row in rows
+    ).values()
+    least, most = min(counts), max(counts)
+    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def plot(rows: Sequence[Row], links: Sequence[Row] | None, path: Path) -> None:

@@ -57,6 +57,7 @@ class Spec:
         ranks: of each job; with rates, hosts of one rank each.
         rates: of the links, as ``tc`` writes them; none: over loopback.
         more_seeds: by method, how many instead of ``seeds``.
+        evaluate_every: steps between evaluations; 0: a tenth of all.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Spec:
     ranks: int = 2
     rates: list[str] = field(default_factory=list)
     more_seeds: dict[str, int] = field(default_factory=dict)
+    evaluate_every: int = 0
 
     def trainings(self) -> "list[Training]":
         """Return all trainings, job after job, seed after seed."""
@@ -122,7 +124,8 @@ def read_spec(path: Path) -> Spec:
             find(method)
         except KeyError as error:
             raise SpecError(f"{path}: {error.args[0]}") from error
-    for key, low in (("steps", 1), ("seeds", 1), ("ranks", 2)):
+    lowest = {"steps": 1, "seeds": 1, "ranks": 2, "evaluate_every": 0}
+    for key, low in lowest.items():
         if getattr(spec, key) < low:
             raise SpecError(
                 f"{path}: {key} = {getattr(spec, key)} must be {low} or more"
@@ -144,6 +147,7 @@ def _check_types(path: Path, given: dict[str, object]) -> None:
         "ranks": (int, None),
         "rates": (list, str),
         "more_seeds": (dict, int),
+        "evaluate_every": (int, None),
     }
     for key, value in given.items():
         kind, inner = kinds[key]
@@ -170,6 +174,8 @@ def command(
     training += ["--methods", *(t.method for t in job), "--steps", str(spec.steps)]
     training += ["--seeds", "1", "--first-seed", str(seed), "--out", str(out)]
     training += ["--data-dir", str(data_dir)] if data_dir else []
+    if spec.evaluate_every:
+        training += ["--evaluate-every", str(spec.evaluate_every)]
     training += ["--device", device]
     if rate == LOOPBACK:
         start = ["torch.distributed.run", "--standalone"]
@@ -251,14 +257,15 @@ def prepare(spec: Spec, folder: Path) -> None:
     described = folder / "spec.json"
     text = json.dumps(asdict(spec), indent=1)
     if described.exists():
-        old, new = json.loads(described.read_text()), json.loads(text)
+        new = json.loads(text)
+        old = {**asdict(Spec("", "", [], 0)), **json.loads(described.read_text())}
         for key in new:
             # More seeds, methods or rates only add jobs.
             if key in ("seeds", "more_seeds", "methods", "rates"):
                 continue
-            if old.get(key) != new[key]:
+            if old[key] != new[key]:
                 raise SpecError(
-                    f"{folder} holds runs with {key} = {old.get(key)!r}, the file says "
+                    f"{folder} holds runs with {key} = {old[key]!r}, the file says "
                     f"{new[key]!r}; give another --out or remove the folder"
                 )
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,13 +43,23 @@ EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured: one task, the same for every method and seed."""
+    """What is measured: one task, the same for every method and seed.
+
+    Attributes:
+        task: what is trained.
+        steps: of each training.
+        compute_ms: of a step without communication.
+        progress: where trainings are shown.
+        device: of this rank.
+        evaluate_every: steps between evaluations; one more comes after the last step.
+    """
 
     task: Task
     steps: int
     compute_ms: float
     progress: Progress
     device: torch.device
+    evaluate_every: int
 
     def train(self, method: str, seed: int) -> list[dict[str, object]]:
         """Train once; collective.
@@ -74,7 +84,6 @@ class Run:
         training = attach(module, given)
         model, optimizers, traffic, _ = training
         schedules = [schedule(optimizer, self.steps) for optimizer in optimizers]
-        every = math.ceil(self.steps / EVALUATIONS)
         rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
         seconds, on_link, since = 0.0, 0, interface_bytes()
@@ -86,7 +95,7 @@ class Run:
             seconds += time.perf_counter() - start
             for rate in schedules:
                 rate.step()
-            if step % every == 0 or step == self.steps:
+            if step % self.evaluate_every == 0 or step == self.steps:
                 on_link += interface_bytes() - since
                 measured = self._measure(training, torch.stack(losses), step)
                 which = {"task": self.task.name, "method": method, "seed": seed}
@@ -304,6 +313,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         ).replace("%", "%%"),
     )
     parser.add_argument("--steps", type=at_least(1), default=500)
+    parser.add_argument(
+        "--evaluate-every",
+        type=at_least(1),
+        metavar="STEPS",
+        help="between evaluations (default: a tenth of all steps)",
+    )
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
     parser.add_argument("--first-seed", type=at_least(0), default=0)
     add_device_option(parser)
@@ -381,7 +396,8 @@ def main() -> None:
         device = device_of_rank(options.device)
         card = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
         compute_ms = measure_compute_ms(task, device)
-        run = Run(task, options.steps, compute_ms, progress, device)
+        every = options.evaluate_every or math.ceil(options.steps / EVALUATIONS)
+        run = Run(task, options.steps, compute_ms, progress, device, every)
         everything = progress.add_task(
             "all runs", total=options.seeds * len(options.methods)
         )

@@ -50,6 +50,12 @@ def test_points_are_the_best_evaluation_of_each_seed() -> None:
     assert list(by_name) == ["float32", "wide", "narrow", "least"]
 
 
+def test_the_table_says_how_often_it_was_evaluated() -> None:
+    found = rows()
+    assert "the best of 2 evaluations" in frontier.markdown(found)
+    assert "the best of 1 to 2 evaluations" in frontier.markdown(found[1:])
+
+
 def test_what_is_better_sends_no_more() -> None:
     points = frontier.points(rows())
     winners = {p.method: frontier.better(p, points) for p in points}

@@ -1,6 +1,7 @@
 """Experiments from TOML: what is refused, what is kept, what a report says."""
 
 import csv
+import json
 import os
 import resource
 import signal
@@ -38,6 +39,7 @@ def spec_of(tmp_path: Path, text: str) -> run.Spec:
         (GOOD.replace("20", '"20"'), "steps = '20' is not a int"),
         (GOOD.replace("20", "0"), "steps = 0 must be 1 or more"),
         (GOOD + "ranks = 1\n", "ranks = 1 must be 2 or more"),
+        (GOOD + "evaluate_every = -1\n", "evaluate_every = -1 must be 0 or more"),
         (GOOD + 'rates = ["fast"]\n', "'fast' is not a rate"),
         (GOOD.replace("steps = 20", ""), "has no 'steps'"),
     ],
@@ -58,10 +60,15 @@ def test_every_committed_description_can_be_read() -> None:
 def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     run.prepare(spec_of(tmp_path, GOOD), folder)
+    old = json.loads((folder / "spec.json").read_text())
+    del old["evaluate_every"]  # as written before there was one
+    (folder / "spec.json").write_text(json.dumps(old))
     run.prepare(spec_of(tmp_path, GOOD + "seeds = 2\n"), folder)
     before = (folder / "spec.json").read_text()
     with pytest.raises(run.SpecError, match=r"holds runs with steps = 20.*says 40"):
         run.prepare(spec_of(tmp_path, GOOD.replace("20", "40")), folder)
+    with pytest.raises(run.SpecError, match="evaluate_every = 0, the file says 7"):
+        run.prepare(spec_of(tmp_path, GOOD + "evaluate_every = 7\n"), folder)
     assert (folder / "spec.json").read_text() == before
 
 
@@ -98,6 +105,15 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
     for title in ("Comparison", "Time of a step", "Speed-up", "Beside the paper"):
         assert f"<h2>{title}</h2>" in html
         assert f"## {title}\n" in text
+
+
+@pytest.mark.timeout(100)
+def test_an_experiment_says_when_it_evaluates(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, GOOD + "evaluate_every = 8\n")
+    run.prepare(spec, tmp_path / "out")
+    assert run.run(spec, tmp_path / "out", None, QUIET) == []
+    rows = record.read_csv(tmp_path / "out" / "results.csv")
+    assert [row["step"] for row in rows] == ["8", "16", "20"]
 
 
 @pytest.mark.timeout(200)
