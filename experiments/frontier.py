@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.methods import AT_RATE
+from experiments.methods import AT_RATE, AVERAGED
 from experiments.pages import Curve, curves
 from experiments.record import ResultError, read_csv
 from experiments.report import BASELINE, COLUMNS, Row, grid, insert, step_ms_by_link
@@ -85,11 +85,15 @@ def better(point: Point, others: Sequence[Point]) -> Point | None:
 def markdown(rows: Sequence[Row]) -> str:
     """Return every method with its distance from float32, and what is better.
 
-    Of several learning rates of float32 it is the best one's.
+    It is float32's at its best: of several learning rates, averaged or not.
     """
     found = points(rows)
-    at_rates = [p for p in found if p.method.split(AT_RATE)[0] == BASELINE]
-    base = min(at_rates, key=lambda p: p.loss, default=None)
+    plain = [
+        p
+        for p in found
+        if p.method.split(AT_RATE)[0].removesuffix(AVERAGED) == BASELINE
+    ]
+    base = min(plain, key=lambda p: p.loss, default=None)
     titles = ["method", "bytes per rank and step", "fewer than float32"]
     titles += ["best test loss", "above float32", "lower with no more bytes"]
     lines = []

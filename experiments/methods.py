@@ -6,8 +6,8 @@ the classes themselves.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
@@ -416,18 +417,62 @@ METHODS: dict[str, Method] = {
     "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),
 }
 AT_RATE = ", lr × "
+AVERAGED = ", averaged"
+AVERAGE_EVERY, AVERAGE_DECAY = 8, 0.9
+
+
+def averaged(method: Method) -> Method:
+    """Return a method that is evaluated in a moving average of its parameters.
+
+    An exponential one, of every eighth step, with PyTorch's own means. Ranks share the
+    parameters that it is made of, so nothing is sent for it; training does not change.
+    """
+
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        training = method(module, optimizers)
+        average = AveragedModel(
+            module, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY)
+        )
+        steps = 0
+
+        def after_step(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+            if steps % AVERAGE_EVERY == 0:
+                with training.shared():
+                    average.update_parameters(module)
+
+        training.optimizers[-1].register_step_post_hook(after_step)
+
+        @contextmanager
+        def shared() -> Iterator[None]:
+            with training.shared(), torch.no_grad():
+                own = [p.clone() for p in module.parameters()]
+                for p, mean in zip(
+                    module.parameters(), average.module.parameters(), strict=True
+                ):
+                    p.copy_(mean)
+                yield
+                for p, before in zip(module.parameters(), own, strict=True):
+                    p.copy_(before)
+
+        return training._replace(shared=shared)
+
+    return start
 
 
 def find(name: str) -> tuple[Method, float]:
     """Return a method, and what it multiplies the task's learning rate by.
 
     Args:
-        name: of ``METHODS``, as it is or followed by ``, lr × 0.5``.
+        name: of ``METHODS``, as it is or followed by ``, averaged``, ``, lr × 0.5`` or
+            both in this order.
 
     Raises:
         KeyError: there is none of that name; the message says what there is.
     """
-    method, at_rate, factor = name.partition(AT_RATE)
+    given, at_rate, factor = name.partition(AT_RATE)
+    method = given.removesuffix(AVERAGED)
     try:
         times = float(factor) if at_rate else 1.0
     except ValueError:
@@ -435,9 +480,11 @@ def find(name: str) -> tuple[Method, float]:
     if method not in METHODS or not 0 < times < math.inf:
         raise KeyError(
             f"method {name!r} is unknown; there are {', '.join(METHODS)}, each also "
-            f"as '{next(iter(METHODS))}{AT_RATE}0.5', with half the learning rate"
+            f"as '{next(iter(METHODS))}{AT_RATE}0.5', with half the learning rate, and "
+            f"as '{next(iter(METHODS))}{AVERAGED}', evaluated in a moving average"
         )
-    return METHODS[method], times
+    found = METHODS[method]
+    return (found if method == given else averaged(found)), times
 
 
 DEMO = (

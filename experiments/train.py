@@ -309,7 +309,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=(
             f"of {', '.join(METHODS)}, each also with another learning rate, like "
-            f"'float32, lr × 0.5' (default: {', '.join(DEMO)})"
+            "'float32, lr × 0.5', or evaluated in a moving average of its parameters: "
+            f"'float32, averaged' (default: {', '.join(DEMO)})"
         ).replace("%", "%%"),
     )
     parser.add_argument("--steps", type=at_least(1), default=500)

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +29,7 @@ from experiments import (
     report,
     scale,
 )
-from experiments.methods import DEMO, METHODS
+from experiments.methods import AVERAGE_EVERY, DEMO, METHODS, Training, averaged
 from experiments.report import BASELINE
 
 ROOT = Path(__file__).parents[1]
@@ -127,13 +129,16 @@ def test_the_committed_result_keeps_what_the_demo_promises() -> None:
 def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
     path = tmp_path / "digits.csv"
     arguments = ["--steps", "32", "--seeds", "1", "--out", str(path)]
-    slower = "float32, lr × 0.5"
-    arguments += ["--methods", *METHODS, slower]
+    slower, smooth = "float32, lr × 0.5", "local H=8, averaged"
+    arguments += ["--methods", *METHODS, slower, smooth]
     done = torchrun("-m", "experiments.train", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     rows = record.read_csv(path)
     last = {row["method"]: row for row in rows if row["step"] == "32"}
-    assert list(last) == [*METHODS, slower]
+    assert list(last) == [*METHODS, slower, smooth]
+    for column in ("sent_bytes", "loss"):
+        assert last[smooth][column] == last["local H=8"][column]
+    assert last[smooth]["test_loss"] != last["local H=8"]["test_loss"]
     assert last[slower]["sent_bytes"] == last["float32"]["sent_bytes"]
     assert float(last[slower]["loss"]) > float(last["float32"]["loss"])
     sent = {method: int(row["sent_bytes"]) for method, row in last.items()}
@@ -155,6 +160,34 @@ def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
         assert 0 <= float(row["accuracy"]) <= 1
     report.plot(rows, tmp_path / "digits.png")
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_average_is_of_what_ranks_share_and_leaves_the_training_alone() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(1.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+
+    @contextmanager
+    def tenfold() -> Iterator[None]:
+        module.weight.data *= 10
+        yield
+        module.weight.data /= 10
+
+    def method(*_: object) -> Training:
+        return Training(module, [optimizer], SimpleNamespace(), tenfold)
+
+    training = averaged(method)(module, [optimizer])
+    expected = None
+    for step in range(1, 4 * AVERAGE_EVERY):
+        module.weight.grad = torch.full((1, 1), float(step % 5 - 2))
+        optimizer.step()
+        shown = 10 * module.weight.item()
+        if step % AVERAGE_EVERY == 0:
+            expected = shown if expected is None else 0.9 * expected + 0.1 * shown
+    before = module.weight.item()
+    with training.shared():
+        assert module.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == pytest.approx(before)
 
 
 def test_a_rank_may_go_on_from_its_own_model() -> None:

@@ -56,6 +56,18 @@ def test_the_table_says_how_often_it_was_evaluated() -> None:
     assert "the best of 1 to 2 evaluations" in frontier.markdown(found[1:])
 
 
+def test_the_distance_is_from_float32_at_its_best() -> None:
+    found = rows()
+    averaged = [
+        {**row, "method": "float32, averaged", "test_loss": "0.5"}
+        for row in found
+        if row["method"] == "float32"
+    ]
+    table = frontier.markdown([*found, *averaged])
+    assert "| float32 | 1,000 | 1.0 × | 1.0000 | +100.00 % |" in table
+    assert "| float32, averaged | 1,000 | 1.0 × | 0.5000 | +0.00 % |" in table
+
+
 def test_what_is_better_sends_no_more() -> None:
     points = frontier.points(rows())
     winners = {p.method: frontier.better(p, points) for p in points}

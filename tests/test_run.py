@@ -38,6 +38,7 @@ def spec_of(tmp_path: Path, text: str) -> run.Spec:
         (GOOD.replace('["float32"]', "[]"), "is not a list of str, not empty"),
         (GOOD.replace("20", '"20"'), "steps = '20' is not a int"),
         (GOOD.replace("20", "0"), "steps = 0 must be 1 or more"),
+        (GOOD.replace("float32", "float32, averaged, averaged"), "is unknown"),
         (GOOD + "ranks = 1\n", "ranks = 1 must be 2 or more"),
         (GOOD + "evaluate_every = -1\n", "evaluate_every = -1 must be 0 or more"),
         (GOOD + 'rates = ["fast"]\n', "'fast' is not a rate"),
