@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     allreduce_hook,
@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
@@ -418,21 +418,28 @@ METHODS: dict[str, Method] = {
 }
 AT_RATE = ", lr × "
 AVERAGED = ", averaged"
-AVERAGE_EVERY, AVERAGE_DECAY = 8, 0.9
+AVERAGE_EVERY, AVERAGE_ETA = 8, 8
+
+
+def move_average(mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+    """Return the mean of ``count`` values with one more.
+
+    Polynomial-decay averaging (Shamir and Zhang, ICML 2013): about the last tenth of
+    however many there have been, so that nothing depends on a training's length.
+    """
+    return mean + (value - mean) * ((AVERAGE_ETA + 1) / (count + 1 + AVERAGE_ETA))
 
 
 def averaged(method: Method) -> Method:
     """Return a method that is evaluated in a moving average of its parameters.
 
-    An exponential one, of every eighth step, with PyTorch's own means. Ranks share the
-    parameters that it is made of, so nothing is sent for it; training does not change.
+    Of every eighth step, by PyTorch's own means. Ranks share the parameters that it is
+    made of, so nothing is sent for it; training does not change.
     """
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         training = method(module, optimizers)
-        average = AveragedModel(
-            module, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY)
-        )
+        average = AveragedModel(module, avg_fn=move_average)
         steps = 0
 
         def after_step(*_: object) -> None:

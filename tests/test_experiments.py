@@ -177,13 +177,14 @@ def test_an_average_is_of_what_ranks_share_and_leaves_the_training_alone() -> No
         return Training(module, [optimizer], SimpleNamespace(), tenfold)
 
     training = averaged(method)(module, [optimizer])
-    expected = None
+    expected = 0.0
     for step in range(1, 4 * AVERAGE_EVERY):
         module.weight.grad = torch.full((1, 1), float(step % 5 - 2))
         optimizer.step()
         shown = 10 * module.weight.item()
         if step % AVERAGE_EVERY == 0:
-            expected = shown if expected is None else 0.9 * expected + 0.1 * shown
+            count = step // AVERAGE_EVERY
+            expected += (shown - expected) * 9 / (count + 8)
     before = module.weight.item()
     with training.shared():
         assert module.weight.item() == pytest.approx(expected)
