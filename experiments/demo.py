@@ -41,6 +41,7 @@ def main() -> int:
             if options.evaluate_every
             else ()
         ),
+        *(("--averaged",) if options.averaged else ()),
     ]
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
     console.print(

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.methods import AT_RATE, AVERAGED
+from experiments.average import AVERAGED
+from experiments.methods import AT_RATE
 from experiments.pages import Curve, curves
 from experiments.record import ResultError, read_csv
 from experiments.report import BASELINE, COLUMNS, Row, grid, insert, step_ms_by_link
@@ -91,7 +92,7 @@ def markdown(rows: Sequence[Row]) -> str:
     plain = [
         p
         for p in found
-        if p.method.split(AT_RATE)[0].removesuffix(AVERAGED) == BASELINE
+        if p.method.removesuffix(AVERAGED).split(AT_RATE)[0] == BASELINE
     ]
     base = min(plain, key=lambda p: p.loss, default=None)
     titles = ["method", "bytes per rank and step", "fewer than float32"]

@@ -6,14 +6,14 @@ the classes themselves.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     allreduce_hook,
@@ -22,7 +22,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
@@ -152,13 +151,15 @@ def _hooked(
 class Training(NamedTuple):
     """What to call instead of the module, what to step, what counts the traffic.
 
-    ``shared`` is what to evaluate in: ranks then have the same parameters.
+    ``shared`` is what to evaluate in: ranks then have the same parameters. After a
+    multiple of ``every`` steps they have them anyway; a training ends at one.
     """
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
     traffic: Traffic
     shared: Callable[[], AbstractContextManager[None]] = nullcontext
+    every: int = 1
 
 
 # Makes ranks train one model, from the module and its optimizers.
@@ -296,7 +297,7 @@ def _local(every: int, config: lc3.Config, **others: Any) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         state = local_state(module, optimizers, every, config, **others)
         traffic = Metered(state.meter, state.close, every, state.engine.direct)
-        return Training(module, optimizers, traffic, state.shared_model)
+        return Training(module, optimizers, traffic, state.shared_model, every)
 
     return start
 
@@ -417,69 +418,18 @@ METHODS: dict[str, Method] = {
     "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),
 }
 AT_RATE = ", lr × "
-AVERAGED = ", averaged"
-AVERAGE_EVERY, AVERAGE_ETA = 8, 8
-
-
-def move_average(mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-    """Return the mean of ``count`` values with one more.
-
-    Polynomial-decay averaging (Shamir and Zhang, ICML 2013): about the last tenth of
-    however many there have been, so that nothing depends on a training's length.
-    """
-    return mean + (value - mean) * ((AVERAGE_ETA + 1) / (count + 1 + AVERAGE_ETA))
-
-
-def averaged(method: Method) -> Method:
-    """Return a method that is evaluated in a moving average of its parameters.
-
-    Of every eighth step, by PyTorch's own means. Ranks share the parameters that it is
-    made of, so nothing is sent for it; training does not change.
-    """
-
-    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
-        training = method(module, optimizers)
-        average = AveragedModel(module, avg_fn=move_average)
-        steps = 0
-
-        def after_step(*_: object) -> None:
-            nonlocal steps
-            steps += 1
-            if steps % AVERAGE_EVERY == 0:
-                with training.shared():
-                    average.update_parameters(module)
-
-        training.optimizers[-1].register_step_post_hook(after_step)
-
-        @contextmanager
-        def shared() -> Iterator[None]:
-            with training.shared(), torch.no_grad():
-                own = [p.clone() for p in module.parameters()]
-                for p, mean in zip(
-                    module.parameters(), average.module.parameters(), strict=True
-                ):
-                    p.copy_(mean)
-                yield
-                for p, before in zip(module.parameters(), own, strict=True):
-                    p.copy_(before)
-
-        return training._replace(shared=shared)
-
-    return start
 
 
 def find(name: str) -> tuple[Method, float]:
     """Return a method, and what it multiplies the task's learning rate by.
 
     Args:
-        name: of ``METHODS``, as it is or followed by ``, averaged``, ``, lr × 0.5`` or
-            both in this order.
+        name: of ``METHODS``, as it is or followed by ``, lr × 0.5``.
 
     Raises:
         KeyError: there is none of that name; the message says what there is.
     """
-    given, at_rate, factor = name.partition(AT_RATE)
-    method = given.removesuffix(AVERAGED)
+    method, at_rate, factor = name.partition(AT_RATE)
     try:
         times = float(factor) if at_rate else 1.0
     except ValueError:
@@ -487,11 +437,9 @@ def find(name: str) -> tuple[Method, float]:
     if method not in METHODS or not 0 < times < math.inf:
         raise KeyError(
             f"method {name!r} is unknown; there are {', '.join(METHODS)}, each also "
-            f"as '{next(iter(METHODS))}{AT_RATE}0.5', with half the learning rate, and "
-            f"as '{next(iter(METHODS))}{AVERAGED}', evaluated in a moving average"
+            f"as '{next(iter(METHODS))}{AT_RATE}0.5', with half the learning rate"
         )
-    found = METHODS[method]
-    return (found if method == given else averaged(found)), times
+    return METHODS[method], times
 
 
 DEMO = (

@@ -29,6 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.average import AVERAGED
 from experiments.methods import find
 from experiments.record import RESULTS, read_csv, write_csv
 from experiments.tasks import TASKS
@@ -58,6 +59,7 @@ class Spec:
         rates: of the links, as ``tc`` writes them; none: over loopback.
         more_seeds: by method, how many instead of ``seeds``.
         evaluate_every: steps between evaluations; 0: a tenth of all.
+        averaged: whether a moving average of the parameters is evaluated, too.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Spec:
     rates: list[str] = field(default_factory=list)
     more_seeds: dict[str, int] = field(default_factory=dict)
     evaluate_every: int = 0
+    averaged: bool = False
 
     def trainings(self) -> "list[Training]":
         """Return all trainings, job after job, seed after seed."""
@@ -148,11 +151,12 @@ def _check_types(path: Path, given: dict[str, object]) -> None:
         "rates": (list, str),
         "more_seeds": (dict, int),
         "evaluate_every": (int, None),
+        "averaged": (bool, None),
     }
     for key, value in given.items():
         kind, inner = kinds[key]
         items = list(value.values()) if isinstance(value, dict) else value
-        good = isinstance(value, kind) and not isinstance(value, bool)
+        good = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if good and inner is not None:
             assert isinstance(items, list)
             good = bool(items) and all(isinstance(item, inner) for item in items)
@@ -176,6 +180,7 @@ def command(
     training += ["--data-dir", str(data_dir)] if data_dir else []
     if spec.evaluate_every:
         training += ["--evaluate-every", str(spec.evaluate_every)]
+    training += ["--averaged"] if spec.averaged else []
     training += ["--device", device]
     if rate == LOOPBACK:
         start = ["torch.distributed.run", "--standalone"]
@@ -239,7 +244,8 @@ def _keep(job: Sequence[Training], out: Path, folder: Path) -> int:
     rows = read_csv(out) if out.exists() else []
     done = 0
     for training in job:
-        mine = [row for row in rows if row["method"] == training.method]
+        names = training.method, training.method + AVERAGED
+        mine = [row for row in rows if row["method"] in names]
         if mine:
             done += 1
             kept = training.kept(folder)

@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
+from experiments.average import AVERAGED, Average
 from experiments.methods import DEMO, METHODS, Training, find
 from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
@@ -52,6 +53,7 @@ class Run:
         progress: where trainings are shown.
         device: of this rank.
         evaluate_every: steps between evaluations; one more comes after the last step.
+        averaged: whether a moving average of the parameters is evaluated, too.
     """
 
     task: Task
@@ -60,6 +62,7 @@ class Run:
     progress: Progress
     device: torch.device
     evaluate_every: int
+    averaged: bool
 
     def train(self, method: str, seed: int) -> list[dict[str, object]]:
         """Train once; collective.
@@ -67,7 +70,7 @@ class Run:
         Returns:
             One row per evaluation, the same on all ranks: bytes sent so far and the
             codec's time are means over ranks, the loss a mean over ranks and the steps
-            since the row before.
+            since the row before. Then those of the moving average, if there is one.
 
         Raises:
             RuntimeError: the ranks' parameters differ at the end.
@@ -82,9 +85,16 @@ class Run:
                 group["lr"] *= rate_factor
             optimizer.defaults["lr"] *= rate_factor
         training = attach(module, given)
-        model, optimizers, traffic, _ = training
+        model, optimizers, traffic = training[:3]
+        if self.steps % training.every:
+            raise ValueError(
+                f"{method!r} exchanges every {training.every} steps, so ranks would "
+                f"end apart after {self.steps}; give a multiple of {training.every}"
+            )
+        average = Average(module) if self.averaged else None
         schedules = [schedule(optimizer, self.steps) for optimizer in optimizers]
         rows: list[dict[str, object]] = []
+        averaged_rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
         seconds, on_link, since = 0.0, 0, interface_bytes()
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
@@ -95,11 +105,19 @@ class Run:
             seconds += time.perf_counter() - start
             for rate in schedules:
                 rate.step()
+            if average is not None:
+                with training.shared():
+                    average.after(step)
             if step % self.evaluate_every == 0 or step == self.steps:
                 on_link += interface_bytes() - since
                 measured = self._measure(training, torch.stack(losses), step)
                 which = {"task": self.task.name, "method": method, "seed": seed}
                 rows.append({**which, **measured, **timed(seconds / step, on_link)})
+                if average is not None:
+                    with average.in_place():
+                        mean = evaluated(model, self.task)
+                    named = {"method": method + AVERAGED}
+                    averaged_rows.append({**rows[-1], **mean, **named})
                 losses.clear()
                 dist.barrier()
                 since = interface_bytes()
@@ -107,7 +125,7 @@ class Run:
         self.progress.remove_task(bar)
         check_replicas(model)
         traffic.close()
-        return rows
+        return rows + averaged_rows
 
     def _measure(
         self, training: Training, losses: Tensor, step: int
@@ -124,7 +142,7 @@ class Run:
         push_bits, pull_bits, frame_bits = bits
         average_buffers(training.model)
         with training.shared():
-            test_loss, accuracy = evaluate_together(training.model, self.task.test)
+            found = evaluated(training.model, self.task)
         return {
             "ranks": dist.get_world_size(),
             "steps": self.steps,
@@ -134,8 +152,7 @@ class Run:
             "pull_bits": round(pull_bits, 4),
             "frame_bits": round(frame_bits, 4),
             "loss": round(loss, 5),
-            "test_loss": round(test_loss, 5),
-            "accuracy": round(accuracy, 5),
+            **found,
             "compute_ms": round(self.compute_ms, 3),
             "codec_ms": round(codec_ms, 3),
         }
@@ -258,6 +275,12 @@ def evaluate_together(model: nn.Module, data: TensorDataset) -> tuple[float, flo
     return loss / mean, right / mean
 
 
+def evaluated(model: nn.Module, task: Task) -> dict[str, object]:
+    """Return the columns of an evaluation; collective."""
+    loss, accuracy = evaluate_together(model, task.test)
+    return {"test_loss": round(loss, 5), "accuracy": round(accuracy, 5)}
+
+
 def average_buffers(model: nn.Module) -> None:
     """Replace float buffers (statistics of batch norms) by their means over ranks."""
     for buffer in model.buffers():
@@ -309,8 +332,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=(
             f"of {', '.join(METHODS)}, each also with another learning rate, like "
-            "'float32, lr × 0.5', or evaluated in a moving average of its parameters: "
-            f"'float32, averaged' (default: {', '.join(DEMO)})"
+            f"'float32, lr × 0.5' (default: {', '.join(DEMO)})"
         ).replace("%", "%%"),
     )
     parser.add_argument("--steps", type=at_least(1), default=500)
@@ -319,6 +341,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         metavar="STEPS",
         help="between evaluations (default: a tenth of all steps)",
+    )
+    parser.add_argument(
+        "--averaged",
+        action="store_true",
+        help=f"evaluate a moving average, too, as 'METHOD{AVERAGED}'",
     )
     parser.add_argument("--seeds", type=at_least(1), default=3, help="how many")
     parser.add_argument("--first-seed", type=at_least(0), default=0)
@@ -373,6 +400,15 @@ def at_least(low: int) -> Callable[[str], int]:
     return convert
 
 
+def ended(row: Mapping[str, object]) -> str:
+    """Return in a line how a training ended."""
+    return (
+        f"{row['method']:12} seed {row['seed']}: test accuracy "
+        f"{100 * float(str(row['accuracy'])):.2f} %, "
+        f"{int(str(row['sent_bytes'])):,} bytes sent per rank"
+    )
+
+
 def main() -> None:
     """Train every method with every seed and write the rows."""
     options = parse()
@@ -398,23 +434,23 @@ def main() -> None:
         card = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
         compute_ms = measure_compute_ms(task, device)
         every = options.evaluate_every or math.ceil(options.steps / EVALUATIONS)
-        run = Run(task, options.steps, compute_ms, progress, device, every)
+        run = Run(
+            *(task, options.steps, compute_ms, progress, device, every),
+            averaged=options.averaged,
+        )
         everything = progress.add_task(
             "all runs", total=options.seeds * len(options.methods)
         )
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for method in options.methods:
-                rows += run.train(method, seed)
+                new = run.train(method, seed)
+                rows += new
                 if first:  # after each, so that a stopped comparison keeps what it has
                     write_csv(options.out, stamped(rows, card))
-                last = rows[-1]
                 progress.advance(everything)
-                console.print(
-                    f"{method:12} seed {seed}: test accuracy "
-                    f"{100 * float(str(last['accuracy'])):.2f} %, "
-                    f"{int(str(last['sent_bytes'])):,} bytes sent per rank",
-                    highlight=False,
-                )
+                for row in new:
+                    if row["step"] == options.steps:
+                        console.print(ended(row), highlight=False)
     dist.destroy_process_group()
 
 

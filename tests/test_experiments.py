@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +27,8 @@ from experiments import (
     report,
     scale,
 )
-from experiments.methods import AVERAGE_EVERY, DEMO, METHODS, Training, averaged
+from experiments.average import EVERY, Average
+from experiments.methods import DEMO, METHODS
 from experiments.report import BASELINE
 
 ROOT = Path(__file__).parents[1]
@@ -129,16 +128,13 @@ def test_the_committed_result_keeps_what_the_demo_promises() -> None:
 def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
     path = tmp_path / "digits.csv"
     arguments = ["--steps", "32", "--seeds", "1", "--out", str(path)]
-    slower, smooth = "float32, lr × 0.5", "local H=8, averaged"
-    arguments += ["--methods", *METHODS, slower, smooth]
+    slower = "float32, lr × 0.5"
+    arguments += ["--methods", *METHODS, slower]
     done = torchrun("-m", "experiments.train", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     rows = record.read_csv(path)
     last = {row["method"]: row for row in rows if row["step"] == "32"}
-    assert list(last) == [*METHODS, slower, smooth]
-    for column in ("sent_bytes", "loss"):
-        assert last[smooth][column] == last["local H=8"][column]
-    assert last[smooth]["test_loss"] != last["local H=8"]["test_loss"]
+    assert list(last) == [*METHODS, slower]
     assert last[slower]["sent_bytes"] == last["float32"]["sent_bytes"]
     assert float(last[slower]["loss"]) > float(last["float32"]["loss"])
     sent = {method: int(row["sent_bytes"]) for method, row in last.items()}
@@ -162,33 +158,48 @@ def test_every_method_trains_and_is_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_average_is_of_what_ranks_share_and_leaves_the_training_alone() -> None:
+def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:
     module = torch.nn.Linear(1, 1, bias=False)
-    module.weight.data.fill_(1.0)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-
-    @contextmanager
-    def tenfold() -> Iterator[None]:
-        module.weight.data *= 10
-        yield
-        module.weight.data /= 10
-
-    def method(*_: object) -> Training:
-        return Training(module, [optimizer], SimpleNamespace(), tenfold)
-
-    training = averaged(method)(module, [optimizer])
+    average = Average(module)
     expected = 0.0
-    for step in range(1, 4 * AVERAGE_EVERY):
-        module.weight.grad = torch.full((1, 1), float(step % 5 - 2))
-        optimizer.step()
-        shown = 10 * module.weight.item()
-        if step % AVERAGE_EVERY == 0:
-            count = step // AVERAGE_EVERY
-            expected += (shown - expected) * 9 / (count + 8)
-    before = module.weight.item()
-    with training.shared():
+    for step in range(1, 4 * EVERY):
+        module.weight.data.fill_(float(step**2))
+        average.after(step)
+        if step % EVERY == 0:
+            expected += (step**2 - expected) * 9 / (step // EVERY + 8)
+    with average.in_place():
         assert module.weight.item() == pytest.approx(expected)
-    assert module.weight.item() == pytest.approx(before)
+    assert module.weight.item() == (4 * EVERY - 1) ** 2
+
+
+def test_rows_of_an_average_stand_beside_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "digits.csv"
+    arguments = ["--steps", "32", "--seeds", "1", "--evaluate-every", "12"]
+    arguments += ["--averaged", "--methods", "float32", "local H=8"]
+    done = torchrun(
+        *("-m", "experiments.train", *arguments, "--out", str(path)), cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    rows = record.read_csv(path)
+    by_method: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    assert [*by_method] == [
+        *("float32", "float32, averaged"),
+        *("local H=8", "local H=8, averaged"),
+    ]
+    for name in ("float32", "local H=8"):
+        both = zip(by_method[name], by_method[f"{name}, averaged"], strict=True)
+        for plain, averaged in [*both][
+            1:
+        ]:  # in the first, local steps' is of one value
+            differing = {key for key in plain if plain[key] != averaged[key]}
+            assert {"method", "test_loss"} <= differing
+            assert differing <= {"method", "test_loss", "accuracy"}
+    for name in by_method:
+        assert f"{name:12} seed 0: test accuracy" in done.stdout
+    steps = [row["step"] for row in by_method["local H=8"]]
+    assert steps == ["12", "24", "32"]
 
 
 def test_a_rank_may_go_on_from_its_own_model() -> None:

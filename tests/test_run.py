@@ -38,7 +38,8 @@ def spec_of(tmp_path: Path, text: str) -> run.Spec:
         (GOOD.replace('["float32"]', "[]"), "is not a list of str, not empty"),
         (GOOD.replace("20", '"20"'), "steps = '20' is not a int"),
         (GOOD.replace("20", "0"), "steps = 0 must be 1 or more"),
-        (GOOD.replace("float32", "float32, averaged, averaged"), "is unknown"),
+        (GOOD + "averaged = 1\n", "averaged = 1 is not a bool"),
+        (GOOD + "ranks = true\n", "ranks = True is not a int"),
         (GOOD + "ranks = 1\n", "ranks = 1 must be 2 or more"),
         (GOOD + "evaluate_every = -1\n", "evaluate_every = -1 must be 0 or more"),
         (GOOD + 'rates = ["fast"]\n', "'fast' is not a rate"),
@@ -110,11 +111,12 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(100)
 def test_an_experiment_says_when_it_evaluates(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path, GOOD + "evaluate_every = 8\n")
+    spec = spec_of(tmp_path, GOOD + "evaluate_every = 8\naveraged = true\n")
     run.prepare(spec, tmp_path / "out")
     assert run.run(spec, tmp_path / "out", None, QUIET) == []
     rows = record.read_csv(tmp_path / "out" / "results.csv")
-    assert [row["step"] for row in rows] == ["8", "16", "20"]
+    assert [row["step"] for row in rows] == 2 * ["8", "16", "20"]
+    assert [row["method"] for row in rows[2:4]] == ["float32", "float32, averaged"]
 
 
 @pytest.mark.timeout(200)
@@ -126,7 +128,7 @@ def test_a_failing_method_leaves_the_others(tmp_path: Path) -> None:
     failed = run.run(spec, tmp_path / "out", None, QUIET)
     assert [training.method for training in failed] == ["local H=16"]
     (log,) = (tmp_path / "out").glob("*.log")
-    assert "different parameters after training" in log.read_text()
+    assert "exchanges every 16 steps" in log.read_text()
     rows = record.read_csv(tmp_path / "out" / "results.csv")
     assert {row["method"] for row in rows} == {"float32", "3LC s=1.00"}
 
