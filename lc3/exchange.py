@@ -16,6 +16,12 @@ from torch import Tensor
 
 from lc3.errors import ExchangeError
 
+if not dist.is_initialized():
+    # DDP imports this with its first model. The default group is the default argument
+    # of all its functions, so if there is one by then they hold it to the very end, and
+    # gloo's threads outlive destroy_process_group() (see ``GroupExchange.leave``).
+    import torch.distributed.nn.functional
+
 _SIZE_BYTES = 8
 _ROOM_BYTES, _ROOMS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,3 +259,35 @@ def test_a_state_is_not_pickled() -> None:
 
 def test_messages_of_every_length_arrive(ranks: Pools) -> None:
     assert ranks(3).run(ddp_cases.messages_of_every_length) == [27] * 3
+
+
+ENDS = """
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from lc3.hooks import ddp
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+state = ddp.attach(model)
+model(torch.ones(4)).sum().backward()
+state.close()
+del model, state
+dist.destroy_process_group()
+print(*(p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+def test_threads_of_the_default_group_end_with_it() -> None:
+    """One that is busy when the interpreter ends aborts a training that went well."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout
+    assert "gloo" not in done.stdout
