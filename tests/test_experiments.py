@@ -288,6 +288,7 @@ FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longest", "chars-muon-longest"),
     ("chars-large", "chars-large"),
     ("chars-large-longer", "chars-large-longer"),
+    ("chars-large-epochs", "chars-large-epochs"),
     ("chars-muon-large", "chars-muon-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
@@ -581,6 +582,26 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     ends = {s.method: s.test_loss for s in report.summarise(rows)}
     for method in (fewer.method, least.method):
         assert ends[method] < ends["float32"]
+
+
+def test_what_is_said_of_moving_averages_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-large-epochs.csv")
+    found = {p.method: p for p in frontier.points(rows)}
+    dense, local = found["float32"], found["local H=8, density 11.5 %, all coded, rans"]
+    averages = [found[f"{p.method}, averaged"] for p in (dense, local)]
+    large = record.read_csv(ROOT / "experiments/results/chars-large.csv")
+    three = next(p for p in frontier.points(large) if p.method == "float32")
+
+    def change(loss: float, base: float) -> str:
+        return f"{100 * (loss / base - 1):+.1f}"
+
+    assert change(local.loss, dense.loss) == "+0.7"
+    assert change(averages[0].loss, dense.loss) == "-3.0"
+    assert change(averages[1].loss, local.loss) == "-1.9"
+    assert (change(averages[1].loss, three.loss), three.seeds) == ("-0.9", 3)
+    assert change(averages[1].loss, averages[0].loss) == "+1.8"
+    assert f"{dense.bytes_per_step / local.bytes_per_step:.0f}" == "404"
+    assert {int(row["step"]) % 490 for row in rows} == {0}
 
 
 def test_what_the_readme_says_of_optimizers_is_so() -> None:
