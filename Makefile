@@ -92,7 +92,7 @@ gpu-bench: .venv/cuda-ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-horovod .venv-launch build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-horovod .venv-launch .venv-adapters build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lc3 needs Python 3.11 or newer, this is %d.%d; say make PYTHON=python3.11" % v[:2])'
