@@ -289,6 +289,7 @@ FRONTIERS = [  # result file, marker in the docs
     ("chars-large", "chars-large"),
     ("chars-large-longer", "chars-large-longer"),
     ("chars-large-epochs", "chars-large-epochs"),
+    ("chars-epochs", "chars-epochs"),
     ("chars-muon-large", "chars-muon-large"),
     ("chars-frontier", "chars-frontier"),
     ("cifar10", "cifar10-frontier"),
@@ -602,6 +603,12 @@ def test_what_is_said_of_moving_averages_is_so() -> None:
     assert change(averages[1].loss, averages[0].loss) == "+1.8"
     assert f"{dense.bytes_per_step / local.bytes_per_step:.0f}" == "404"
     assert {int(row["step"]) % 490 for row in rows} == {0}
+    smaller = record.read_csv(ROOT / "experiments/results/chars-epochs.csv")
+    loss = {p.method: p.loss for p in frontier.points(smaller)}
+    both = [(loss[m], loss[f"{m}, averaged"]) for m in ("float32", local.method)]
+    assert [change(mean, own) for own, mean in both] == ["-0.5", "-0.1"]
+    without, averaged = zip(*both, strict=True)
+    assert (change(*without[::-1]), change(*averaged[::-1])) == ("+1.3", "+1.7")
 
 
 def test_what_the_readme_says_of_optimizers_is_so() -> None:
