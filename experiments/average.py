@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-EVERY = 8  # steps
+EVERY = 8  # steps from one update to the next
 AVERAGED = ", averaged"  # what the name of a method's rows then ends with
 _ETA = 8
 
@@ -25,10 +25,9 @@ class Average:
         self._model = model
         self._average = AveragedModel(model, avg_fn=_moved)
 
-    def after(self, step: int) -> None:
-        """Take in the model's parameters, at every eighth step."""
-        if step % EVERY == 0:
-            self._average.update_parameters(self._model)
+    def update(self) -> None:
+        """Take in the model's parameters."""
+        self._average.update_parameters(self._model)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
-from experiments.average import AVERAGED, Average
+from experiments.average import AVERAGED, EVERY, Average
 from experiments.methods import DEMO, METHODS, Training, find
 from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
@@ -105,9 +105,9 @@ class Run:
             seconds += time.perf_counter() - start
             for rate in schedules:
                 rate.step()
-            if average is not None:
+            if average is not None and step % EVERY == 0:
                 with training.shared():
-                    average.after(step)
+                    average.update()
             if step % self.evaluate_every == 0 or step == self.steps:
                 on_link += interface_bytes() - since
                 measured = self._measure(training, torch.stack(losses), step)

@@ -100,12 +100,12 @@ def _predict(
     for name, costs in links.items():
         times = costs.predict(elements, world, direct=False)
         steps = {form: compute_ms + 1e3 * seconds for form, seconds in times.items()}
-        directly_s = costs.predict(elements, world, direct=True)["3lc"]
+        direct_ms = 1e3 * costs.predict(elements, world, direct=True)["3lc"]
         verdict = "compress" if steps["3lc"] < steps["float32"] else "do not compress"
         print(
             f"  {name:11} float32 {steps['float32']:10,.1f} ms, bfloat16 "
             f"{steps['bfloat16']:10,.1f} ms, 3LC {steps['3lc']:10,.1f} ms "
-            f"(direct {compute_ms + 1e3 * directly_s:,.1f} ms): {verdict}"
+            f"(direct {compute_ms + direct_ms:,.1f} ms): {verdict}"
         )
     print(
         "  break-even with float32: "

@@ -27,7 +27,7 @@ from experiments import (
     report,
     scale,
 )
-from experiments.average import EVERY, Average
+from experiments.average import Average
 from experiments.methods import DEMO, METHODS
 from experiments.report import BASELINE
 
@@ -162,14 +162,14 @@ def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:
     module = torch.nn.Linear(1, 1, bias=False)
     average = Average(module)
     expected = 0.0
-    for step in range(1, 4 * EVERY):
-        module.weight.data.fill_(float(step**2))
-        average.after(step)
-        if step % EVERY == 0:
-            expected += (step**2 - expected) * 9 / (step // EVERY + 8)
+    for count in range(1, 30):
+        module.weight.data.fill_(float(count**2))
+        average.update()
+        expected += (count**2 - expected) * 9 / (count + 8)
+    module.weight.data.fill_(-1.0)
     with average.in_place():
         assert module.weight.item() == pytest.approx(expected)
-    assert module.weight.item() == (4 * EVERY - 1) ** 2
+    assert module.weight.item() == -1
 
 
 def test_rows_of_an_average_stand_beside_the_others(tmp_path: Path) -> None:
@@ -190,9 +190,8 @@ def test_rows_of_an_average_stand_beside_the_others(tmp_path: Path) -> None:
     ]
     for name in ("float32", "local H=8"):
         both = zip(by_method[name], by_method[f"{name}, averaged"], strict=True)
-        for plain, averaged in [*both][
-            1:
-        ]:  # in the first, local steps' is of one value
+        next(both)  # local steps' average is one exchange's value there
+        for plain, averaged in both:
             differing = {key for key in plain if plain[key] != averaged[key]}
             assert {"method", "test_loss"} <= differing
             assert differing <= {"method", "test_loss", "accuracy"}
@@ -603,6 +602,8 @@ def test_what_is_said_of_moving_averages_is_so() -> None:
     assert change(averages[1].loss, averages[0].loss) == "+1.8"
     assert f"{dense.bytes_per_step / local.bytes_per_step:.0f}" == "404"
     assert {int(row["step"]) % 490 for row in rows} == {0}
+    readme = " ".join(README.split())
+    assert "it is 0.9 % below that best at 404 times, and 1.8 % above" in readme
     smaller = record.read_csv(ROOT / "experiments/results/chars-epochs.csv")
     loss = {p.method: p.loss for p in frontier.points(smaller)}
     both = [(loss[m], loss[f"{m}, averaged"]) for m in ("float32", local.method)]
