@@ -57,7 +57,7 @@ class Spec:
         seeds: how many, from 0 up.
         ranks: of each job; with rates, hosts of one rank each.
         rates: of the links, as ``tc`` writes them; none: over loopback.
-        more_seeds: by method, how many instead of ``seeds``.
+        more_seeds: by method, how many instead of ``seeds``; fewer, too.
         evaluate_every: steps between evaluations; 0: a tenth of all.
         averaged: whether a moving average of the parameters is evaluated, too.
     """
