@@ -34,6 +34,7 @@ def main() -> int:
         *("--task", options.task, "--methods", *options.methods),
         *("--steps", str(options.steps), "--seeds", str(options.seeds)),
         *("--first-seed", str(options.first_seed), "--device", options.device),
+        *("--warm-up", str(options.warm_up)),
         *("--out", str(path)),
         *(("--data-dir", str(options.data_dir)) if options.data_dir else ()),
         *(

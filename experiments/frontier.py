@@ -119,12 +119,19 @@ def markdown(rows: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     table = grid(titles, lines, words=(0, 5))
     most = max(p.seeds for p in found)
+    seeds = f"{most} {'seed' if most == 1 else 'seeds'}"
     return (
         f"{table}\n\nTask {row['task']}, {row['ranks']} ranks, {row['steps']} steps, "
-        f"up to {most} {'seed' if most == 1 else 'seeds'} (mean, lowest and highest); "
+        f"{warm_up(row)}up to {seeds} (mean, lowest and highest); "
         f"the best of {evaluations(rows)} evaluations. Bytes are all that a rank "
         f"sends, headers and raw tensors too. lc3 {row['lc3']} at commit {commits}.\n"
     )
+
+
+def warm_up(row: Row) -> str:
+    """Return how long the rate rose, if the row says so."""
+    share = row.get("warm_up")
+    return f"{100 * float(share):g} % of them warm-up, " if share else ""
 
 
 def evaluations(rows: Sequence[Row]) -> str:

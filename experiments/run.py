@@ -33,7 +33,7 @@ from experiments.average import AVERAGED
 from experiments.methods import find
 from experiments.record import RESULTS, read_csv, write_csv
 from experiments.tasks import TASKS
-from experiments.train import add_device_option
+from experiments.train import WARM_UP, add_device_option
 from launch import netlab
 
 LOOPBACK = ""  # the rate of a job that runs without a lab
@@ -54,6 +54,7 @@ class Spec:
         task: what is trained.
         methods: that are compared.
         steps: of each training.
+        warm_up: share of them in which the learning rate rises, 0 to 1.
         seeds: how many, from 0 up.
         ranks: of each job; with rates, hosts of one rank each.
         rates: of the links, as ``tc`` writes them; none: over loopback.
@@ -66,6 +67,7 @@ class Spec:
     task: str
     methods: list[str]
     steps: int
+    warm_up: float = WARM_UP
     seeds: int = 1
     ranks: int = 2
     rates: list[str] = field(default_factory=list)
@@ -133,6 +135,8 @@ def read_spec(path: Path) -> Spec:
             raise SpecError(
                 f"{path}: {key} = {getattr(spec, key)} must be {low} or more"
             )
+    if not 0 <= spec.warm_up <= 1:
+        raise SpecError(f"{path}: warm_up = {spec.warm_up} must be 0 to 1, a share")
     for rate in spec.rates:
         try:
             netlab.rate_bits(rate)
@@ -146,6 +150,7 @@ def _check_types(path: Path, given: dict[str, object]) -> None:
         "task": (str, None),
         "methods": (list, str),
         "steps": (int, None),
+        "warm_up": (float, None),
         "seeds": (int, None),
         "ranks": (int, None),
         "rates": (list, str),
@@ -176,6 +181,7 @@ def command(
     seed, rate = job[0].seed, job[0].rate
     training = ["-m", "experiments.train", "--task", spec.task]
     training += ["--methods", *(t.method for t in job), "--steps", str(spec.steps)]
+    training += ["--warm-up", str(spec.warm_up)]
     training += ["--seeds", "1", "--first-seed", str(seed), "--out", str(out)]
     training += ["--data-dir", str(data_dir)] if data_dir else []
     if spec.evaluate_every:
@@ -327,7 +333,10 @@ def run(
         if training not in failed:
             rows += read_csv(training.kept(folder))
     if rows:
-        write_csv(folder / "results.csv", rows)
+        # Rows of an older version lack what it did not record.
+        names = dict.fromkeys(name for row in rows for name in row)
+        whole = [{name: row.get(name, "") for name in names} for row in rows]
+        write_csv(folder / "results.csv", whole)
     return failed
 
 

@@ -38,7 +38,7 @@ if importlib.util.find_spec("horovod") is not None:
     METHODS.update(horovod_methods.METHODS)
 
 CPU = torch.device("cpu")
-WARM_UP = 0.05
+WARM_UP = 0.05  # of all steps, if nothing else is said
 EVALUATIONS = 10
 
 
@@ -49,6 +49,7 @@ class Run:
     Attributes:
         task: what is trained.
         steps: of each training.
+        warm_up: share of them in which the learning rate rises, 0 to 1.
         compute_ms: of a step without communication.
         progress: where trainings are shown.
         device: of this rank.
@@ -58,6 +59,7 @@ class Run:
 
     task: Task
     steps: int
+    warm_up: float
     compute_ms: float
     progress: Progress
     device: torch.device
@@ -92,7 +94,9 @@ class Run:
                 f"end apart after {self.steps}; give a multiple of {training.every}"
             )
         average = Average(module) if self.averaged else None
-        schedules = [schedule(optimizer, self.steps) for optimizer in optimizers]
+        schedules = [
+            schedule(optimizer, self.steps, self.warm_up) for optimizer in optimizers
+        ]
         rows: list[dict[str, object]] = []
         averaged_rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
@@ -146,6 +150,7 @@ class Run:
         return {
             "ranks": dist.get_world_size(),
             "steps": self.steps,
+            "warm_up": self.warm_up,
             "step": step,
             "sent_bytes": round(sent_bytes),
             "push_bits": round(push_bits, 4),
@@ -174,14 +179,20 @@ def timed(step_s: float, link_bytes: int) -> dict[str, object]:
     return {"step_ms": round(step_ms, 3), "link_bytes": round(sent)}
 
 
-def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Return the learning rate over ``steps``: linear warm-up, then a cosine."""
-    warm_up = max(1, round(WARM_UP * steps))
+def schedule(optimizer: Optimizer, steps: int, warm_up: float = WARM_UP) -> LambdaLR:
+    """Return the learning rate over ``steps``: linear warm-up, then a cosine.
+
+    Args:
+        optimizer: whose rate rises to what it is now, and falls to 0.
+        steps: of the training.
+        warm_up: share of the steps in which it rises, 0 to 1; at least one step.
+    """
+    rising = max(1, round(warm_up * steps))
 
     def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up + 1))) / 2
+        if step < rising:
+            return (step + 1) / rising
+        return (1 + math.cos(math.pi * (step - rising) / (steps - rising + 1))) / 2
 
     return LambdaLR(optimizer, factor)
 
@@ -337,6 +348,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=at_least(1), default=500)
     parser.add_argument(
+        "--warm-up",
+        type=share,
+        default=WARM_UP,
+        metavar="SHARE",
+        help="of all steps, in which the learning rate rises (default: %(default)s)",
+    )
+    parser.add_argument(
         "--evaluate-every",
         type=at_least(1),
         metavar="STEPS",
@@ -400,6 +418,17 @@ def at_least(low: int) -> Callable[[str], int]:
     return convert
 
 
+def share(text: str) -> float:
+    """Return a share, 0 to 1, for the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, 0 to 1")
+    return value
+
+
 def ended(row: Mapping[str, object]) -> str:
     """Return in a line how a training ended."""
     return (
@@ -435,7 +464,8 @@ def main() -> None:
         compute_ms = measure_compute_ms(task, device)
         every = options.evaluate_every or math.ceil(options.steps / EVALUATIONS)
         run = Run(
-            *(task, options.steps, compute_ms, progress, device, every),
+            *(task, options.steps, options.warm_up, compute_ms, progress, device),
+            evaluate_every=every,
             averaged=options.averaged,
         )
         everything = progress.add_task(

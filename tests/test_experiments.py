@@ -26,6 +26,7 @@ from experiments import (
     replica_distance,
     report,
     scale,
+    train,
 )
 from experiments.average import Average
 from experiments.methods import DEMO, METHODS
@@ -170,6 +171,32 @@ def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:
     with average.in_place():
         assert module.weight.item() == pytest.approx(expected)
     assert module.weight.item() == -1
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "rates"),
+    [
+        (0.0, [1.0, 1.0, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464]),
+        (0.5, [0.25, 0.5, 0.75, 1.0, 1.0, 0.9045, 0.6545, 0.3455]),
+        (1.0, [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]),
+    ],
+)
+def test_the_rate_rises_and_falls(warm_up: float, rates: list[float]) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = train.schedule(optimizer, 8, warm_up)
+    found = []
+    for _ in range(8):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(rates, abs=1e-4)
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.01", "nan", "a fifth"])
+def test_a_warm_up_is_a_share(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(["--warm-up", text, "--out", "x.csv"])
+    assert f"{text!r} is not a share, 0 to 1" in capsys.readouterr().err
 
 
 def test_rows_of_an_average_stand_beside_the_others(tmp_path: Path) -> None:

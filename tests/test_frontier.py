@@ -56,6 +56,12 @@ def test_the_table_says_how_often_it_was_evaluated() -> None:
     assert "the best of 1 to 2 evaluations" in frontier.markdown(found[1:])
 
 
+def test_the_table_says_its_warm_up() -> None:
+    found = [{**row, "warm_up": "0.2"} for row in rows()]
+    assert "20 steps, 20 % of them warm-up, up to" in frontier.markdown(found)
+    assert "20 steps, up to" in frontier.markdown(rows())
+
+
 def test_the_distance_is_from_float32_at_its_best() -> None:
     found = rows()
     averaged = [

@@ -41,6 +41,8 @@ def spec_of(tmp_path: Path, text: str) -> run.Spec:
         (GOOD + "averaged = 1\n", "averaged = 1 is not a bool"),
         (GOOD + "ranks = true\n", "ranks = True is not a int"),
         (GOOD + "ranks = 1\n", "ranks = 1 must be 2 or more"),
+        (GOOD + "warm_up = 1.5\n", "warm_up = 1.5 must be 0 to 1"),
+        (GOOD + "warm_up = nan\n", "warm_up = nan must be 0 to 1"),
         (GOOD + "evaluate_every = -1\n", "evaluate_every = -1 must be 0 or more"),
         (GOOD + 'rates = ["fast"]\n', "'fast' is not a rate"),
         (GOOD.replace("steps = 20", ""), "has no 'steps'"),
@@ -63,7 +65,7 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     run.prepare(spec_of(tmp_path, GOOD), folder)
     old = json.loads((folder / "spec.json").read_text())
-    del old["evaluate_every"]  # as written before there was one
+    del old["evaluate_every"], old["warm_up"]  # as written before there were any
     (folder / "spec.json").write_text(json.dumps(old))
     run.prepare(spec_of(tmp_path, GOOD + "seeds = 2\n"), folder)
     before = (folder / "spec.json").read_text()
@@ -71,7 +73,21 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
         run.prepare(spec_of(tmp_path, GOOD.replace("20", "40")), folder)
     with pytest.raises(run.SpecError, match="evaluate_every = 0, the file says 7"):
         run.prepare(spec_of(tmp_path, GOOD + "evaluate_every = 7\n"), folder)
+    with pytest.raises(run.SpecError, match=r"warm_up = 0\.05, the file says 0\.2"):
+        run.prepare(spec_of(tmp_path, GOOD + "warm_up = 0.2\n"), folder)
     assert (folder / "spec.json").read_text() == before
+
+
+def test_rows_of_an_older_version_are_joined(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, GOOD.replace('"float32"', '"float32", "bf16"'))
+    older, newer = (training.kept(tmp_path) for training in spec.trainings())
+    record.write_csv(older, [{"method": "float32", "step": 1}])
+    record.write_csv(newer, [{"method": "bf16", "warm_up": 0.05, "step": 1}])
+    assert run.run(spec, tmp_path, None, QUIET) == []
+    assert record.read_csv(tmp_path / "results.csv") == [
+        {"method": "float32", "step": "1", "warm_up": ""},
+        {"method": "bf16", "step": "1", "warm_up": "0.05"},
+    ]
 
 
 @pytest.mark.timeout(200)
@@ -111,11 +127,13 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(100)
 def test_an_experiment_says_when_it_evaluates(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path, GOOD + "evaluate_every = 8\naveraged = true\n")
+    text = GOOD + "warm_up = 0.5\nevaluate_every = 8\naveraged = true\n"
+    spec = spec_of(tmp_path, text)
     run.prepare(spec, tmp_path / "out")
     assert run.run(spec, tmp_path / "out", None, QUIET) == []
     rows = record.read_csv(tmp_path / "out" / "results.csv")
     assert [row["step"] for row in rows] == 2 * ["8", "16", "20"]
+    assert {row["warm_up"] for row in rows} == {"0.5"}
     assert [row["method"] for row in rows[2:4]] == ["float32", "float32, averaged"]
 
 
