@@ -318,6 +318,7 @@ FRONTIERS = [  # result file, marker in the docs
     ("chars-epochs", "chars-epochs"),
     ("chars-muon-large", "chars-muon-large"),
     ("chars-frontier", "chars-frontier"),
+    ("chars-warm-up", "chars-warm-up"),
     ("cifar10", "cifar10-frontier"),
     ("chars-two", "chars-two"),
     ("quantizer-chars", "quantizer-chars"),
@@ -602,6 +603,44 @@ def test_push_pull_ends_no_lower_than_the_hook() -> None:
     assert both in " ".join(DOCS.split())
     for page in (README, DOCS):
         assert f"{min(more):.0f} to {max(more):.0f} % more" in " ".join(page.split())
+
+
+def test_what_a_longer_warm_up_brings_is_so() -> None:
+    short, long = (
+        {
+            p.method: p
+            for p in frontier.points(
+                record.read_csv(ROOT / f"experiments/results/{name}.csv")
+            )
+        }
+        for name in ("chars-frontier", "chars-warm-up")
+    )
+    assert all(
+        point.seeds == short[method].seeds == 3 for method, point in long.items()
+    )
+
+    def lower(method: str) -> str:
+        return f"{100 * (1 - long[method].loss / short[method].loss):.1f}"
+
+    hook, paper_form = "3LC s=1.00", "push-pull s=1.00"
+    local = "local H=8, density 11.5 %, all coded, rans"
+    half, text = "local H=4, density 30 %, all coded", " ".join(DOCS.split())
+    gains = [lower(m) for m in ("float32", hook, half, local, paper_form)]
+    assert gains == ["0.5", "1.5", "1.6", "1.6", "5.6"]
+    below = [
+        100 * (1 - found[paper_form].loss / found[hook].loss) for found in (long, short)
+    ]
+    assert [f"{change:.1f}" for change in below] == ["3.0", "-1.1"]
+    assert "a loss 3.0 % lower" in " ".join(README.split())
+    assert "end lower, by 3.0 %" in text
+    assert "push-pull ends 3.0 % below 3LC" in text
+    more = long[paper_form].bytes_per_step / long[hook].bytes_per_step - 1
+    assert f"with {100 * more:.1f} % more bytes; with the short one 1.1 % above" in text
+    assert 1.005 < long[paper_form].high / long[paper_form].low < 1.006
+    above = 100 * (long[local].loss / long["float32"].loss - 1)
+    fewer = long["float32"].bytes_per_step / long[local].bytes_per_step
+    words = f"{above:.1f} % above the former at {fewer:.0f} times fewer bytes"
+    assert words in " ".join(README.split())
 
 
 def test_each_knob_of_the_quantizer_wins_somewhere() -> None:
