@@ -89,12 +89,12 @@ def markdown(rows: Sequence[Row]) -> str:
     It is float32's at its best: of several learning rates, averaged or not.
     """
     found = points(rows)
-    plain = [
+    baselines = [
         p
         for p in found
         if p.method.removesuffix(AVERAGED).split(AT_RATE)[0] == BASELINE
     ]
-    base = min(plain, key=lambda p: p.loss, default=None)
+    base = min(baselines, key=lambda p: p.loss, default=None)
     titles = ["method", "bytes per rank and step", "fewer than float32"]
     titles += ["best test loss", "above float32", "lower with no more bytes"]
     lines = []

@@ -58,7 +58,7 @@ class Spec:
         seeds: how many, from 0 up.
         ranks: of each job; with rates, hosts of one rank each.
         rates: of the links, as ``tc`` writes them; none: over loopback.
-        more_seeds: by method, how many instead of ``seeds``; fewer, too.
+        seeds_of: by method, how many instead of ``seeds``.
         evaluate_every: steps between evaluations; 0: a tenth of all.
         averaged: whether a moving average of the parameters is evaluated, too.
     """
@@ -71,19 +71,19 @@ class Spec:
     seeds: int = 1
     ranks: int = 2
     rates: list[str] = field(default_factory=list)
-    more_seeds: dict[str, int] = field(default_factory=dict)
+    seeds_of: dict[str, int] = field(default_factory=dict)
     evaluate_every: int = 0
     averaged: bool = False
 
     def trainings(self) -> "list[Training]":
         """Return all trainings, job after job, seed after seed."""
-        most = max(self.seeds, *self.more_seeds.values(), 1)
+        most = max(self.seeds, *self.seeds_of.values(), 1)
         return [
             Training(method, seed, rate)
             for seed in range(most)
             for rate in self.rates or [LOOPBACK]
             for method in self.methods
-            if seed < self.more_seeds.get(method, self.seeds)
+            if seed < self.seeds_of.get(method, self.seeds)
         ]
 
 
@@ -124,7 +124,7 @@ def read_spec(path: Path) -> Spec:
         raise SpecError(
             f"{path}: task {spec.task!r} is unknown; there are {', '.join(TASKS)}"
         )
-    for method in [*spec.methods, *spec.more_seeds]:
+    for method in [*spec.methods, *spec.seeds_of]:
         try:
             find(method)
         except KeyError as error:
@@ -154,7 +154,7 @@ def _check_types(path: Path, given: dict[str, object]) -> None:
         "seeds": (int, None),
         "ranks": (int, None),
         "rates": (list, str),
-        "more_seeds": (dict, int),
+        "seeds_of": (dict, int),
         "evaluate_every": (int, None),
         "averaged": (bool, None),
     }
@@ -273,7 +273,7 @@ def prepare(spec: Spec, folder: Path) -> None:
         old = {**asdict(Spec("", "", [], 0)), **json.loads(described.read_text())}
         for key in new:
             # More seeds, methods or rates only add jobs.
-            if key in ("seeds", "more_seeds", "methods", "rates"):
+            if key in ("seeds", "seeds_of", "methods", "rates"):
                 continue
             if old[key] != new[key]:
                 raise SpecError(

@@ -42,6 +42,10 @@ WARM_UP = 0.05  # of all steps, if nothing else is said
 EVALUATIONS = 10
 
 
+class StepsError(ValueError):
+    """A number of steps that a method cannot end at."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What is measured: one task, the same for every method and seed.
@@ -76,7 +80,7 @@ class Run:
 
         Raises:
             RuntimeError: the ranks' parameters differ at the end.
-            ValueError: the method cannot end after so many steps.
+            StepsError: the method cannot end after so many steps.
         """
         torch.manual_seed(seed)
         module = self.task.make_model().to(self.device)
@@ -89,7 +93,7 @@ class Run:
         training = attach(module, given)
         model, optimizers, traffic = training[:3]
         if self.steps % training.every:
-            raise ValueError(
+            raise StepsError(
                 f"{method!r} exchanges every {training.every} steps, so ranks would "
                 f"end apart after {self.steps}; give a multiple of {training.every}"
             )
@@ -473,7 +477,10 @@ def main() -> None:
         )
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for method in options.methods:
-                new = run.train(method, seed)
+                try:
+                    new = run.train(method, seed)
+                except StepsError as error:
+                    raise SystemExit(f"experiments.train: {error}") from error
                 rows += new
                 if first:  # after each, so that a stopped comparison keeps what it has
                     write_csv(options.out, stamped(rows, card))

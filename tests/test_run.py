@@ -146,6 +146,11 @@ def test_a_failing_method_leaves_the_others(tmp_path: Path) -> None:
     failed = run.run(spec, tmp_path / "out", None, QUIET)
     assert [training.method for training in failed] == ["local H=16"]
     (log,) = (tmp_path / "out").glob("*.log")
+    line = (
+        "experiments.train: 'local H=16' exchanges every 16 steps, so ranks would end"
+    )
+    assert f"\n{line} apart after 20; give a multiple of 16\n" in log.read_text()
+    assert "StepsError" not in log.read_text()
     assert "exchanges every 16 steps" in log.read_text()
     rows = record.read_csv(tmp_path / "out" / "results.csv")
     assert {row["method"] for row in rows} == {"float32", "3LC s=1.00"}
