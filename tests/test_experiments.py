@@ -310,6 +310,7 @@ DOCS = (ROOT / "docs/results.md").read_text()
 FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longer", "chars-muon-longer"),
     ("chars-longer", "chars-longer-frontier"),
+    ("chars-longer-warm-up", "chars-longer-warm-up"),
     ("chars-muon-rates", "chars-muon-rates"),
     ("chars-muon-longest", "chars-muon-longest"),
     ("chars-large", "chars-large"),
@@ -645,24 +646,44 @@ def test_what_a_longer_warm_up_brings_is_so() -> None:
     assert words in " ".join(README.split())
 
 
-def test_what_a_longer_warm_up_brings_the_larger_model_is_so() -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "lower", "above", "in_docs", "in_readme"),
+    [
+        (
+            *("chars-large-longer", "chars-large-warm-up", ["1.1", "0.3"], "1.4"),
+            "best evaluation is 0.3 % lower, float32's 1.1 %. So here",
+            "float32 ends 1.1 % lower, and they 0.3 %: 1.4 % above it.",
+        ),
+        (
+            *("chars-longer", "chars-longer-warm-up", ["0.6", "-0.3"], "0.4"),
+            "above and local steps' 0.3 % higher, so 0.4 % above float32's.",
+            "and 0.4 % above it (the first seed) where the rate rises for a fifth",
+        ),
+    ],
+)
+def test_what_a_longer_warm_up_brings_long_trainings_is_so(
+    before: str, after: str, lower: list[str], above: str, in_docs: str, in_readme: str
+) -> None:
+    """Of the first seed."""
     short, long = (
         {
             p.method: p.loss
             for p in frontier.points(
-                record.read_csv(ROOT / f"experiments/results/{name}.csv")
+                [
+                    row
+                    for row in record.read_csv(ROOT / f"experiments/results/{name}.csv")
+                    if row["seed"] == "0"
+                ]
             )
         }
-        for name in ("chars-large-longer", "chars-large-warm-up")
+        for name in (before, after)
     )
     both = "float32", "local H=8, density 9.5 %, all coded"
     gains = [f"{100 * (1 - long[method] / short[method]):.1f}" for method in both]
-    assert gains == ["1.1", "0.3"]
-    assert f"{100 * (long[both[1]] / long[both[0]] - 1):.1f}" == "1.4"
-    said = "evaluation is 0.3 % lower, float32's 1.1 %.", "are 1.4 % above it:"
-    assert all(words in " ".join(DOCS.split()) for words in said)
-    words = "float32 ends 1.1 % lower, and they 0.3 %: 1.4 % above it."
-    assert words in " ".join(README.split())
+    assert gains == lower
+    assert f"{100 * (long[both[1]] / long[both[0]] - 1):.1f}" == above
+    assert in_docs in " ".join(DOCS.split())
+    assert in_readme in " ".join(README.split())
 
 
 def test_each_knob_of_the_quantizer_wins_somewhere() -> None:
