@@ -640,10 +640,20 @@ def test_what_a_longer_warm_up_brings_is_so() -> None:
     more = long[paper_form].bytes_per_step / long[hook].bytes_per_step - 1
     assert f"with {100 * more:.1f} % more bytes; with the short one 1.1 % above" in text
     assert 1.005 < long[paper_form].high / long[paper_form].low < 1.006
-    above = 100 * (long[local].loss / long["float32"].loss - 1)
-    fewer = long["float32"].bytes_per_step / long[local].bytes_per_step
-    words = f"{above:.1f} % above the former at {fewer:.0f} times fewer bytes"
-    assert words in " ".join(README.split())
+    dense = long["float32"]
+    above = {m: f"{100 * (p.loss / dense.loss - 1):.1f} %" for m, p in long.items()}
+    fewer = {
+        m: f"{dense.bytes_per_step / p.bytes_per_step:.0f}" for m, p in long.items()
+    }
+    for words in (
+        f"{above[local]} above the former at {fewer[local]} times fewer bytes",
+        f"the latter {above[adam]} above at {fewer[adam]} × (with `entropy",
+        f"local steps {above[half]} at {fewer[half]} × (H = 4, 30 %)",
+        f"and {above[local]} at {fewer[local]} × (H = 8, 11.5 %)",
+        f"`hooks.push_pull` {above[paper_form]} at {fewer[paper_form]} ×",
+        f"under AdamW itself {above[hook]} at {fewer[hook]} × (",
+    ):
+        assert words in " ".join(README.split())
 
 
 @pytest.mark.parametrize(
