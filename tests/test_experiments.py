@@ -403,7 +403,7 @@ def test_the_table_of_allocations_is_the_committed_result() -> None:
     assert report.insert(DOCS, "allocation", allocation.markdown(rows)) == DOCS
 
 
-@pytest.mark.parametrize("name", ["chars-frontier", "cifar10"])
+@pytest.mark.parametrize("name", ["chars-frontier", "chars-warm-up", "cifar10"])
 def test_below_powersgd_and_top_k_there_is_a_form_of_lc3(name: str) -> None:
     points = frontier.points(record.read_csv(ROOT / f"experiments/results/{name}.csv"))
     forms = [p for p in points if p.method.startswith(("3LC", "push-pull", "local"))]
@@ -630,6 +630,9 @@ def test_what_a_longer_warm_up_brings_is_so() -> None:
     adam = "preconditioned s=1.00, rans"
     gains = [lower(m) for m in ("float32", adam, hook, half, local, paper_form)]
     assert gains == ["0.5", "1.2", "1.5", "1.6", "1.6", "5.6"]
+    others = "PowerSGD rank 4", "PowerSGD rank 2", "local H=2, density 30 %, all coded"
+    assert [lower(method) for method in others] == ["0.8", "4.8", "4.2"]
+    assert max(point.high / point.low for point in long.values()) < 1.0115
     below = [
         100 * (1 - found[paper_form].loss / found[hook].loss) for found in (long, short)
     ]
@@ -639,7 +642,6 @@ def test_what_a_longer_warm_up_brings_is_so() -> None:
     assert "push-pull ends 3.0 % below 3LC" in text
     more = long[paper_form].bytes_per_step / long[hook].bytes_per_step - 1
     assert f"with {100 * more:.1f} % more bytes; with the short one 1.1 % above" in text
-    assert 1.005 < long[paper_form].high / long[paper_form].low < 1.006
     dense = long["float32"]
     above = {m: f"{100 * (p.loss / dense.loss - 1):.1f} %" for m, p in long.items()}
     fewer = {
