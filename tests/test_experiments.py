@@ -589,7 +589,7 @@ def test_what_the_docs_say_of_cifar10_is_so() -> None:
 
 
 def test_push_pull_ends_no_lower_than_the_hook() -> None:
-    """Means of seeds at s = 1, in four tasks."""
+    """Means of seeds at s = 1, in four tasks, after the short warm-up."""
     more = []
     for name in ("forms", "fashion-mnist", "cifar10", "chars-frontier"):
         rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
