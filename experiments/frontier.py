@@ -21,7 +21,15 @@ from experiments.average import AVERAGED
 from experiments.methods import AT_RATE
 from experiments.pages import Curve, curves
 from experiments.record import ResultError, read_csv
-from experiments.report import BASELINE, COLUMNS, Row, grid, insert, step_ms_by_link
+from experiments.report import (
+    BASELINE,
+    COLUMNS,
+    Row,
+    grid,
+    insert,
+    length,
+    step_ms_by_link,
+)
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -121,17 +129,11 @@ def markdown(rows: Sequence[Row]) -> str:
     most = max(p.seeds for p in found)
     seeds = f"{most} {'seed' if most == 1 else 'seeds'}"
     return (
-        f"{table}\n\nTask {row['task']}, {row['ranks']} ranks, {row['steps']} steps, "
-        f"{warm_up(row)}up to {seeds} (mean, lowest and highest); "
+        f"{table}\n\nTask {row['task']}, {row['ranks']} ranks, {length(row)}, "
+        f"up to {seeds} (mean, lowest and highest); "
         f"the best of {evaluations(rows)} evaluations. Bytes are all that a rank "
         f"sends, headers and raw tensors too. lc3 {row['lc3']} at commit {commits}.\n"
     )
-
-
-def warm_up(row: Row) -> str:
-    """Return how long the rate rose, if the row says so."""
-    share = row.get("warm_up")
-    return f"{100 * float(share):g} % of them warm-up, " if share else ""
 
 
 def evaluations(rows: Sequence[Row]) -> str:

@@ -155,6 +155,13 @@ def step_ms_by_link(rows: Sequence[Row]) -> tuple[dict[str, dict[str, float]], b
     return times, True
 
 
+def length(row: Row) -> str:
+    """Return the steps of a row's training, and its warm-up if the row says it."""
+    share = row.get("warm_up")
+    rising = f", {100 * float(share):g} % of them warm-up" if share else ""
+    return f"{row['steps']} steps{rising}"
+
+
 def caption(rows: Sequence[Row]) -> str:
     """Return what the figures are of, and what was computed instead of measured."""
     row = rows[0]
@@ -165,7 +172,7 @@ def caption(rows: Sequence[Row]) -> str:
     )
     return (
         f"Task {row['task']}: {row['ranks']} ranks on one machine, "
-        f"{row['steps']} steps, mean of {seeds} {'seed' if seeds == 1 else 'seeds'}; "
+        f"{length(row)}, mean of {seeds} {'seed' if seeds == 1 else 'seeds'}; "
         f"the baseline is plain DDP in float32. {machines}; lc3 {row['lc3']} at commit "
         f"{commits}, torch {row['torch']}, "
         f"numpy {row['numpy']}, numba {row['numba']}, Python {row['python']}. "
@@ -236,7 +243,7 @@ def links_markdown(rows: Sequence[Row]) -> str:
     row = rows[0]
     return (
         f"{table}\n\nTask {row['task']}, {row['ranks']} hosts of one rank each on one "
-        f"machine of {row['cores']} cores, {row['steps']} steps, one run. Measured, "
+        f"machine of {row['cores']} cores, {length(row)}, one run. Measured, "
         "start-up and evaluation left out; an interface counts the headers of TCP, IP "
         f"and Ethernet too. lc3 {row['lc3']} at commit {row['commit']}, torch "
         f"{row['torch']}.\n"

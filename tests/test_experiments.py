@@ -17,6 +17,7 @@ from experiments import (
     alpha_beta,
     bench_codec,
     bench_step,
+    demo,
     frontier,
     local_delay,
     local_variants,
@@ -286,6 +287,30 @@ def test_the_demo_refuses_bad_arguments(arguments: list[str], words: str) -> Non
     )
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def test_the_demo_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--task", "chars", "--data-dir", "/data", "--methods", "fp16", "bf16"]
+    options += ["--steps", "7", "--warm-up", "0.3", "--evaluate-every", "2"]
+    options += ["--averaged", "--seeds", "4", "--first-seed", "5"]
+    started: list[list[str]] = []
+
+    def start(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(demo.subprocess, "run", start)
+    monkeypatch.setattr(sys, "argv", ["demo", *options, "--out", "/out"])
+    assert demo.main() == 3
+    (command,) = started
+    passed = command[command.index("experiments.train") + 1 :]
+    expected = train.parse([*options, "--out", "/out/chars.csv"])
+    assert train.parse(passed) == expected
+    assert all(
+        value != train.parse(["--out", "/o"]).__dict__[name]
+        for name, value in vars(expected).items()
+        if name != "device"
+    )
 
 
 def test_a_result_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -664,7 +689,7 @@ def test_what_a_longer_warm_up_brings_is_so() -> None:
         (
             *("chars-large-longer", "chars-large-warm-up", ["1.1", "0.3"], "1.4"),
             "best evaluation is 0.3 % lower, float32's 1.1 %. So here",
-            "float32 ends 1.1 % lower, and they 0.3 %: 1.4 % above it.",
+            "float32's best is 1.1 % lower, and theirs 0.3 %: 1.4 % above it",
         ),
         (
             *("chars-longer", "chars-longer-warm-up", ["0.6", "-0.3"], "0.4"),
@@ -696,6 +721,13 @@ def test_what_a_longer_warm_up_brings_long_trainings_is_so(
     assert f"{100 * (long[both[1]] / long[both[0]] - 1):.1f}" == above
     assert in_docs in " ".join(DOCS.split())
     assert in_readme in " ".join(README.split())
+
+
+def test_how_far_apart_the_longest_trainings_seeds_are_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-longer.csv")
+    dense = next(p for p in frontier.points(rows) if p.method == "float32")
+    spread = f"{100 * (dense.high / dense.low - 1):.1f} %"
+    assert f"differences (float32's above: {spread})" in " ".join(DOCS.split())
 
 
 def test_each_knob_of_the_quantizer_wins_somewhere() -> None:
