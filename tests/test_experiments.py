@@ -1077,6 +1077,21 @@ def test_what_the_docs_say_of_the_codec_is_so() -> None:
         assert 0.95 < 1 / copied < 1.25
 
 
+def test_the_docs_command_for_world_sizes_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class BegunError(Exception):
+        pass
+
+    def begin(*_: object) -> None:
+        raise BegunError
+
+    monkeypatch.setattr(scale, "train", begin)
+    (options,) = re.findall(r"`python -m experiments\.scale ([^`]+)`", DOCS)
+    with pytest.raises(BegunError):
+        scale.main(options.split())
+
+
 def test_the_table_of_world_sizes_is_the_committed_result() -> None:
     rows = record.read_csv(ROOT / "experiments/results/scale.csv")
     assert report.insert(DOCS, "scale", scale.markdown(rows)) == DOCS
