@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT = Config(density=0.1)
 
+# Where PyTorch's optimizers keep a first moment.
+MOMENTA = ("exp_avg", "momentum_buffer")
+
 
 def attach(
     model: nn.Module,
@@ -39,6 +42,7 @@ def attach(
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
     residual_decay: float = 1.0,
+    momentum_decay: float = 1.0,
     delay: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> "State":
@@ -53,7 +57,8 @@ def attach(
     Args:
         model: a plain module, not wrapped, its parameters on one device.
         optimizer: that trains it, or several that are stepped one after the other; the
-            last one counts the steps. Their state stays local.
+            last one counts the steps. Their state stays local; ``momentum_decay``
+            changes it.
         config: what to compress; a density suits what local steps change.
         every: H, local steps between two exchanges. ``None``: none by itself.
         outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
@@ -64,6 +69,10 @@ def attach(
             rank's residuals, and how far masters are ahead of the replicas. 1 forgets
             nothing. What has waited for long was found again and again where the
             replica had not moved, and sent whole it goes too far.
+        momentum_decay: what multiplies the optimizers' first moments (``exp_avg``,
+            ``momentum_buffer``) whenever an exchange has changed the parameters. A
+            rank's own hold noise that the mean of the ranks has less of, and carry it
+            on into the next interval, away from the other ranks. 1 keeps them.
         delay: steps that go on while an exchange is under way; 0 waits for it. Less
             than ``every``. Each result is then applied ``delay`` steps later.
         group: a process group that nobody else uses. Default: lc3 makes one.
@@ -85,6 +94,7 @@ def attach(
         outer_lr=outer_lr,
         outer_momentum=outer_momentum,
         residual_decay=residual_decay,
+        momentum_decay=momentum_decay,
         delay=delay,
         group=group,
     )
@@ -113,12 +123,12 @@ class State:
         outer_lr: float,
         outer_momentum: float,
         residual_decay: float,
+        momentum_decay: float,
         delay: int,
         group: dist.ProcessGroup | None,
     ) -> None:
-        _check(
-            model, optimizers, every, outer_lr, outer_momentum, residual_decay, delay
-        )
+        decays = {"residual_decay": residual_decay, "momentum_decay": momentum_decay}
+        _check(model, optimizers, every, outer_lr, outer_momentum, decays, delay)
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
@@ -126,7 +136,7 @@ class State:
             "every": every,
             "outer_lr": float(outer_lr),
             "outer_momentum": float(outer_momentum),
-            "residual_decay": float(residual_decay),
+            **{knob: float(value) for knob, value in decays.items()},
             "delay": delay,
         }
         self._session = session_beside(
@@ -138,7 +148,8 @@ class State:
         self._model = model
         self._every, self._delay = every, delay
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
-        self._residual_decay = residual_decay
+        self._residual_decay, self._momentum_decay = residual_decay, momentum_decay
+        self._optimizers = optimizers
         self._flat = {
             name: flat_view(p.detach()) for p, name in self._session.names.items()
         }
@@ -254,6 +265,7 @@ class State:
         parts = torch.split(averaged, [buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view(buffer.shape))
+        self._decay_momenta()
 
     def _copy_replica(self) -> None:
         for name, flat in self._flat.items():
@@ -308,6 +320,20 @@ class State:
             replica = self.owners.replica[piece.name][piece.start : piece.stop]
             master = self.owners.master(piece)
             master.sub_(replica).mul_(self._residual_decay).add_(replica)
+
+    def _decay_momenta(self) -> None:
+        if self._momentum_decay == 1 or self.steps == 0:
+            return
+        states = [s for optimizer in self._optimizers for s in optimizer.state.values()]
+        kept = [state[key] for state in states for key in MOMENTA if key in state]
+        momenta = [moment for moment in kept if isinstance(moment, Tensor)]
+        if not momenta:
+            raise ConfigError(
+                f"momentum_decay={self._momentum_decay!r} has nothing to multiply: "
+                f"the optimizer's state has no {' and no '.join(MOMENTA)}; leave it 1"
+            )
+        for moment in momenta:
+            moment.mul_(self._momentum_decay)
 
     def _flush(self) -> Tensor:
         self.owners.flush()
@@ -377,7 +403,7 @@ def _check(
     every: int | None,
     outer_lr: float,
     outer_momentum: float,
-    residual_decay: float,
+    decays: Mapping[str, float],
     delay: int,
 ) -> None:
     if isinstance(model, DistributedDataParallel):
@@ -402,10 +428,9 @@ def _check(
             f"outer_lr={outer_lr!r} must be in (0, 2], outer_momentum="
             f"{outer_momentum!r} in [0, 1)"
         )
-    if not 0 <= residual_decay <= 1:
-        raise ConfigError(
-            f"residual_decay={residual_decay!r} must be in [0, 1]; 1 forgets nothing"
-        )
+    for knob, decay in decays.items():
+        if not 0 <= decay <= 1:
+            raise ConfigError(f"{knob}={decay!r} must be in [0, 1]; 1 forgets nothing")
 
 
 def _float_buffers(model: nn.Module) -> list[Tensor]:

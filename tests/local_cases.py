@@ -74,6 +74,13 @@ def forget(servers: Servers, decay: np.float32) -> None:
         master[:] = servers.replica[name] + decay * ahead
 
 
+def halve_first_moments(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        for moment in ("exp_avg", "momentum_buffer"):
+            if moment in state:
+                state[moment] /= 2
+
+
 def equals_the_servers(
     rank: int,
     world: int,
@@ -82,6 +89,7 @@ def equals_the_servers(
     kind: str,
     channels_last: bool,
     decay: float = 1.0,
+    halves: bool = False,
 ) -> dict[str, Any]:
     """Train; in each process also all ranks' shadows; compare after every step."""
     net = make_net(rank, channels_last)  # attach makes all ranks start like rank 0
@@ -89,7 +97,13 @@ def equals_the_servers(
     # With owners on three ranks, without them on two.
     config = dataclasses.replace(CODED, exchange="direct") if world == 2 else CODED
     state = local_sgd.attach(
-        net, optimizer, config, every=every, delay=delay, residual_decay=decay
+        net,
+        optimizer,
+        config,
+        every=every,
+        delay=delay,
+        residual_decay=decay,
+        momentum_decay=0.5 if halves else 1.0,
     )
     shadows = [make_net(0, channels_last) for _ in range(world)]
     theirs = [make_optimizer(shadow, kind) for shadow in shadows]
@@ -117,6 +131,9 @@ def equals_the_servers(
                 now = values(shadow)
                 moved = {n: now[n] + (servers.replica[n] - old[n]) for n in names}
                 write(shadow, moved)
+            if halves:
+                for one in theirs:
+                    halve_first_moments(one)
             seen = []
         if done % every == 0:
             now_all = [values(shadow) for shadow in shadows]
@@ -130,6 +147,9 @@ def equals_the_servers(
             if not delay:
                 for shadow in shadows:
                     write(shadow, servers.replica)
+                if halves:
+                    for one in theirs:
+                        halve_first_moments(one)
             for buffers in zip(*(s.buffers() for s in shadows), strict=True):
                 if buffers[0].is_floating_point() and not delay:
                     mean = torch.stack(buffers).mean(0)
@@ -146,6 +166,21 @@ def equals_the_servers(
     }
     state.close()
     return report
+
+
+def no_first_moment(rank: int, world: int) -> str:
+    """What an optimizer without momentum meets at its first exchange."""
+    net = make_net(0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    state = local_sgd.attach(net, optimizer, CODED, every=2, momentum_decay=0.5)
+    train_step(net, optimizer, rank, 0)
+    try:
+        train_step(net, optimizer, rank, 1)
+    except Lc3Error as error:
+        return str(error)
+    finally:
+        state.close()
+    return "decayed"
 
 
 def plain_averaging_is_ddp(rank: int, world: int) -> float:
@@ -256,7 +291,7 @@ def refused(rank: int, world: int, what: str) -> str:
     given: dict[str, Any] = {}
     if what == "ddp":
         net = DistributedDataParallel(net)
-    if what in ("every", "delay", "outer_lr", "residual_decay"):
+    if what in ("every", "delay", "outer_lr", "residual_decay", "momentum_decay"):
         given = {"every": {"every": 0}, "delay": {"every": 4, "delay": 4}}.get(
             what, {what: 3.0}
         )

@@ -47,6 +47,23 @@ def test_residuals_decay_as_the_servers_do(ranks: Pools, world: int) -> None:
     assert len({report["hash"] for report in reports}) == 1
 
 
+@pytest.mark.parametrize(("delay", "kind"), [(0, "adamw"), (3, "adamw"), (0, "sgd")])
+def test_first_moments_decay_after_an_exchange(
+    ranks: Pools, delay: int, kind: str
+) -> None:
+    case = (4, delay, kind, False, 1.0, True)
+    reports = ranks(3).run(local_cases.equals_the_servers, *case)
+    assert len({report["hash"] for report in reports}) == 1
+
+
+def test_momentum_decay_needs_a_first_moment(ranks: Pools) -> None:
+    for said in ranks(2).run(local_cases.no_first_moment):
+        assert said == (
+            "momentum_decay=0.5 has nothing to multiply: the optimizer's state has no "
+            "exp_avg and no momentum_buffer; leave it 1"
+        )
+
+
 @pytest.mark.parametrize("delay", [0, 3])
 def test_ranks_share_a_model_between_exchanges(ranks: Pools, delay: int) -> None:
     results = ranks(2).run(local_cases.shared_model, delay)
@@ -87,6 +104,7 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
         ("delay", "ConfigError: delay=4 must be less than every=4"),
         ("outer_lr", r"ConfigError: outer_lr=3\.0 must be in"),
         ("residual_decay", r"ConfigError: residual_decay=3\.0 must be in \[0, 1\]"),
+        ("momentum_decay", r"ConfigError: momentum_decay=3\.0 must be in \[0, 1\]"),
         ("strides", r"AttachError: a parameter of shape \[10, 300\] has strides"),
         ("differ", r"PlanMismatch: ranks differ: Config\.density is 0\.1 on rank 0"),
         ("every differs", r"PlanMismatch: ranks differ: every is 4 on rank 0 and 8 on"),
