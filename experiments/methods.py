@@ -353,6 +353,10 @@ DECAYING = ((8, 9.5, 0.8), (32, 10, 0.8))
 # With the range stage, which leaves room for more values in as many bytes.
 RANS = ((4, 4.6, 1.0), (8, 11.5, 1.0), (16, 11.5, 1.0), (32, 12.4, 0.8))
 
+# Where first moments are halved after each exchange and masters go farther than the
+# mean of what ranks moved: steps between exchanges, per cent sent, how far.
+HALVED = ((8, 11.5, 2), (16, 11.5, 1.5))
+
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
     "fp16": _all_reduce(fp16_compress_hook, 16),
@@ -413,6 +417,16 @@ METHODS: dict[str, Method] = {
             every, _all_coded(percent / 100, "rans"), residual_decay=decay
         )
         for every, percent, decay in RANS
+    },
+    **{
+        f"local H={every}, density {percent} %, all coded, rans, "
+        f"momentum 0.5, outer rate {outer}": _local(
+            every,
+            _all_coded(percent / 100, "rans"),
+            momentum_decay=0.5,
+            outer_lr=outer,
+        )
+        for every, percent, outer in HALVED
     },
     "3LC s=1.00, rans": _lc3(1.0, entropy="rans"),
     "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),
