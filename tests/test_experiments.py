@@ -642,6 +642,8 @@ def test_what_a_longer_warm_up_brings_is_so() -> None:
         }
         for name in ("chars-frontier", "chars-warm-up")
     )
+    long = {method: point for method, point in long.items() if method in short}
+    assert len(long) == 9
     assert all(
         point.seeds == short[method].seeds == 3 for method, point in long.items()
     )
@@ -676,7 +678,7 @@ def test_what_a_longer_warm_up_brings_is_so() -> None:
         f"{above[local]} above the former at {fewer[local]} times fewer bytes",
         f"the latter {above[adam]} above at {fewer[adam]} × (with `entropy",
         f"local steps {above[half]} at {fewer[half]} × (H = 4, 30 %)",
-        f"and {above[local]} at {fewer[local]} × (H = 8, 11.5 %)",
+        f"and {above[local]} at {fewer[local]} × (H = 8, 11.5 %; ",
         f"`hooks.push_pull` {above[paper_form]} at {fewer[paper_form]} ×",
         f"under AdamW itself {above[hook]} at {fewer[hook]} × (",
     ):
@@ -721,6 +723,53 @@ def test_what_a_longer_warm_up_brings_long_trainings_is_so(
     assert f"{100 * (long[both[1]] / long[both[0]] - 1):.1f}" == above
     assert in_docs in " ".join(DOCS.split())
     assert in_readme in " ".join(README.split())
+
+
+def test_what_halved_first_moments_bring_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-warm-up.csv")
+    found = {point.method: point for point in frontier.points(rows)}
+    plain = "local H=8, density 11.5 %, all coded, rans"
+    halved = f"{plain}, momentum 0.5, outer rate 2, lr × 2"
+    dense = min(("float32", "float32, lr × 2"), key=lambda m: found[m].loss)
+    adam = "preconditioned s=1.00, rans"
+    assert {found[m].seeds for m in (plain, halved, dense, adam)} == {3}
+    above = {m: f"{100 * (found[m].loss / found[dense].loss - 1):.1f} %" for m in found}
+    times = {m: found[m].bytes_per_step / found[halved].bytes_per_step for m in found}
+    of_first_seed = {
+        row["method"]: float(row["test_loss"])
+        for row in rows
+        if row["seed"] == "0" and row["step"] == row["steps"]
+    }
+    rate = 1 - of_first_seed[f"{plain}, lr × 2"] / of_first_seed[plain]
+    docs, readme = (" ".join(page.split()) for page in (DOCS, README))
+    lower = f"{100 * (1 - found[halved].loss / found[plain].loss):.1f} %"
+    for words in (
+        f"end {lower} lower than without, with as many bytes",
+        f"{above[halved]}, not {above[plain]}, above float32 at the better of two",
+        f"Twice the rate by itself takes {100 * rate:.1f} % off",
+        f"{above[adam]} above, with {times[adam]:.1f} times the bytes",
+    ):
+        assert words in docs
+    assert f"{lower} lower and {above[halved]} above float32" in readme
+    assert f"(H = 8, 11.5 %; {above[halved]} with first moments halved)" in readme
+    assert (
+        f"at {times[dense]:.0f} times fewer bytes ([docs](docs/results.md#mom" in readme
+    )
+    assert 0.99 < times[plain] < 1.01
+
+
+def test_what_halved_first_moments_bring_the_larger_model_is_so() -> None:
+    rows = record.read_csv(ROOT / "experiments/results/chars-large-warm-up.csv")
+    found = {point.method: point for point in frontier.points(rows)}
+    halved = "local H=8, density 11.5 %, all coded, rans, momentum 0.5, outer rate 2"
+    dense, local = found["float32"], found[f"{halved}, lr × 2"]
+    above = f"{100 * (local.loss / dense.loss - 1):.1f} %"
+    fewer = f"{dense.bytes_per_step / local.bytes_per_step:.0f} times"
+    assert (above, fewer) == ("0.7 %", "404 times")
+    assert f"the range coder they are {above} above it, at {fewer} fewer" in " ".join(
+        DOCS.split()
+    )
+    assert f"after each exchange, {above} at {fewer} (the" in " ".join(README.split())
 
 
 def test_how_far_apart_the_longest_trainings_seeds_are_is_so() -> None:
