@@ -168,6 +168,27 @@ def equals_the_servers(
     return report
 
 
+def moments_of_two_optimizers(rank: int, world: int, decay: float) -> list[Tensor]:
+    """What two optimizers of one model keep right after an exchange."""
+    net = make_net(0)
+    optimizers = [
+        torch.optim.SGD([*net.conv.parameters(), *net.norm.parameters()], 0.05, 0.9),
+        torch.optim.AdamW(net.head.parameters(), lr=0.01),
+    ]
+    state = local_sgd.attach(net, optimizers, CODED, every=2, momentum_decay=decay)
+    for step in range(2):
+        train_step(net, optimizers[0], rank, step)
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    state.close()
+    keys = ("momentum_buffer", "exp_avg")
+    return [
+        kept[key].clone()
+        for optimizer, key in zip(optimizers, keys, strict=True)
+        for kept in optimizer.state.values()
+    ]
+
+
 def no_first_moment(rank: int, world: int) -> str:
     """What an optimizer without momentum meets at its first exchange."""
     net = make_net(0)

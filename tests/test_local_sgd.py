@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import local_cases
 from tests.ranks import Ranks
@@ -54,6 +55,18 @@ def test_first_moments_decay_after_an_exchange(
     case = (4, delay, kind, False, 1.0, True)
     reports = ranks(3).run(local_cases.equals_the_servers, *case)
     assert len({report["hash"] for report in reports}) == 1
+
+
+def test_first_moments_of_every_optimizer_decay(ranks: Pools) -> None:
+    kept, halved = (
+        ranks(2).run(local_cases.moments_of_two_optimizers, decay)
+        for decay in (1.0, 0.5)
+    )
+    for before, after in zip(kept, halved, strict=True):
+        assert len(before) == 6
+        for whole, half in zip(before, after, strict=True):
+            assert whole.abs().max() > 0
+            assert torch.equal(half, whole / 2)
 
 
 def test_momentum_decay_needs_a_first_moment(ranks: Pools) -> None:
