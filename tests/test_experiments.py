@@ -334,6 +334,7 @@ def test_insert_needs_its_markers(text: str) -> None:
 DOCS = (ROOT / "docs/results.md").read_text()
 FRONTIERS = [  # result file, marker in the docs
     ("chars-muon-longer", "chars-muon-longer"),
+    ("chars-muon-longer-warm-up", "chars-muon-longer-warm-up"),
     ("chars-longer", "chars-longer-frontier"),
     ("chars-longer-warm-up", "chars-longer-warm-up"),
     ("chars-muon-rates", "chars-muon-rates"),
@@ -756,6 +757,23 @@ def test_what_halved_first_moments_bring_is_so() -> None:
         f"at {times[dense]:.0f} times fewer bytes ([docs](docs/results.md#mom" in readme
     )
     assert 0.99 < times[plain] < 1.01
+
+
+def test_a_longer_warm_up_changes_little_with_muon() -> None:
+    best = {
+        (name, point.method): point.loss
+        for name in ("chars-muon-longer", "chars-muon-longer-warm-up")
+        for point in frontier.points(
+            record.read_csv(ROOT / f"experiments/results/{name}.csv")
+        )
+    }
+    local = "local H=16, density 9.5 %, all coded"
+    changes = [
+        100 * (best["chars-muon-longer-warm-up", m] / best["chars-muon-longer", m] - 1)
+        for m in ("float32", local)
+    ]
+    low, high = sorted(f"{change:.1f}" for change in changes)
+    assert f"both are higher by {low} to {high} %, and as" in " ".join(DOCS.split())
 
 
 @pytest.mark.parametrize(
