@@ -5,6 +5,7 @@ the owners average it into float32 masters, and everybody pulls 3LC of what the 
 have moved (with ``Config(exchange="direct")`` everybody averages). Sources: local SGD
 (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and for masters with error
 feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706).
+That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which sends them.
 """
 
 import logging
