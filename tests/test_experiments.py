@@ -785,9 +785,9 @@ def test_a_longer_warm_up_changes_little_with_muon() -> None:
             "after each exchange, 0.7 % at 404 times (the same seed)",
         ),
         (
-            *("chars-longer-warm-up", "-0.9", "400"),
-            "local steps' best is 0.9 % below float32's, at 400 times fewer bytes",
-            "0.9 % below it, at 400 ×, with first moments halved and twice the rate",
+            *("chars-longer-warm-up", "-0.1", "400"),
+            "local steps' best is 0.1 % below float32's, at 400 times fewer bytes",
+            "0.1 % below it, at 400 ×, with first moments halved and twice the rate",
         ),
     ],
 )
@@ -797,7 +797,8 @@ def test_what_halved_first_moments_bring_long_trainings_is_so(
     rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
     found = {point.method: point for point in frontier.points(rows)}
     halved = "local H=8, density 11.5 %, all coded, rans, momentum 0.5, outer rate 2"
-    dense, local = found["float32"], found[f"{halved}, lr × 2"]
+    rates = [found[m] for m in ("float32", "float32, lr × 2") if m in found]
+    dense, local = min(rates, key=lambda p: p.loss), found[f"{halved}, lr × 2"]
     assert f"{100 * (local.loss / dense.loss - 1):+.1f}" == above
     assert f"{dense.bytes_per_step / local.bytes_per_step:.0f}" == times
     assert in_docs in " ".join(DOCS.split())
