@@ -323,12 +323,12 @@ class State:
             master.sub_(replica).mul_(self._residual_decay).add_(replica)
 
     def _decay_momenta(self) -> None:
-        if self._momentum_decay == 1 or self.steps == 0:
+        if self._momentum_decay == 1:
             return
         states = [s for optimizer in self._optimizers for s in optimizer.state.values()]
         kept = [state[key] for state in states for key in MOMENTA if key in state]
         momenta = [moment for moment in kept if isinstance(moment, Tensor)]
-        if not momenta:
+        if not momenta and self._unsent_then:  # a rank without data has none yet
             raise ConfigError(
                 f"momentum_decay={self._momentum_decay!r} has nothing to multiply: "
                 f"the optimizer's state has no {' and no '.join(MOMENTA)}; leave it 1"

@@ -189,6 +189,19 @@ def moments_of_two_optimizers(rank: int, world: int, decay: float) -> list[Tenso
     ]
 
 
+def decays_without_data(rank: int, world: int) -> str:
+    """A rank that made no step has no first moment, and that is no error."""
+    net = make_net(0)
+    optimizer = make_optimizer(net, "adamw")
+    state = local_sgd.attach(net, optimizer, CODED, every=None, momentum_decay=0.5)
+    if rank == 0:
+        train_step(net, optimizer, rank, 0)
+    state.exchange()
+    state.sync()
+    state.close()
+    return hash_of(net)
+
+
 def no_first_moment(rank: int, world: int) -> str:
     """What an optimizer without momentum meets at its first exchange."""
     net = make_net(0)

@@ -803,6 +803,13 @@ def test_what_halved_first_moments_bring_long_trainings_is_so(
     assert f"{dense.bytes_per_step / local.bytes_per_step:.0f}" == times
     assert in_docs in " ".join(DOCS.split())
     assert in_readme in " ".join(README.split())
+    if len(rates) == 2:
+        other = found["local H=8, density 9.5 %, all coded"].loss
+        behind = f"{100 * (other / dense.loss - 1):.1f}"
+        assert f"local steps {behind} % above that, or" in " ".join(README.split())
+        assert f"it has {behind} % and not" in " ".join(DOCS.split())
+        lower = f"{100 * (1 - dense.loss / found['float32'].loss):.1f} % lower"
+        assert f"At twice the rate float32's is {lower}" in " ".join(DOCS.split())
 
 
 def test_how_far_apart_the_longest_trainings_seeds_are_is_so() -> None:

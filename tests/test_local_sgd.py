@@ -69,6 +69,10 @@ def test_first_moments_of_every_optimizer_decay(ranks: Pools) -> None:
             assert torch.equal(half, whole / 2)
 
 
+def test_a_rank_without_data_has_no_first_moment(ranks: Pools) -> None:
+    assert len(set(ranks(2).run(local_cases.decays_without_data))) == 1
+
+
 def test_momentum_decay_needs_a_first_moment(ranks: Pools) -> None:
     for said in ranks(2).run(local_cases.no_first_moment):
         assert said == (
