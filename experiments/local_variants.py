@@ -12,12 +12,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 import lc3
 from experiments.record import read_csv, stamped, write_csv
 from experiments.report import grid
 from experiments.tasks import TASKS, DataError
-from experiments.train import at_least, batches, evaluate_together, schedule, train_step
+from experiments.train import (
+    WARM_UP,
+    at_least,
+    batches,
+    evaluate_together,
+    schedule,
+    train_step,
+)
 from launch import ranks
 from lc3.hooks import local_sgd
 
@@ -39,6 +47,26 @@ def go_on_from_own(state: local_sgd.State) -> None:
     state._copy_replica = start_again  # type: ignore[method-assign]
 
 
+def average_moments(state: local_sgd.State, optimizers: Sequence[Optimizer]) -> None:
+    """Average first moments over ranks at each exchange; their bytes are not counted.
+
+    What it would bring, were it free (Local Adam, arXiv 2409.13155; DES-LOC,
+    arXiv 2505.22549).
+    """
+    decay = state._decay_momenta
+
+    def average_first() -> None:
+        for optimizer in optimizers:
+            for kept in optimizer.state.values():
+                for key in local_sgd.MOMENTA:
+                    if key in kept:
+                        dist.all_reduce(kept[key])
+                        kept[key] /= dist.get_world_size()
+        decay()
+
+    state._decay_momenta = average_first  # type: ignore[method-assign]
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked command line."""
     parser = argparse.ArgumentParser(
@@ -51,11 +79,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--raw", action="store_true", help="send float32, uncoded")
     parser.add_argument("--own", action="store_true", help=go_on_from_own.__doc__)
+    parser.add_argument("--average", action="store_true", help=average_moments.__doc__)
+    parser.add_argument("--all-coded", action="store_true", help="vectors too, by rANS")
+    parser.add_argument("--lr", type=float, default=1.0, help="multiplies the task's")
+    parser.add_argument("--warm-up", type=float, default=WARM_UP, help="share of steps")
+    parser.add_argument("--momentum-decay", type=float, default=1.0)
+    parser.add_argument("--outer-lr", type=float, default=1.0)
     parser.add_argument("--outer-momentum", type=float, default=0.0)
     parser.add_argument("--extra", type=at_least(0), default=0, help="exchanges at end")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--out", type=Path, help="CSV file to add rows to")
     return parser.parse_args(arguments)
+
+
+def chosen(options: argparse.Namespace) -> lc3.Config:
+    """Return what to compress."""
+    if options.raw:
+        return lc3.Config(density=options.density, raw=("*",))
+    if options.all_coded:
+        return lc3.Config(
+            density=options.density, min_ndim=0, min_numel=1, entropy="rans"
+        )
+    return lc3.Config(density=options.density)
 
 
 def table(path: Path) -> str:
@@ -66,11 +111,17 @@ def table(path: Path) -> str:
     rows = read_csv(path)
     for row in sorted(rows, key=lambda r: float(r["fewer"] or 0)):
         what = [row["variant"]] if row["variant"] else []
+        if float(row.get("lr") or 1) != 1:
+            what.append(f"lr × {row['lr']}")
+        if float(row.get("momentum_decay") or 1) != 1:
+            what.append(f"first moments × {row['momentum_decay']}")
+        if float(row.get("outer_lr") or 1) != 1:
+            what.append(f"outer rate {row['outer_lr']}")
         if float(row["outer_momentum"]):
             what.append(f"Nesterov momentum {row['outer_momentum']} of the masters")
         if int(row["extra"]):
             what.append(f"{row['extra']} more exchanges at the end")
-        share = f"{100 * float(row['density']):.0f} %" if row["density"] else "float32"
+        share = f"{100 * float(row['density']):.3g} %" if row["density"] else "float32"
         fewer = f"{float(row['fewer']):.0f} ×" if row["fewer"] else ""
         loss = f"{float(row['test_loss']):.4f}"
         lines.append([row["every"], share, ", ".join(what), fewer, loss])
@@ -93,21 +144,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"experiments.local_variants: {error}") from error
     module = task.make_model()
     optimizers = task.make_optimizers(module)
-    raw = ("*",) if options.raw else ()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] *= options.lr
     state = local_sgd.attach(
         module,
         optimizers,
-        lc3.Config(density=options.density, raw=raw),
+        chosen(options),
         every=options.every,
+        outer_lr=options.outer_lr,
         outer_momentum=options.outer_momentum,
+        momentum_decay=options.momentum_decay,
     )
     if options.own:
         go_on_from_own(state)
-    schedules = [schedule(optimizer, options.steps) for optimizer in optimizers]
+    if options.average:
+        average_moments(state, optimizers)
+    schedules = [schedule(o, options.steps, options.warm_up) for o in optimizers]
     for batch in batches(task, options.seed, options.steps):
         train_step(module, optimizers, batch)
         for rate in schedules:
             rate.step()
+    variants = {"own model": options.own, "first moments averaged": options.average}
     rows: list[dict[str, object]] = []
     for extra in range(options.extra + 1):
         if extra:
@@ -122,7 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "steps": options.steps,
                 "every": options.every,
                 "density": "" if options.raw else options.density,
-                "variant": "own model" if options.own else "",
+                "variant": ", ".join(name for name, on in variants.items() if on),
+                "lr": options.lr,
+                "warm_up": options.warm_up,
+                "momentum_decay": options.momentum_decay,
+                "outer_lr": options.outer_lr,
                 "outer_momentum": options.outer_momentum,
                 "extra": extra,
                 "seed": options.seed,

@@ -245,12 +245,31 @@ def test_a_rank_may_go_on_from_its_own_model() -> None:
     assert residual.tolist() == [0, 0]
 
 
+def test_first_moments_are_averaged_before_they_decay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.grad = torch.tensor([1.0, 2.0])
+    optimizer.step()
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    seen: list[list[float]] = []
+    state = SimpleNamespace(_decay_momenta=lambda: seen.append(momentum.tolist()))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda t: t.add_(1))
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    local_variants.average_moments(state, [optimizer])  # type: ignore[arg-type]
+    state._decay_momenta()
+    assert momentum.tolist() == [1, 1.5]
+    assert seen == [[1, 1.5]]
+
+
 def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> None:
     path = tmp_path / "variants.csv"
     arguments = ["--task", "digits", "--steps", "8", "--every", "4", "--extra", "1"]
     done = torchrun(
         *("-m", "experiments.local_variants", *arguments),
-        *("--own", "--out", str(path)),
+        *("--own", "--average", "--all-coded", "--out", str(path)),
+        *("--momentum-decay", "0.5", "--outer-lr", "1.5", "--lr", "2"),
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
@@ -260,7 +279,8 @@ def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> Non
         f"{float(row['fewer']):.0f} × fewer"
         for row in rows
     ] == done.stdout.splitlines()
-    assert [row["variant"] for row in rows] == ["own model", "own model"]
+    said = "own model, first moments averaged, lr × 2.0, first moments × 0.5, outer"
+    assert local_variants.table(path).count(said + " rate 1.5") == 2
     assert float(rows[1]["fewer"]) < float(rows[0]["fewer"])
 
 
