@@ -83,6 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--all-coded", action="store_true", help="vectors too, by rANS")
     parser.add_argument("--lr", type=float, default=1.0, help="multiplies the task's")
     parser.add_argument("--warm-up", type=float, default=WARM_UP, help="share of steps")
+    parser.add_argument("--residual-decay", type=float, default=1.0)
     parser.add_argument("--momentum-decay", type=float, default=1.0)
     parser.add_argument("--outer-lr", type=float, default=1.0)
     parser.add_argument("--outer-momentum", type=float, default=0.0)
@@ -113,6 +114,8 @@ def table(path: Path) -> str:
         what = [row["variant"]] if row["variant"] else []
         if float(row.get("lr") or 1) != 1:
             what.append(f"lr × {row['lr']}")
+        if float(row.get("residual_decay") or 1) != 1:
+            what.append(f"residuals × {row['residual_decay']}")
         if float(row.get("momentum_decay") or 1) != 1:
             what.append(f"first moments × {row['momentum_decay']}")
         if float(row.get("outer_lr") or 1) != 1:
@@ -154,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         every=options.every,
         outer_lr=options.outer_lr,
         outer_momentum=options.outer_momentum,
+        residual_decay=options.residual_decay,
         momentum_decay=options.momentum_decay,
     )
     if options.own:
@@ -183,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "variant": ", ".join(name for name, on in variants.items() if on),
                 "lr": options.lr,
                 "warm_up": options.warm_up,
+                "residual_decay": options.residual_decay,
                 "momentum_decay": options.momentum_decay,
                 "outer_lr": options.outer_lr,
                 "outer_momentum": options.outer_momentum,

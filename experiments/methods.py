@@ -354,8 +354,8 @@ DECAYING = ((8, 9.5, 0.8), (32, 10, 0.8))
 RANS = ((4, 4.6, 1.0), (8, 11.5, 1.0), (16, 11.5, 1.0), (32, 12.4, 0.8))
 
 # Where first moments are halved after each exchange and masters go farther than the
-# mean of what ranks moved: steps between exchanges, per cent sent, how far.
-HALVED = ((8, 11, 2), (8, 11.5, 2), (16, 11, 1.5), (32, 11, 1.5))
+# mean of what ranks moved: steps between exchanges, per cent sent, residuals' decay.
+HALVED = ((8, 11.5, 1.0), (8, 11.5, 0.8), (16, 11, 0.8), (32, 11.5, 0.8))
 
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
@@ -419,14 +419,16 @@ METHODS: dict[str, Method] = {
         for every, percent, decay in RANS
     },
     **{
-        f"local H={every}, density {percent} %, all coded, rans, "
-        f"momentum 0.5, outer rate {outer}": _local(
+        f"local H={every}, density {percent} %, all coded, "
+        + (f"decay {decay}, rans" if decay < 1 else "rans")
+        + ", momentum 0.5, outer rate 2": _local(
             every,
             _all_coded(percent / 100, "rans"),
+            residual_decay=decay,
             momentum_decay=0.5,
-            outer_lr=outer,
+            outer_lr=2,
         )
-        for every, percent, outer in HALVED
+        for every, percent, decay in HALVED
     },
     "3LC s=1.00, rans": _lc3(1.0, entropy="rans"),
     "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),

@@ -270,6 +270,7 @@ def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> Non
         *("-m", "experiments.local_variants", *arguments),
         *("--own", "--average", "--all-coded", "--out", str(path)),
         *("--momentum-decay", "0.5", "--outer-lr", "1.5", "--lr", "2"),
+        *("--residual-decay", "0.8"),
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
@@ -279,8 +280,8 @@ def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> Non
         f"{float(row['fewer']):.0f} × fewer"
         for row in rows
     ] == done.stdout.splitlines()
-    said = "own model, first moments averaged, lr × 2.0, first moments × 0.5, outer"
-    assert local_variants.table(path).count(said + " rate 1.5") == 2
+    said = "own model, first moments averaged, lr × 2.0, residuals × 0.8, first moments"
+    assert local_variants.table(path).count(said + " × 0.5, outer rate 1.5") == 2
     assert float(rows[1]["fewer"]) < float(rows[0]["fewer"])
 
 
