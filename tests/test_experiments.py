@@ -937,8 +937,15 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert 1 < float(lowest["test_loss"]) / base.loss < 1.0020
     assert base.bytes_per_step / frontier.points(longest)[0].bytes_per_step > 1500
     muon_large = record.read_csv(ROOT / "experiments/results/chars-muon-large.csv")
-    base_muon, _, quarter = frontier.points(muon_large)
+    base_muon, lower, _, quarter = frontier.points(muon_large)
     assert f"{100 * (quarter.loss / base_muon.loss - 1):.1f}" == "0.8"
+    said = f"{100 * (1 - lower.loss / base_muon.loss):.1f} % below it, at "
+    said += f"{base_muon.bytes_per_step / lower.bytes_per_step:.0f} times fewer bytes"
+    assert "decay 0.8, rans, momentum 0.5" in lower.method
+    assert said in " ".join(DOCS.split())
+    times = [base_muon.bytes_per_step / p.bytes_per_step for p in (quarter, lower)]
+    assert f"parameters 0.8 % above it at {times[0]:.0f} ×, and with" in README
+    assert f"1.1 % below it at {times[1]:.0f} ×" in README
     ends = {s.method: s.test_loss for s in report.summarise(rows)}
     for method in (fewer.method, least.method):
         assert ends[method] < ends["float32"]
