@@ -900,6 +900,15 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     best = points["local H=32, density 10 %, all coded, decay 0.8, lr × 0.5"]
     assert round(base.bytes_per_step / best.bytes_per_step) == 1574
     assert 1.0135 < best.loss / base.loss < 1.014
+    both = "local H=32, density 11.5 %, all coded, decay 0.8, rans, momentum 0.5"
+    both += ", outer rate 2"
+    above = [100 * (points[both + r].loss / base.loss - 1) for r in ("", ", lr × 0.5")]
+    times = f"{base.bytes_per_step / points[both].bytes_per_step:,.0f}"
+    times = times.replace(",", " ")
+    said = f"within {above[0]:.1f} % at {times} times (at half of it {above[1]:.1f} %)"
+    assert said in " ".join(DOCS.split())
+    assert f"at {times} times (Muon, H = 32, `residual" in " ".join(README.split())
+    assert f"they are within {above[0]:.1f} %." in " ".join(README.split())
     large = record.read_csv(ROOT / "experiments/results/chars-large.csv")
     base_large, decayed, eighth, halved, sixteenth = frontier.points(large)
     assert f"{100 * (halved.loss / base_large.loss - 1):.1f}" == "4.5"
