@@ -1,6 +1,9 @@
 """What is best at a given number of bytes: validation loss against bytes and time.
 
     python -m experiments.frontier losses.csv --links links.csv --plot frontier.png
+    python -m experiments.frontier experiments/results
+
+The second prints README's table: the best form of each long training.
 
 Losses are those of the first file's trainings. A link's rate does not change them, so
 time is each method's step as the lab measured it across that link (the second file),
@@ -30,6 +33,38 @@ from experiments.report import (
     length,
     step_ms_by_link,
 )
+
+_HALVED = "rans, momentum 0.5, outer rate 2"
+
+# What README shows: of a result file, one method beside float32 at its best.
+BEST = (
+    ("chars-warm-up", "preconditioned s=1.00, rans"),
+    ("chars-warm-up", "local H=4, density 30 %, all coded"),
+    ("chars-warm-up", f"local H=8, density 11.5 %, all coded, {_HALVED}, lr × 2"),
+    (
+        "chars-longer-warm-up",
+        f"local H=8, density 11.5 %, all coded, {_HALVED}, lr × 2",
+    ),
+    (
+        "chars-large-warm-up",
+        f"local H=8, density 11.5 %, all coded, {_HALVED}, lr × 2",
+    ),
+    ("chars-muon-longer", "local H=16, density 9.5 %, all coded"),
+    (
+        "chars-muon-longer",
+        f"local H=32, density 11.5 %, all coded, decay 0.8, {_HALVED}",
+    ),
+    (
+        "chars-muon-large",
+        f"local H=16, density 11 %, all coded, decay 0.8, {_HALVED}, lr × 0.5",
+    ),
+)
+_NETWORKS = {
+    "chars": "0.36 M, AdamW",
+    "chars-large": "2.25 M, AdamW",
+    "chars-muon": "0.36 M, Muon",
+    "chars-muon-large": "2.25 M, Muon",
+}
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -91,18 +126,56 @@ def better(point: Point, others: Sequence[Point]) -> Point | None:
     return min(some, key=lambda p: p.loss, default=None)
 
 
+def dense(found: Sequence[Point]) -> Point | None:
+    """Return float32 at its best: of several learning rates, averaged or not."""
+    baselines = [
+        p
+        for p in found
+        if p.method.removesuffix(AVERAGED).split(AT_RATE)[0] == BASELINE
+    ]
+    return min(baselines, key=lambda p: p.loss, default=None)
+
+
+def best(results: Path) -> str:
+    """Return the methods of ``BEST``, each beside float32 in the same training.
+
+    Args:
+        results: the folder of the committed result files.
+
+    Raises:
+        ResultError: one of them is missing or cannot be read.
+    """
+    titles = ["transformer", "steps", "with `--methods`", "fewer bytes"]
+    titles += ["float32's best test loss", "its best", "above float32", "seeds"]
+    lines = []
+    for name, method in BEST:
+        rows = read_csv(results / f"{name}.csv", COLUMNS)
+        found = points(rows)
+        base = dense(found)
+        assert base is not None
+        point = next(p for p in found if p.method == method)
+        lines.append(
+            [
+                _NETWORKS[rows[0]["task"]],
+                f"{int(rows[0]['steps']):,}",
+                method,
+                f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×",
+                f"{base.loss:.4f}",
+                f"{point.loss:.4f}",
+                f"{100 * (point.loss / base.loss - 1):+.2f} %",
+                f"{min(point.seeds, base.seeds)}",
+            ]
+        )
+    return grid(titles, lines, words=(0, 2)) + "\n"
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """Return every method with its distance from float32, and what is better.
 
     It is float32's at its best: of several learning rates, averaged or not.
     """
     found = points(rows)
-    baselines = [
-        p
-        for p in found
-        if p.method.removesuffix(AVERAGED).split(AT_RATE)[0] == BASELINE
-    ]
-    base = min(baselines, key=lambda p: p.loss, default=None)
+    base = dense(found)
     titles = ["method", "bytes per rank and step", "fewer than float32"]
     titles += ["best test loss", "above float32", "lower with no more bytes"]
     lines = []
@@ -204,29 +277,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="experiments.frontier",
         description="Loss against bytes, and against time.",
     )
-    parser.add_argument("csv", type=Path, help="of experiments.run: the losses")
+    parser.add_argument("csv", type=Path, help="the losses, or the folder of results")
     parser.add_argument("--links", type=Path, help="the same task across a lab's links")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--docs", type=Path, help="Markdown file with markers")
     parser.add_argument("--marker", help="in it (default: the name of the file)")
     options = parser.parse_args(arguments)
     try:
-        rows = read_csv(options.csv, [*COLUMNS, "step_ms"])
-        links = options.links and read_csv(options.links, [*COLUMNS, "rate", "step_ms"])
+        text = best(options.csv) if options.csv.is_dir() else one(options, parser)
     except ResultError as error:
         parser.error(str(error))
+    Console(highlight=False).print(text, soft_wrap=True)
+    if options.docs:
+        old, stem = options.docs.read_text(), options.csv.stem
+        marker = options.marker or ("best" if options.csv.is_dir() else stem)
+        options.docs.write_text(insert(old, marker, text))
+
+
+def one(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """Return the table of one result file, and draw it if that is asked for."""
+    rows = read_csv(options.csv, [*COLUMNS, "step_ms"])
+    links = options.links and read_csv(options.links, [*COLUMNS, "rate", "step_ms"])
     if links and links[0]["task"] != rows[0]["task"]:
         parser.error(
             f"{options.links} is of task {links[0]['task']}, {options.csv} of "
             f"{rows[0]['task']}; measure the links with the same task"
         )
-    text = markdown(rows)
-    Console(highlight=False).print(text, soft_wrap=True)
     if options.plot:
         plot(rows, links, options.plot)
-    if options.docs:
-        old = options.docs.read_text()
-        options.docs.write_text(insert(old, options.marker or options.csv.stem, text))
+    return markdown(rows)
 
 
 if __name__ == "__main__":
