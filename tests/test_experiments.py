@@ -814,6 +814,10 @@ def test_what_halved_first_moments_bring_long_trainings_is_so(
     assert f"{100 * (local.loss / dense.loss - 1):+.1f}" == above
     assert f"{dense.bytes_per_step / local.bytes_per_step:.0f}" == times
     assert in_docs in " ".join(DOCS.split())
+    if name == "chars-large-warm-up":
+        slower = halved.replace("coded, ", "coded, decay 0.8, ") + ", lr × 1.5"
+        behind = f"{100 * (found[slower].loss / dense.loss - 1):.1f} %"
+        assert f"that decay, {behind}:" in " ".join(DOCS.split())
     if len(rates) == 2:
         other = found["local H=8, density 9.5 %, all coded"].loss
         behind = f"{100 * (other / dense.loss - 1):.1f}"
