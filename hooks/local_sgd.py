@@ -62,14 +62,16 @@ def attach(
             changes it.
         config: what to compress; a density suits what local steps change.
         every: H, local steps between two exchanges. ``None``: none by itself.
-        outer_lr: how far masters go along the mean of what ranks moved. 1: averaging.
+        outer_lr: how far masters go along the mean of what ranks moved. 1: averaging;
+            up to 2, which suits moments that are halved (``momentum_decay=0.5``).
         outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
             is a momentum already: it helps uncoded exchanges, not coded ones. Not with
             ``Config(exchange="direct")``.
         residual_decay: what multiplies, after every exchange, what was not sent yet: a
             rank's residuals, and how far masters are ahead of the replicas. 1 forgets
             nothing. What has waited for long was found again and again where the
-            replica had not moved, and sent whole it goes too far.
+            replica had not moved, and sent whole it goes too far. The fewer exchanges
+            and the larger ``outer_lr``, the more: 0.8 for H of 16 and more.
         momentum_decay: what multiplies the optimizers' first moments (``exp_avg``,
             ``momentum_buffer``) whenever an exchange has changed the parameters. A
             rank's own hold noise that the mean of the ranks has less of, and carry it
