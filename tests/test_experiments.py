@@ -919,6 +919,9 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     assert least.loss < 1.026 * base.loss
     slower = points["float32, lr × 0.5"].loss
     assert f"{slower:.4f}" == "1.5576"
+    rates = f"rate it is {slower:.4f}, at twice the rate "
+    rates += f"{points['float32, lr × 2'].loss:.4f}.)"
+    assert rates in " ".join(DOCS.split())
     best = points["local H=32, density 10 %, all coded, decay 0.8, lr × 0.5"]
     assert round(base.bytes_per_step / best.bytes_per_step) == 1574
     assert 1.0135 < best.loss / base.loss < 1.014
