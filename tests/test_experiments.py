@@ -818,7 +818,9 @@ def test_what_halved_first_moments_bring_long_trainings_is_so(
         slower = halved.replace("coded, ", "coded, decay 0.8, ") + ", lr × 1.5"
         behind = f"{100 * (found[slower].loss / dense.loss - 1):.1f} %"
         assert f"that decay, {behind}:" in " ".join(DOCS.split())
-    if len(rates) == 2:
+        higher = f"{100 * (found['float32, lr × 2'].loss / dense.loss - 1):.1f} %"
+        assert f"which float32 is {higher} higher than at" in " ".join(DOCS.split())
+    else:
         other = found["local H=8, density 9.5 %, all coded"].loss
         behind = f"{100 * (other / dense.loss - 1):.1f}"
         assert f"it has {behind} % and not" in " ".join(DOCS.split())
