@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 import lc3
-from experiments.record import read_csv, stamped, write_csv
+from experiments.record import ResultError, read_csv, stamped, write_csv
 from experiments.report import grid
 from experiments.tasks import TASKS, DataError
 from experiments.train import (
@@ -28,6 +28,8 @@ from experiments.train import (
 )
 from launch import ranks
 from lc3.hooks import local_sgd
+
+KNOBS = ("lr", "warm_up", "residual_decay", "momentum_decay", "outer_lr")
 
 
 def go_on_from_own(state: local_sgd.State) -> None:
@@ -112,13 +114,13 @@ def table(path: Path) -> str:
     rows = read_csv(path)
     for row in sorted(rows, key=lambda r: float(r["fewer"] or 0)):
         what = [row["variant"]] if row["variant"] else []
-        if float(row.get("lr") or 1) != 1:
+        if float(row["lr"]) != 1:
             what.append(f"lr × {row['lr']}")
-        if float(row.get("residual_decay") or 1) != 1:
+        if float(row["residual_decay"]) != 1:
             what.append(f"residuals × {row['residual_decay']}")
-        if float(row.get("momentum_decay") or 1) != 1:
+        if float(row["momentum_decay"]) != 1:
             what.append(f"first moments × {row['momentum_decay']}")
-        if float(row.get("outer_lr") or 1) != 1:
+        if float(row["outer_lr"]) != 1:
             what.append(f"outer rate {row['outer_lr']}")
         if float(row["outer_momentum"]):
             what.append(f"Nesterov momentum {row['outer_momentum']} of the masters")
@@ -139,6 +141,12 @@ def table(path: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train once and print what came of it."""
     options = parse(arguments)
+    earlier: list[dict[str, str]] = []
+    try:
+        if options.out and options.out.exists():
+            earlier = read_csv(options.out, KNOBS)
+    except ResultError as error:  # before the training, not after it
+        raise SystemExit(f"experiments.local_variants: {error}") from error
     ranks.init()
     torch.manual_seed(options.seed)
     try:
@@ -185,11 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "every": options.every,
                 "density": "" if options.raw else options.density,
                 "variant": ", ".join(name for name, on in variants.items() if on),
-                "lr": options.lr,
-                "warm_up": options.warm_up,
-                "residual_decay": options.residual_decay,
-                "momentum_decay": options.momentum_decay,
-                "outer_lr": options.outer_lr,
+                **{knob: getattr(options, knob) for knob in KNOBS},
                 "outer_momentum": options.outer_momentum,
                 "extra": extra,
                 "seed": options.seed,
@@ -201,7 +205,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             said = "" if options.raw else f", {fewer:.0f} × fewer"
             print(f"{extra} exchanges after training: loss {loss:.4f}{said}")
     if options.out and dist.get_rank() == 0:
-        earlier = read_csv(options.out) if options.out.exists() else []
         write_csv(options.out, [*earlier, *stamped(rows)])
     state.close()
     dist.destroy_process_group()

@@ -245,6 +245,16 @@ def test_a_rank_may_go_on_from_its_own_model() -> None:
     assert residual.tolist() == [0, 0]
 
 
+def test_variants_refuse_a_file_of_other_columns_before_they_train(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "old.csv"
+    path.write_text("task,every,lc3\nchars,8,0.1.0\n")
+    with pytest.raises(SystemExit, match="has no column 'lr': it is of lc3"):
+        local_variants.main(["--task", "digits", "--out", str(path)])
+    assert path.read_text() == "task,every,lc3\nchars,8,0.1.0\n"
+
+
 def test_first_moments_are_averaged_before_they_decay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
