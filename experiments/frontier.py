@@ -40,7 +40,10 @@ _HALVED = "rans, momentum 0.5, outer rate 2"
 BEST = (
     ("chars-warm-up", "preconditioned s=1.00, rans"),
     ("chars-warm-up", "local H=4, density 30 %, all coded"),
-    ("chars-warm-up", f"local H=8, density 11.5 %, all coded, {_HALVED}, lr × 2"),
+    (
+        "chars-warm-up",
+        f"local H=8, density 11.5 %, all coded, decay 0.8, {_HALVED}, lr × 2",
+    ),
     (
         "chars-longer-warm-up",
         f"local H=8, density 11.5 %, all coded, {_HALVED}, lr × 2",

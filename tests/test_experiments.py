@@ -771,6 +771,13 @@ def test_what_halved_first_moments_bring_is_so() -> None:
     rate = 1 - of_first_seed[f"{plain}, lr × 2"] / of_first_seed[plain]
     docs, readme = (" ".join(page.split()) for page in (DOCS, README))
     lower = f"{100 * (1 - found[halved].loss / found[plain].loss):.1f} %"
+    decayed = found[halved.replace("coded, ", "coded, decay 0.8, ")]
+    assert decayed.seeds == 3
+    assert decayed.loss < found[adam].loss
+    again = f"{100 * (1 - decayed.loss / found[halved].loss):.1f} % lower again"
+    assert f"they end {again}" in docs
+    behind = f"{100 * (decayed.loss / found[dense].loss - 1):.1f} %"
+    assert f"{behind} above float32 and below the pre" in docs
     for words in (
         f"end {lower} lower than without, with as many bytes",
         f"{above[halved]}, not {above[plain]}, above float32 at the better of two",
