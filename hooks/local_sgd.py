@@ -71,7 +71,7 @@ def attach(
             rank's residuals, and how far masters are ahead of the replicas. 1 forgets
             nothing. What has waited for long was found again and again where the
             replica had not moved, and sent whole it goes too far. The fewer exchanges
-            and the larger ``outer_lr``, the more: 0.8 for H of 16 and more.
+            and the larger ``outer_lr``, the more: 0.8 goes with 2.
         momentum_decay: what multiplies the optimizers' first moments (``exp_avg``,
             ``momentum_buffer``) whenever an exchange has changed the parameters. A
             rank's own hold noise that the mean of the ranks has less of, and carry it

@@ -776,6 +776,7 @@ def test_what_halved_first_moments_bring_is_so() -> None:
     assert decayed.loss < found[adam].loss
     again = f"{100 * (1 - decayed.loss / found[halved].loss):.1f} % lower again"
     assert f"they end {again}" in docs
+    assert f"`residual_decay=0.8`, too, {again}" in readme
     behind = f"{100 * (decayed.loss / found[dense].loss - 1):.1f} %"
     assert f"{behind} above float32 and below the pre" in docs
     for words in (
