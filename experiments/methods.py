@@ -355,7 +355,7 @@ RANS = ((4, 4.6, 1.0), (8, 11.5, 1.0), (16, 11.5, 1.0), (32, 12.4, 0.8))
 
 # Where first moments are halved after each exchange and masters go farther than the
 # mean of what ranks moved: steps between exchanges, per cent sent, residuals' decay.
-HALVED = ((8, 11.5, 1.0), (8, 11.5, 0.8), (16, 11, 0.8), (32, 11.5, 0.8))
+HALVED = ((8, 11.5, 1.0), (8, 11, 0.8), (8, 11.5, 0.8), (16, 11, 0.8), (32, 11.5, 0.8))
 
 METHODS: dict[str, Method] = {
     "float32": _all_reduce(allreduce_hook, 32),
