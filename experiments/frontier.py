@@ -140,13 +140,13 @@ def dense(found: Sequence[Point]) -> Point | None:
 
 
 def best(results: Path) -> str:
-    """Return the methods of ``BEST``, each beside float32 in the same training.
+    """Return the methods of ``BEST`` as Markdown, each beside float32 at its best.
 
     Args:
         results: the folder of the committed result files.
 
     Raises:
-        ResultError: one of them is missing or cannot be read.
+        ResultError: one of them is missing, cannot be read or lacks the method.
     """
     titles = ["transformer", "steps", "with `--methods`", "fewer bytes"]
     titles += ["float32's best test loss", "its best", "above float32", "seeds"]
@@ -155,8 +155,10 @@ def best(results: Path) -> str:
         rows = read_csv(results / f"{name}.csv", COLUMNS)
         found = points(rows)
         base = dense(found)
-        assert base is not None
-        point = next(p for p in found if p.method == method)
+        point = next((p for p in found if p.method == method), None)
+        if base is None or point is None:
+            missing = method if point is None else BASELINE
+            raise ResultError(f"{name}.csv has no {missing!r}: it is of another lc3")
         lines.append(
             [
                 _NETWORKS[rows[0]["task"]],
@@ -287,7 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--marker", help="in it (default: the name of the file)")
     options = parser.parse_args(arguments)
     try:
-        text = best(options.csv) if options.csv.is_dir() else one(options, parser)
+        if options.csv.is_dir() and (options.links or options.plot):
+            parser.error("--links and --plot go with one result file, not a folder")
+        text = best(options.csv) if options.csv.is_dir() else of_file(options, parser)
     except ResultError as error:
         parser.error(str(error))
     Console(highlight=False).print(text, soft_wrap=True)
@@ -297,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.docs.write_text(insert(old, marker, text))
 
 
-def one(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+def of_file(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """Return the table of one result file, and draw it if that is asked for."""
     rows = read_csv(options.csv, [*COLUMNS, "step_ms"])
     links = options.links and read_csv(options.links, [*COLUMNS, "rate", "step_ms"])

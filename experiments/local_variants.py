@@ -15,15 +15,18 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 import lc3
+from experiments.methods import all_coded
 from experiments.record import ResultError, read_csv, stamped, write_csv
-from experiments.report import grid
+from experiments.report import grid, length
 from experiments.tasks import TASKS, DataError
 from experiments.train import (
     WARM_UP,
     at_least,
     batches,
     evaluate_together,
+    scale_rate,
     schedule,
+    share,
     train_step,
 )
 from launch import ranks
@@ -79,12 +82,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(1), default=1600)
     parser.add_argument("--every", type=at_least(1), default=16)
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--raw", action="store_true", help="send float32, uncoded")
+    coded = parser.add_mutually_exclusive_group()
+    coded.add_argument("--raw", action="store_true", help="send float32, uncoded")
+    coded.add_argument("--all-coded", action="store_true", help="vectors too, by rans")
     parser.add_argument("--own", action="store_true", help=go_on_from_own.__doc__)
     parser.add_argument("--average", action="store_true", help=average_moments.__doc__)
-    parser.add_argument("--all-coded", action="store_true", help="vectors too, by rANS")
     parser.add_argument("--lr", type=float, default=1.0, help="multiplies the task's")
-    parser.add_argument("--warm-up", type=float, default=WARM_UP, help="share of steps")
+    parser.add_argument("--warm-up", type=share, default=WARM_UP, help="share of steps")
     parser.add_argument("--residual-decay", type=float, default=1.0)
     parser.add_argument("--momentum-decay", type=float, default=1.0)
     parser.add_argument("--outer-lr", type=float, default=1.0)
@@ -100,9 +104,7 @@ def chosen(options: argparse.Namespace) -> lc3.Config:
     if options.raw:
         return lc3.Config(density=options.density, raw=("*",))
     if options.all_coded:
-        return lc3.Config(
-            density=options.density, min_ndim=0, min_numel=1, entropy="rans"
-        )
+        return all_coded(options.density, "rans")
     return lc3.Config(density=options.density)
 
 
@@ -126,14 +128,14 @@ def table(path: Path) -> str:
             what.append(f"Nesterov momentum {row['outer_momentum']} of the masters")
         if int(row["extra"]):
             what.append(f"{row['extra']} more exchanges at the end")
-        share = f"{100 * float(row['density']):.3g} %" if row["density"] else "float32"
+        sent = f"{100 * float(row['density']):.3g} %" if row["density"] else "float32"
         fewer = f"{float(row['fewer']):.0f} ×" if row["fewer"] else ""
         loss = f"{float(row['test_loss']):.4f}"
-        lines.append([row["every"], share, ", ".join(what), fewer, loss])
+        lines.append([row["every"], sent, ", ".join(what), fewer, loss])
     first = rows[0]
     return (
         f"{grid(titles, lines, words=(2,))}\n\nTask {first['task']}, {first['ranks']} "
-        f"ranks, {first['steps']} steps, seed {first['seed']}. lc3 {first['lc3']} at "
+        f"ranks, {length(first)}, seed {first['seed']}. lc3 {first['lc3']} at "
         f"commit {first['commit']}.\n"
     )
 
@@ -156,8 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module = task.make_model()
     optimizers = task.make_optimizers(module)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] *= options.lr
+        scale_rate(optimizer, options.lr)
     state = local_sgd.attach(
         module,
         optimizers,
@@ -177,7 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_step(module, optimizers, batch)
         for rate in schedules:
             rate.step()
-    variants = {"own model": options.own, "first moments averaged": options.average}
+    variants = {
+        "all coded": options.all_coded,
+        "own model": options.own,
+        "first moments averaged": options.average,
+    }
     rows: list[dict[str, object]] = []
     for extra in range(options.extra + 1):
         if extra:

@@ -336,7 +336,7 @@ def _preconditioned(
     return start
 
 
-def _all_coded(density: float, entropy: EntropyStage = "auto") -> lc3.Config:
+def all_coded(density: float, entropy: EntropyStage = "auto") -> lc3.Config:
     """Return a configuration in which biases and norms do not travel raw."""
     return lc3.Config(density=density, min_ndim=0, min_numel=1, entropy=entropy)
 
@@ -401,20 +401,20 @@ METHODS: dict[str, Method] = {
     ),
     **{
         f"local H={every}, density {percent} %, all coded": _local(
-            every, _all_coded(percent / 100)
+            every, all_coded(percent / 100)
         )
         for every, percent in ALL_CODED
     },
     **{
         f"local H={every}, density {percent} %, all coded, decay {decay}": _local(
-            every, _all_coded(percent / 100), residual_decay=decay
+            every, all_coded(percent / 100), residual_decay=decay
         )
         for every, percent, decay in DECAYING
     },
     **{
         f"local H={every}, density {percent} %, all coded, "
         + (f"decay {decay}, rans" if decay < 1 else "rans"): _local(
-            every, _all_coded(percent / 100, "rans"), residual_decay=decay
+            every, all_coded(percent / 100, "rans"), residual_decay=decay
         )
         for every, percent, decay in RANS
     },
@@ -423,7 +423,7 @@ METHODS: dict[str, Method] = {
         + (f"decay {decay}, rans" if decay < 1 else "rans")
         + ", momentum 0.5, outer rate 2": _local(
             every,
-            _all_coded(percent / 100, "rans"),
+            all_coded(percent / 100, "rans"),
             residual_decay=decay,
             momentum_decay=0.5,
             outer_lr=2,

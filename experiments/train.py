@@ -87,9 +87,7 @@ class Run:
         given = self.task.make_optimizers(module)
         attach, rate_factor = find(method)
         for optimizer in given:
-            for group in optimizer.param_groups:
-                group["lr"] *= rate_factor
-            optimizer.defaults["lr"] *= rate_factor
+            scale_rate(optimizer, rate_factor)
         training = attach(module, given)
         model, optimizers, traffic = training[:3]
         if self.steps % training.every:
@@ -181,6 +179,13 @@ def timed(step_s: float, link_bytes: int) -> dict[str, object]:
     """Return the measured columns of a row, means over ranks; collective."""
     step_ms, sent = mean_over_ranks(1e3 * step_s, link_bytes)
     return {"step_ms": round(step_ms, 3), "link_bytes": round(sent)}
+
+
+def scale_rate(optimizer: Optimizer, factor: float) -> None:
+    """Multiply the learning rate, of groups that are added later, too."""
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+    optimizer.defaults["lr"] *= factor
 
 
 def schedule(optimizer: Optimizer, steps: int, warm_up: float = WARM_UP) -> LambdaLR:

@@ -290,8 +290,10 @@ def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> Non
         f"{float(row['fewer']):.0f} × fewer"
         for row in rows
     ] == done.stdout.splitlines()
-    said = "own model, first moments averaged, lr × 2.0, residuals × 0.8, first moments"
-    assert local_variants.table(path).count(said + " × 0.5, outer rate 1.5") == 2
+    said = "| all coded, own model, first moments averaged, lr × 2.0, residuals × 0.8, "
+    said += "first moments × 0.5, outer rate 1.5"
+    assert local_variants.table(path).count(said) == 2
+    assert "2 ranks, 8 steps, 5 % of them warm-up, seed 0" in local_variants.table(path)
     assert float(rows[1]["fewer"]) < float(rows[0]["fewer"])
 
 
@@ -787,7 +789,7 @@ def test_what_halved_first_moments_bring_is_so() -> None:
     ):
         assert words in docs
     assert f"end {lower} lower at as many bytes" in readme
-    assert f"(H = 8, 11.5 %; {above[halved]} with first moments halved)" in readme
+    assert f"(H = 8, 11.5 %; {behind} with first moments halved and" in readme
     assert 0.99 < times[plain] < 1.01
 
 
@@ -899,18 +901,25 @@ def test_the_table_of_best_forms_is_of_the_committed_results(
     assert report.insert(README, "best", frontier.best(results)) == README
     frontier.main([str(results)])
     assert capsys.readouterr().out.strip() in README
-    fewer: dict[str, list[float]] = {}
     for name, method in frontier.BEST:
-        points = frontier.points(record.read_csv(results / f"{name}.csv"))
+        rows = record.read_csv(results / f"{name}.csv")
+        points = frontier.points(rows)
         base = frontier.dense(points)
-        point = next(p for p in points if p.method == method)
         assert base is not None
+        local = next(p for p in points if p.method == method)
         if "muon" in name:
-            times = base.bytes_per_step / point.bytes_per_step
-            fewer.setdefault(f"{point.loss < base.loss}", []).append(times)
-            assert point.loss < 1.01 * base.loss
-    assert min(fewer["True"]) > 800
-    assert min(fewer["False"]) > 1500
+            assert base.bytes_per_step > 800 * local.bytes_per_step
+            assert local.loss < (1.01 if "H=32" in method else 1) * base.loss
+        if "H=32" in method:
+            assert base.bytes_per_step > 1500 * local.bytes_per_step
+        if int(rows[0]["steps"]) > 1600:
+            ends = [
+                float(row["test_loss"])
+                for row in rows
+                if row["method"] == base.method and row["step"] == row["steps"]
+            ]
+            assert min(ends) > base.loss  # until it overfits
+    assert "with AdamW differ by 0.4 to 0.5 %" in " ".join(README.split())
 
 
 def test_a_folder_without_the_results_is_refused(
@@ -919,6 +928,15 @@ def test_a_folder_without_the_results_is_refused(
     with pytest.raises(SystemExit):
         frontier.main([str(tmp_path)])
     assert "chars-warm-up.csv is not a result file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        frontier.main([str(tmp_path), "--plot", "x.png"])
+    assert "--plot go with one result file" in capsys.readouterr().err
+    (tmp_path / "chars-warm-up.csv").write_text(
+        (ROOT / "experiments/results/chars-long.csv").read_text()
+    )
+    with pytest.raises(SystemExit):
+        frontier.main([str(tmp_path)])
+    assert "chars-warm-up.csv has no 'local H=8" in capsys.readouterr().err
 
 
 def test_what_the_docs_say_of_long_trainings_is_so() -> None:
