@@ -46,7 +46,7 @@ BEST = (
     ),
     (
         "chars-longer-warm-up",
-        f"local H=8, density 11.5 %, all coded, {_HALVED}, lr × 2",
+        f"local H=8, density 11 %, all coded, decay 0.8, {_HALVED}, lr × 2",
     ),
     (
         "chars-large-warm-up",

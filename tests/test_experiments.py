@@ -844,6 +844,11 @@ def test_what_halved_first_moments_bring_long_trainings_is_so(
         other = found["local H=8, density 9.5 %, all coded"].loss
         behind = f"{100 * (other / dense.loss - 1):.1f}"
         assert f"it has {behind} % and not" in " ".join(DOCS.split())
+        fewer = halved.replace("11.5 %, all coded, ", "11 %, all coded, decay 0.8, ")
+        decayed = found[f"{fewer}, lr × 2"]
+        said = f"it is {100 * (1 - decayed.loss / dense.loss):.2f} % below, at "
+        said += f"{dense.bytes_per_step / decayed.bytes_per_step:.0f} times."
+        assert said in " ".join(DOCS.split())
         lower = f"{100 * (1 - dense.loss / found['float32'].loss):.1f} % lower"
         assert f"At twice the rate float32's is {lower}" in " ".join(DOCS.split())
 
@@ -907,6 +912,9 @@ def test_the_table_of_best_forms_is_of_the_committed_results(
         base = frontier.dense(points)
         assert base is not None
         local = next(p for p in points if p.method == method)
+        if name == "chars-longer-warm-up":
+            assert base.bytes_per_step > 400 * local.bytes_per_step
+            assert local.loss < base.loss
         if "muon" in name:
             assert base.bytes_per_step > 800 * local.bytes_per_step
             assert local.loss < (1.01 if "H=32" in method else 1) * base.loss
