@@ -50,7 +50,7 @@ BEST = (
     ),
     (
         "chars-large-warm-up",
-        f"local H=8, density 11.5 %, all coded, {_HALVED}, lr × 2",
+        f"local H=8, density 11.5 %, all coded, decay 0.8, {_HALVED}, lr × 3",
     ),
     ("chars-muon-longer", "local H=16, density 9.5 %, all coded"),
     (
