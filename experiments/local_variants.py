@@ -7,7 +7,7 @@ float32, and the same after exchanges without steps, which deliver what was stil
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,13 @@ from launch import ranks
 from lc3.hooks import local_sgd
 
 KNOBS = ("lr", "warm_up", "residual_decay", "momentum_decay", "outer_lr")
+
+# What tells trainings of different settings apart, beside their seeds.
+SETTINGS = (
+    *("task", "ranks", "steps", "every", "density", "variant"),
+    *KNOBS,
+    *("outer_momentum", "extra"),
+)
 
 
 def go_on_from_own(state: local_sgd.State) -> None:
@@ -108,13 +115,37 @@ def chosen(options: argparse.Namespace) -> lc3.Config:
     return lc3.Config(density=options.density)
 
 
+def over_seeds(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return one row for those that differ in their seeds only.
+
+    Raises:
+        ResultError: one was trained with other seeds than another.
+    """
+    same: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in rows:
+        same.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
+    if len({tuple(row["seed"] for row in alike) for alike in same.values()}) > 1:
+        raise ResultError("variants were trained with different seeds: train the rest")
+    means = []
+    for alike in same.values():
+        mean = dict(alike[0])
+        for name in ("fewer", "test_loss"):
+            if mean[name]:
+                mean[name] = str(sum(float(row[name]) for row in alike) / len(alike))
+        means.append(mean)
+    return means
+
+
 def table(path: Path) -> str:
-    """Return the rows of a result file as Markdown, most bytes first."""
+    """Return the rows of a result file as Markdown, most bytes first.
+
+    Bytes and losses are means over seeds.
+    """
     titles = ["steps between exchanges", "density", "", "fewer in coded tensors"]
     titles.append("test loss")
     lines = []
     rows = read_csv(path)
-    for row in sorted(rows, key=lambda r: float(r["fewer"] or 0)):
+    for row in sorted(over_seeds(rows), key=lambda r: float(r["fewer"] or 0)):
         what = [row["variant"]] if row["variant"] else []
         if float(row["lr"]) != 1:
             what.append(f"lr × {row['lr']}")
@@ -132,10 +163,11 @@ def table(path: Path) -> str:
         fewer = f"{float(row['fewer']):.0f} ×" if row["fewer"] else ""
         loss = f"{float(row['test_loss']):.4f}"
         lines.append([row["every"], sent, ", ".join(what), fewer, loss])
-    first = rows[0]
+    first, seeds = rows[0], ", ".join(dict.fromkeys(row["seed"] for row in rows))
+    many = "seeds" if "," in seeds else "seed"
     return (
         f"{grid(titles, lines, words=(2,))}\n\nTask {first['task']}, {first['ranks']} "
-        f"ranks, {length(first)}, seed {first['seed']}. lc3 {first['lc3']} at "
+        f"ranks, {length(first)}, {many} {seeds}. lc3 {first['lc3']} at "
         f"commit {first['commit']}.\n"
     )
 
