@@ -75,7 +75,8 @@ def attach(
         momentum_decay: what multiplies the optimizers' first moments (``exp_avg``,
             ``momentum_buffer``) whenever an exchange has changed the parameters. A
             rank's own hold noise that the mean of the ranks has less of, and carry it
-            on into the next interval, away from the other ranks. 1 keeps them.
+            on into the next interval, away from the other ranks. 1 keeps them. Less is
+            for AdamW and Muon; SGD with momentum ends worse (docs/results.md).
         delay: steps that go on while an exchange is under way; 0 waits for it. Less
             than ``every``. Each result is then applied ``delay`` steps later.
         group: a process group that nobody else uses. Default: lc3 makes one.

@@ -1185,6 +1185,42 @@ def test_the_rate_of_the_larger_transformer_is_the_best_of_three() -> None:
     assert "end at 2.175, 2.456 and 2.492" in DOCS
 
 
+def test_what_is_said_of_halved_first_moments_with_sgd_is_so() -> None:
+    lower = {}
+    for name in ("cifar10", "fashion"):
+        path = ROOT / f"experiments/results/local-variants-{name}.csv"
+        table = local_variants.table(path)
+        assert report.insert(DOCS, f"local-variants-{name}", table) == DOCS
+        means = local_variants.over_seeds(record.read_csv(path))
+        losses = {
+            (row["lr"], row["momentum_decay"], row["residual_decay"]): float(
+                row["test_loss"]
+            )
+            for row in means
+        }
+        lower[name] = {
+            key: 100 * (1 - loss / losses["1.0", "1.0", "1.0"])
+            for key, loss in losses.items()
+        }
+    docs, readme = (" ".join(page.split()) for page in (DOCS, README))
+    recipe, kept, rate = ("1.0", "0.5", "0.8"), ("1.0", "0.5", "1.0"), "2.0"
+    higher = f"{-lower['cifar10'][recipe]:.0f} % higher"
+    assert f"CIFAR-10 is {higher} so" in readme
+    without = f"{-lower['cifar10'][kept]:.0f} % without residuals that decay"
+    assert f"on CIFAR-10 ends {higher} with all three, and {without}" in docs
+    fashion = lower["fashion"]
+    said = f"ends {fashion[recipe]:.1f} and {fashion[kept]:.1f} % lower, but "
+    said += f"{fashion[rate, '1.0', '1.0']:.1f} % lower by twice the rate alone"
+    assert said in docs
+
+
+def test_variants_of_different_seeds_have_no_mean() -> None:
+    path = ROOT / "experiments/results/local-variants-cifar10.csv"
+    rows = record.read_csv(path)
+    with pytest.raises(record.ResultError, match="different seeds: train the rest"):
+        local_variants.over_seeds(rows[:-1])
+
+
 def test_what_the_docs_say_of_variants_of_local_steps_is_so() -> None:
     path = ROOT / "experiments/results/local-variants.csv"
     table = local_variants.table(path)
