@@ -12,7 +12,7 @@ times the steps.
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,19 +79,36 @@ class Point:
     Attributes:
         method: its name.
         bytes_per_step: sent from one rank to others, the mean over seeds.
-        loss: on the test data, of the best evaluation: the mean over seeds of each
-            one's best.
-        low: of the luckiest seed.
-        high: of the unluckiest.
-        seeds: how many.
+        losses: by seed, on the test data, of its best evaluation.
     """
 
     method: str
     bytes_per_step: float
-    loss: float
-    low: float
-    high: float
-    seeds: int
+    losses: Mapping[str, float]
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        """The mean over seeds."""
+        return self.over(self.losses)
+
+    @property
+    def low(self) -> float:
+        """Of the luckiest seed."""
+        return min(self.losses.values())
+
+    @property
+    def high(self) -> float:
+        """Of the unluckiest."""
+        return max(self.losses.values())
+
+    def over(self, seeds: Collection[str]) -> float:
+        """Return the mean loss of these seeds."""
+        return sum(self.losses[seed] for seed in seeds) / len(seeds)
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
@@ -99,50 +116,64 @@ def points(rows: Sequence[Row]) -> list[Point]:
     found = []
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
-        seeds = sorted({row["seed"] for row in mine})
-        best = [
-            min(float(row["test_loss"]) for row in mine if row["seed"] == seed)
-            for seed in seeds
-        ]
+        best: dict[str, float] = {}
+        for row in mine:
+            loss = float(row["test_loss"])
+            best[row["seed"]] = min(loss, best.get(row["seed"], loss))
         last = [row for row in mine if row["step"] == row["steps"]]
         sent = sum(int(row["sent_bytes"]) for row in last) / len(last)
         found.append(
-            Point(
-                method,
-                sent / int(last[0]["steps"]),
-                sum(best) / len(best),
-                min(best),
-                max(best),
-                len(seeds),
-            )
+            Point(method, sent / int(last[0]["steps"]), dict(sorted(best.items())))
         )
     return sorted(found, key=lambda p: -p.bytes_per_step)
 
 
+def shared(some: Sequence[Point]) -> set[str]:
+    """Return the seeds that all of them were trained with."""
+    return set.intersection(*(set(p.losses) for p in some)) if some else set()
+
+
+def ratio(point: Point, base: Point) -> float | None:
+    """Return its loss over the base's, of the seeds of both; ``None``: there is none.
+
+    Seeds differ by more than forms do, so means over different ones say nothing.
+    """
+    seeds = shared([point, base])
+    return point.over(seeds) / base.over(seeds) if seeds else None
+
+
 def better(point: Point, others: Sequence[Point]) -> Point | None:
     """Return what ends lower with no more bytes, the lowest of them; or ``None``."""
-    some = [
-        p
+    lower = {
+        p.method: (less, p)
         for p in others
-        if p.bytes_per_step <= point.bytes_per_step and p.loss < point.loss
-    ]
-    return min(some, key=lambda p: p.loss, default=None)
+        if p.bytes_per_step <= point.bytes_per_step
+        and (less := ratio(p, point)) is not None
+        and less < 1
+    }
+    least = min(lower, key=lambda method: lower[method][0], default=None)
+    return None if least is None else lower[least][1]
 
 
 def dense(found: Sequence[Point]) -> Point | None:
-    """Return float32 at its best: of several learning rates, averaged or not."""
+    """Return float32 at its best: of several learning rates, averaged or not.
+
+    They are compared by the seeds that all of them were trained with, if there are.
+    """
     baselines = [
         p
         for p in found
         if p.method.removesuffix(AVERAGED).split(AT_RATE)[0] == BASELINE
     ]
-    return min(baselines, key=lambda p: p.loss, default=None)
+    seeds = shared(baselines)
+    return min(baselines, key=lambda p: p.over(seeds or p.losses), default=None)
 
 
 def best(results: Path) -> str:
     """Return the methods of ``BEST`` as Markdown, each beside float32 at its best.
 
-    A moving average is compared with float32's, parameters of now with those of now.
+    A moving average is compared with float32's, parameters of now with those of now,
+    and a seed with the same one.
 
     Args:
         results: the folder of the committed result files.
@@ -162,16 +193,19 @@ def best(results: Path) -> str:
         if base is None or point is None:
             missing = method if point is None else BASELINE
             raise ResultError(f"{name}.csv has no {missing!r}: it is of another lc3")
+        seeds = shared([point, base])
+        if not seeds:
+            raise ResultError(f"{name}.csv: {method!r} has no seed of {base.method!r}")
         lines.append(
             [
                 _NETWORKS[rows[0]["task"]],
                 f"{int(rows[0]['steps']):,}",
                 method,
                 f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×",
-                f"{base.loss:.4f}",
-                f"{point.loss:.4f}",
-                f"{100 * (point.loss / base.loss - 1):+.2f} %",
-                f"{min(point.seeds, base.seeds)}",
+                f"{base.over(seeds):.4f}",
+                f"{point.over(seeds):.4f}",
+                f"{100 * (point.over(seeds) / base.over(seeds) - 1):+.2f} %",
+                f"{len(seeds)}",
             ]
         )
     return grid(titles, lines, words=(0, 2)) + "\n"
@@ -187,7 +221,7 @@ def markdown(rows: Sequence[Row]) -> str:
     It is float32's at its best: of several learning rates, averaged or not.
     """
     found = points(rows)
-    base = dense(found)
+    base, most = dense(found), max(p.seeds for p in found)
     titles = ["method", "bytes per rank and step", "fewer than float32"]
     titles += ["best test loss", "above float32", "lower with no more bytes"]
     lines = []
@@ -197,10 +231,12 @@ def markdown(rows: Sequence[Row]) -> str:
         fewer = above = "–"
         if base is not None:
             fewer = f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×"
-            above = f"{100 * (point.loss / base.loss - 1):+.2f} %"
+            if (times := ratio(point, base)) is not None:
+                above = f"{100 * (times - 1):+.2f} %"
+        some = "" if point.seeds == most else f" ({point.seeds} of {most} seeds)"
         lines.append(
             [
-                point.method,
+                f"{point.method}{some}",
                 f"{point.bytes_per_step:,.0f}",
                 fewer,
                 f"{point.loss:.4f}{spread}",
@@ -211,11 +247,12 @@ def markdown(rows: Sequence[Row]) -> str:
     row = rows[0]
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     table = grid(titles, lines, words=(0, 5))
-    most = max(p.seeds for p in found)
-    seeds = f"{most} {'seed' if most == 1 else 'seeds'}"
+    seeds = "1 seed"
+    if most > 1:
+        seeds = f"{most} seeds (mean, lowest and highest; compared by seeds of both)"
     return (
         f"{table}\n\nTask {row['task']}, {row['ranks']} ranks, {length(row)}, "
-        f"up to {seeds} (mean, lowest and highest); "
+        f"{seeds}; "
         f"the best of {evaluations(rows)} evaluations. Bytes are all that a rank "
         f"sends, headers and raw tensors too. lc3 {row['lc3']} at commit {commits}.\n"
     )

@@ -45,7 +45,9 @@ def rows() -> list[dict[str, str]]:
 
 def test_points_are_the_best_evaluation_of_each_seed() -> None:
     by_name = {point.method: point for point in frontier.points(rows())}
-    assert by_name["wide"] == frontier.Point("wide", 110.0, 1.15, 1.1, 1.2, 2)
+    assert by_name["wide"] == frontier.Point("wide", 110.0, {"0": 1.2, "1": 1.1})
+    wide = by_name["wide"]
+    assert (wide.loss, wide.low, wide.high, wide.seeds) == (1.15, 1.1, 1.2, 2)
     assert by_name["narrow"].loss == 1.1
     assert list(by_name) == ["float32", "wide", "narrow", "least"]
 
@@ -58,8 +60,8 @@ def test_the_table_says_how_often_it_was_evaluated() -> None:
 
 def test_the_table_says_its_warm_up() -> None:
     found = [{**row, "warm_up": "0.2"} for row in rows()]
-    assert "20 steps, 20 % of them warm-up, up to" in frontier.markdown(found)
-    assert "20 steps, up to" in frontier.markdown(rows())
+    assert "20 steps, 20 % of them warm-up, 2 seeds (" in frontier.markdown(found)
+    assert "20 steps, 2 seeds (" in frontier.markdown(rows())
 
 
 def test_the_distance_is_from_float32_at_its_best() -> None:
@@ -70,8 +72,11 @@ def test_the_distance_is_from_float32_at_its_best() -> None:
         if row["method"] == "float32"
     ]
     table = frontier.markdown([*found, *averaged])
-    assert "| float32 | 1,000 | 1.0 × | 1.0000 | +100.00 % |" in table
-    assert "| float32, averaged | 1,000 | 1.0 × | 0.5000 | +0.00 % |" in table
+    assert "| float32 (1 of 2 seeds) | 1,000 | 1.0 × | 1.0000 | +100.00 % |" in table
+    assert (
+        "| float32, averaged (1 of 2 seeds) | 1,000 | 1.0 × | 0.5000 | +0.00 % |"
+        in table
+    )
 
 
 def test_what_is_better_sends_no_more() -> None:
@@ -84,10 +89,39 @@ def test_what_is_better_sends_no_more() -> None:
         "least": None,
     }
     text = frontier.markdown(rows())
-    assert (
-        "| wide | 110 | 9.1 × | 1.1500 (1.1000 … 1.2000) | +15.00 % | narrow |" in text
-    )
-    assert "| least | 10 | 100.0 × | 2.9000 | +190.00 % | **none** |" in text
+    wide = "| wide | 110 | 9.1 × | 1.1500 (1.1000 … 1.2000) | +20.00 % | narrow |"
+    assert wide in text
+    least = "| least (1 of 2 seeds) | 10 | 100.0 × | 2.9000 | +190.00 % | **none** |"
+    assert least in text
+
+
+def test_methods_are_compared_by_the_seeds_of_both() -> None:
+    """A seed that goes badly for everything says nothing of the methods it has."""
+    more = [
+        {**row, "seed": "1", "test_loss": str(float(row["test_loss"]) + 4)}
+        for row in rows()
+        if row["method"] in ("float32", "least")
+    ]
+    twice = [
+        {**row, "method": "float32, lr × 2", "test_loss": "1.01"}
+        for row in rows()
+        if row["method"] == "float32"
+    ]
+    points = frontier.points([*rows(), *more, *twice])
+    base = frontier.dense(points)
+    assert base is not None
+    assert (base.method, base.loss) == ("float32", 3.0)
+    found = {point.method: point for point in points}
+    assert frontier.ratio(found["wide"], base) == (1.2 + 1.1) / (1 + 5)
+    assert frontier.ratio(found["narrow"], base) == 1.1
+    assert frontier.ratio(found["narrow"], found["wide"]) == 1.1 / 1.2
+    other = frontier.Point("other", 1.0, {"7": 0.1})
+    assert frontier.ratio(other, base) is None
+    assert frontier.better(base, [*points, other]) == found["wide"]
+    assert frontier.better(base, [other]) is None
+    alone = [{**row, "seed": "7"} for row in rows() if row["method"] == "narrow"]
+    table = frontier.markdown([*rows()[:2], *alone])
+    assert "| narrow | 90 | 11.1 × | 1.1000 | – | **none** |" in table
 
 
 def test_the_command_draws_loss_against_bytes_and_time(tmp_path: Path) -> None:
