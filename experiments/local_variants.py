@@ -157,18 +157,21 @@ def table(path: Path) -> str:
             what.append(f"outer rate {row['outer_lr']}")
         if float(row["outer_momentum"]):
             what.append(f"Nesterov momentum {row['outer_momentum']} of the masters")
+        if row["warm_up"] != rows[0]["warm_up"]:
+            what.append(f"{100 * float(row['warm_up']):g} % warm-up")
         if int(row["extra"]):
             what.append(f"{row['extra']} more exchanges at the end")
         sent = f"{100 * float(row['density']):.3g} %" if row["density"] else "float32"
         fewer = f"{float(row['fewer']):.0f} ×" if row["fewer"] else ""
         loss = f"{float(row['test_loss']):.4f}"
         lines.append([row["every"], sent, ", ".join(what), fewer, loss])
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     first, seeds = rows[0], ", ".join(dict.fromkeys(row["seed"] for row in rows))
     many = "seeds" if "," in seeds else "seed"
     return (
         f"{grid(titles, lines, words=(2,))}\n\nTask {first['task']}, {first['ranks']} "
         f"ranks, {length(first)}, {many} {seeds}. lc3 {first['lc3']} at "
-        f"commit {first['commit']}.\n"
+        f"commit {commits}.\n"
     )
 
 

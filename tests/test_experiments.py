@@ -1225,6 +1225,37 @@ def test_the_rate_of_the_larger_transformer_is_the_best_of_three() -> None:
     assert "end at 2.175, 2.456 and 2.492" in DOCS
 
 
+def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
+    path = ROOT / "experiments/results/local-variants-chars.csv"
+    table = local_variants.table(path)
+    assert report.insert(DOCS, "local-variants-chars", table) == DOCS
+    assert "| 5 % warm-up |" in table
+    found = {
+        (row["warm_up"], row["momentum_decay"], row["outer_lr"]): float(
+            row["test_loss"]
+        )
+        for row in record.read_csv(path)
+    }
+    assert len(found) == 5
+    long, short = (
+        f"{100 * (1 - found[share, '0.5', '2.0'] / found[share, '1.0', '1.0']):.1f} %"
+        for share in ("0.2", "0.05")
+    )
+    alone = 100 * (found["0.2", "0.5", "1.0"] / found["0.2", "1.0", "1.0"] - 1)
+    muon = [
+        f"{float(row['test_loss']):.4f}"
+        for row in record.read_csv(ROOT / "experiments/results/local-variants.csv")
+        if row["every"] == "8"
+    ]
+    docs = " ".join(DOCS.split())
+    for words in (
+        f"they end {long} lower, after the short warm-up {short}; to halve",
+        f"without the outer rate, is {alone:.1f} % higher",
+        f"no gain: {muon[0]} at the task's rate, {muon[1]} without",
+    ):
+        assert words in docs
+
+
 def test_what_is_said_of_halved_first_moments_with_sgd_is_so() -> None:
     lower = {}
     for name in ("cifar10", "fashion"):
