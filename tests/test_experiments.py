@@ -1067,10 +1067,12 @@ def test_what_the_docs_say_of_long_trainings_is_so() -> None:
     muon_large = record.read_csv(ROOT / "experiments/results/chars-muon-large.csv")
     half_rate, base_muon, lower, _, quarter = frontier.points(muon_large)
     assert (base_muon.method, half_rate.method) == ("float32", "float32, lr × 0.5")
-    assert f"{100 * (1 - base_muon.loss / half_rate.loss):.1f}" == "1.1"
-    behind = f"best evaluation is {100 * (quarter.loss / base_muon.loss - 1):.1f} %"
+    assert f"{-above(base_muon, half_rate):.1f}" == "1.1"
+    behind = f"best evaluation is {above(quarter, base_muon):.1f} %"
     assert f"Local steps' {behind} above that, or" in " ".join(DOCS.split())
-    said = f"level with it ({lower.loss:.4f}, {base_muon.loss:.4f}), at "
+    said = f"{abs(above(lower, base_muon)):.1f} % "
+    said += "above it" if lower.loss > base_muon.loss else "below it"
+    said += f" ({lower.loss:.4f}, {base_muon.loss:.4f}; two seeds), at "
     said += f"{base_muon.bytes_per_step / lower.bytes_per_step:.0f} times fewer bytes"
     assert "decay 0.8, rans, momentum 0.5" in lower.method
     assert said in " ".join(DOCS.split())
