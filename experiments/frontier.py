@@ -11,6 +11,7 @@ times the steps.
 """
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,26 +134,23 @@ def shared(some: Sequence[Point]) -> set[str]:
     return set.intersection(*(set(p.losses) for p in some)) if some else set()
 
 
-def ratio(point: Point, base: Point) -> float | None:
-    """Return its loss over the base's, of the seeds of both; ``None``: there is none.
+def ratio(point: Point, base: Point) -> float:
+    """Return its loss over the base's, of the seeds of both; NaN: there is none.
 
-    Seeds differ by more than forms do, so means over different ones say nothing.
+    Seeds can differ by more than forms do, so means over different ones say nothing.
     """
     seeds = shared([point, base])
-    return point.over(seeds) / base.over(seeds) if seeds else None
+    return point.over(seeds) / base.over(seeds) if seeds else math.nan
 
 
 def better(point: Point, others: Sequence[Point]) -> Point | None:
     """Return what ends lower with no more bytes, the lowest of them; or ``None``."""
-    lower = {
-        p.method: (less, p)
+    some = [
+        p
         for p in others
-        if p.bytes_per_step <= point.bytes_per_step
-        and (less := ratio(p, point)) is not None
-        and less < 1
-    }
-    least = min(lower, key=lambda method: lower[method][0], default=None)
-    return None if least is None else lower[least][1]
+        if p.bytes_per_step <= point.bytes_per_step and ratio(p, point) < 1
+    ]
+    return min(some, key=lambda p: ratio(p, point), default=None)
 
 
 def dense(found: Sequence[Point]) -> Point | None:
@@ -204,7 +202,7 @@ def best(results: Path) -> str:
                 f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×",
                 f"{base.over(seeds):.4f}",
                 f"{point.over(seeds):.4f}",
-                f"{100 * (point.over(seeds) / base.over(seeds) - 1):+.2f} %",
+                f"{100 * (ratio(point, base) - 1):+.2f} %",
                 f"{len(seeds)}",
             ]
         )
@@ -231,7 +229,7 @@ def markdown(rows: Sequence[Row]) -> str:
         fewer = above = "–"
         if base is not None:
             fewer = f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×"
-            if (times := ratio(point, base)) is not None:
+            if not math.isnan(times := ratio(point, base)):
                 above = f"{100 * (times - 1):+.2f} %"
         some = "" if point.seeds == most else f" ({point.seeds} of {most} seeds)"
         lines.append(
