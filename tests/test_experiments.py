@@ -985,6 +985,15 @@ def test_a_folder_without_the_results_is_refused(
     with pytest.raises(SystemExit):
         frontier.main([str(tmp_path)])
     assert "chars-warm-up.csv has no 'local H=8" in capsys.readouterr().err
+    name, method = frontier.BEST[0]
+    rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
+    record.write_csv(
+        tmp_path / f"{name}.csv",
+        [{**row, "seed": "9"} if row["method"] == method else row for row in rows],
+    )
+    with pytest.raises(SystemExit):
+        frontier.main([str(tmp_path)])
+    assert f"{method!r} has no seed of 'float32" in capsys.readouterr().err
 
 
 def test_what_the_docs_say_of_long_trainings_is_so() -> None:
