@@ -1,9 +1,11 @@
 """What is best at a given number of bytes: validation loss against bytes and time.
 
     python -m experiments.frontier losses.csv --links links.csv --plot frontier.png
+    python -m experiments.frontier losses.csv --links links.csv --within 1
     python -m experiments.frontier experiments/results
 
-The second prints README's table: the best form of each long training.
+The second prints how long each method takes to come within 1 % of float32's best loss,
+the third README's table: the best form of each long training.
 
 Losses are those of the first file's trainings. A link's rate does not change them, so
 time is each method's step as the lab measured it across that link (the second file),
@@ -32,6 +34,7 @@ from experiments.report import (
     grid,
     insert,
     length,
+    partly,
     step_ms_by_link,
 )
 
@@ -158,13 +161,12 @@ def dense(found: Sequence[Point]) -> Point | None:
 
     They are compared by the seeds that all of them were trained with, if there are.
     """
-    baselines = [
-        p
-        for p in found
-        if p.method.removesuffix(AVERAGED).split(AT_RATE)[0] == BASELINE
-    ]
-    seeds = shared(baselines)
-    return min(baselines, key=lambda p: p.over(seeds or p.losses), default=None)
+    return _lowest([p for p in found if _at_task_rate(p.method) == BASELINE])
+
+
+def _lowest(some: Sequence[Point]) -> Point | None:
+    seeds = shared(some)
+    return min(some, key=lambda p: p.over(seeds or p.losses), default=None)
 
 
 def best(results: Path) -> str:
@@ -231,10 +233,9 @@ def markdown(rows: Sequence[Row]) -> str:
             fewer = f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×"
             if not math.isnan(times := ratio(point, base)):
                 above = f"{100 * (times - 1):+.2f} %"
-        some = "" if point.seeds == most else f" ({point.seeds} of {most} seeds)"
         lines.append(
             [
-                f"{point.method}{some}",
+                partly(point.method, point.seeds, most),
                 f"{point.bytes_per_step:,.0f}",
                 fewer,
                 f"{point.loss:.4f}{spread}",
@@ -256,6 +257,97 @@ def markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def waits(rows: Sequence[Row], links: Sequence[Row], percent: float) -> str:
+    """Return how long methods train until they are near float32's best loss.
+
+    A seed of a method is there when its loss, between evaluations interpolated, is no
+    more than ``percent`` above the best that float32 has with that seed at the best of
+    its learning rates. Its time is the steps until then, the mean over seeds, times
+    those the lab measured; float32's is the shortest of its learning rates'.
+
+    Args:
+        rows: of trainings.
+        links: of the lab; the methods that it did not measure are left out.
+        percent: how near, 0 or more.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        ResultError: float32 is missing in one of the two.
+    """
+    times, _ = step_ms_by_link(links)
+    found = points(rows)
+    base = dense(found)
+    if base is None or BASELINE not in times:
+        raise ResultError(f"no rows of {BASELINE}, so there is nothing to be near to")
+    rates = list(times[BASELINE])
+    measured = [p for p in found if _at_task_rate(p.method) in times]
+    steps = {p.method: _steps_until(rows, p, base, 1 + percent / 100) for p in measured}
+    dense_steps = [s for m, s in steps.items() if _at_task_rate(m) == BASELINE]
+    most = max(p.seeds for p in found)
+    lines = []
+    for point in measured:
+        mine, by_rate = steps[point.method], times[_at_task_rate(point.method)]
+        until, whole = _mean(mine, mine), min(_mean(s, mine) for s in dense_steps)
+        line = [partly(point.method, point.seeds, most)]
+        line.append("not reached" if math.isinf(until) else f"{until:,.0f}")
+        for rate in rates:
+            if math.isinf(until) or rate not in by_rate:
+                line.append("–")
+                continue
+            seconds = until * by_rate[rate] / 1e3
+            sooner = whole * times[BASELINE][rate] / 1e3 / seconds
+            line.append(f"{seconds / 60:,.1f} min ({sooner:,.1f} ×)")
+        lines.append(line)
+    near = f"{percent:g} % above float32's best"
+    titles = ["method", f"steps until {near}", *rates]
+    row = rows[0]
+    return (
+        f"{grid(titles, lines)}\n\nTask {row['task']}, {row['ranks']} ranks, "
+        f"{length(row)}; steps until the test loss is no more than {near} of the same "
+        f"seed, times the step measured across links of each rate (in brackets: how "
+        f"many times sooner than float32 at the rate that is there first).\n"
+    )
+
+
+def _at_task_rate(method: str) -> str:
+    """Return the method without a rate or an average: they take no time."""
+    return method.removesuffix(AVERAGED).split(AT_RATE)[0]
+
+
+def _steps_until(
+    rows: Sequence[Row], point: Point, base: Point, times: float
+) -> dict[str, float]:
+    """Return the steps by seed, of the seeds of both; infinite: it never is there."""
+    return {
+        seed: _first_below(
+            [r for r in rows if (r["method"], r["seed"]) == (point.method, seed)],
+            times * base.losses[seed],
+        )
+        for seed in sorted(shared([point, base]))
+    }
+
+
+def _mean(steps: Mapping[str, float], seeds: Collection[str]) -> float:
+    """Return the mean over these seeds; infinite: one is missing, or there are none."""
+    if not seeds or not set(seeds) <= set(steps):
+        return math.inf
+    return sum(steps[seed] for seed in seeds) / len(seeds)
+
+
+def _first_below(training: Sequence[Row], target: float) -> float:
+    before = (0.0, math.inf)
+    for row in training:
+        step, loss = float(row["step"]), float(row["test_loss"])
+        if loss <= target:
+            start, high = before
+            share = 1.0 if math.isinf(high) else (high - target) / (high - loss)
+            return start + share * (step - start)
+        before = (step, loss)
+    return math.inf
+
+
 def evaluations(rows: Sequence[Row]) -> str:
     """Return in how many evaluations of a training its best was looked for."""
     counts = Counter(
@@ -265,22 +357,45 @@ def evaluations(rows: Sequence[Row]) -> str:
     return f"{most}" if least == most else f"{least} to {most}"
 
 
+def at_best_rate(rows: Sequence[Row]) -> list[str]:
+    """Return the methods, each at the learning rate that ends lowest, averaged or not.
+
+    Its rates are compared by the seeds that all of them were trained with.
+    """
+    forms: dict[str, list[Point]] = {}
+    for point in points(rows):
+        forms.setdefault(_at_task_rate(point.method), []).append(point)
+    return [p.method for some in forms.values() if (p := _lowest(some)) is not None]
+
+
 def plot(rows: Sequence[Row], links: Sequence[Row] | None, path: Path) -> None:
-    """Write a PNG: loss against bytes, and against the time of each measured link."""
+    """Write a PNG: loss against bytes, and against the time of each measured link.
+
+    Each method is drawn at the best of its learning rates.
+    """
     times = step_ms_by_link(links)[0] if links else {}
     rates = list(next(iter(times.values()))) if times else []
-    figure = Figure(figsize=(6.5 * (1 + len(rates)) + 3, 5), layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(rates), squeeze=False)[0]
-    everything = curves(rows)
+    columns = 2 if rates else 1
+    lines = -(-(1 + len(rates)) // columns)
+    figure = Figure(figsize=(6.5 * columns + 4, 5 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    first, *others = panels
+    for unused in panels[1 + len(rates) :]:
+        unused.set_axis_off()
+    chosen = at_best_rate(rows)
+    everything = [curve for curve in curves(rows) if curve.method in chosen]
     _draw(first, everything, {c.method: c.sent_mb for c in everything})
     first.set_xlabel("MB sent per rank")
     first.set_title(f"{rows[0]['task']}, {rows[0]['ranks']} ranks")
-    for axes, rate in zip(others, rates, strict=True):
+    for axes, rate in zip(others, rates, strict=False):
         by_rate = {m: ms[rate] for m, ms in times.items() if rate in ms}
         seconds = {
-            curve.method: [step * by_rate[curve.method] / 1e3 for step in curve.steps]
+            curve.method: [
+                step * by_rate[_at_task_rate(curve.method)] / 1e3
+                for step in curve.steps
+            ]
             for curve in everything
-            if curve.method in by_rate
+            if _at_task_rate(curve.method) in by_rate
         }
         _draw(axes, everything, seconds)
         axes.set_xlabel("seconds of training")
@@ -297,6 +412,7 @@ def plot(rows: Sequence[Row], links: Sequence[Row] | None, path: Path) -> None:
 def _draw(
     axes: Axes, everything: Sequence[Curve], places: Mapping[str, Sequence[float]]
 ) -> None:
+    most = max(len(curve.seeds) for curve in everything)
     for index, curve in enumerate(everything):
         if curve.method in places:
             axes.plot(
@@ -306,7 +422,7 @@ def _draw(
                 color=f"C{index % 10}",
                 marker="o",
                 markersize=3,
-                label=curve.method,
+                label=partly(curve.method, len(curve.seeds), most),
             )
     ends = [curve.test_loss[-1] for curve in everything]
     least = min(min(curve.test_loss) for curve in everything)
@@ -327,18 +443,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("csv", type=Path, help="the losses, or the folder of results")
     parser.add_argument("--links", type=Path, help="the same task across a lab's links")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument(
+        "--within",
+        type=float,
+        metavar="PERCENT",
+        help="print how long each method takes to come that near to float32's best",
+    )
     parser.add_argument("--docs", type=Path, help="Markdown file with markers")
     parser.add_argument("--marker", help="in it (default: the name of the file)")
     options = parser.parse_args(arguments)
     try:
         if options.csv.is_dir() and (options.links or options.plot):
             parser.error("--links and --plot go with one result file, not a folder")
+        if options.within is not None and not options.links:
+            parser.error("--within needs --links: the lab's step times")
+        if options.within is not None and not 0 <= options.within < math.inf:
+            parser.error(f"--within {options.within} must be 0 or more, in percent")
         text = best(options.csv) if options.csv.is_dir() else of_file(options, parser)
     except ResultError as error:
         parser.error(str(error))
     Console(highlight=False).print(text, soft_wrap=True)
     if options.docs:
         old, stem = options.docs.read_text(), options.csv.stem
+        stem += "" if options.within is None else "-times"
         marker = options.marker or ("best" if options.csv.is_dir() else stem)
         options.docs.write_text(insert(old, marker, text))
 
@@ -354,6 +481,8 @@ def of_file(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str
         )
     if options.plot:
         plot(rows, links, options.plot)
+    if options.within is not None:
+        return waits(rows, links, options.within)
     return markdown(rows)
 
 

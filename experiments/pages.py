@@ -1,7 +1,7 @@
 """A report of one experiment, as HTML with its pictures inside and as Markdown."""
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -19,6 +19,7 @@ from experiments.report import (
     caption,
     cells,
     grid,
+    partly,
     step_ms_by_link,
     summarise,
 )
@@ -63,10 +64,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Curve:
-    """How one method went at one rate, the mean of the seeds at every evaluation."""
+    """How one method went at one rate, the mean of its seeds at every evaluation."""
 
     method: str
     rate: str
+    seeds: frozenset[str]
     steps: list[int]
     test_loss: list[float]
     accuracy: list[float]
@@ -94,6 +96,7 @@ def _curve(rows: Sequence[Row], method: str, rate: str) -> Curve:
     return Curve(
         method,
         rate,
+        frozenset(row["seed"] for row in mine),
         steps,
         over_seeds("test_loss"),
         over_seeds("accuracy", 100),
@@ -132,7 +135,7 @@ def sections(rows: Sequence[Row], folder: Path) -> Iterator[Section]:
     yield _comparison(rows)
     yield _steps(rows)
     if any(curve.rate for curve in everything):
-        yield _time_to_accuracy(everything)
+        yield _time_to_accuracy(rows)
     yield _picture(
         "Accuracy against bytes",
         "Test accuracy against what each rank sent, the mean of the seeds.",
@@ -190,25 +193,41 @@ def _steps(rows: Sequence[Row]) -> Section:
     return Section("Time of a step", text, ["method", *links], lines)
 
 
-def _time_to_accuracy(everything: Sequence[Curve]) -> Section:
-    base = [curve for curve in everything if curve.method == BASELINE]
+def _time_to_accuracy(rows: Sequence[Row]) -> Section:
+    """Compare every method with the baseline's same seeds."""
+    base = [r for r in rows if r["method"] == BASELINE and r["step"] == r["steps"]]
     if not base:
         return Section("Time to accuracy", f"There is no {BASELINE} to compare with.")
-    target = TARGET * mean(curve.accuracy[-1] for curve in base)
-    rates = list(dict.fromkeys(curve.rate for curve in everything))
-    lines = []
-    for method in dict.fromkeys(curve.method for curve in everything):
-        line = [method]
-        for rate in rates:
-            found = [c for c in everything if (c.method, c.rate) == (method, rate)]
-            seconds = reached(found[0], target) if found else None
-            line.append("not reached" if seconds is None else f"{seconds:,.2f} s")
+    rates = list(dict.fromkeys(row.get("rate", "") for row in rows))
+    most = len({row["seed"] for row in rows})
+    lines, targets = [], set()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        seeds = {row["seed"] for row in mine} & {row["seed"] for row in base}
+        line = [partly(method, len({row["seed"] for row in mine}), most)]
         lines.append(line)
+        if not seeds:
+            line += ["–"] * len(rates)
+            continue
+        target = _target(row for row in base if row["seed"] in seeds)
+        targets.add(f"{target:.2f}")
+        found = {c.rate: c for c in curves([r for r in mine if r["seed"] in seeds])}
+        for rate in rates:
+            if rate not in found:
+                line.append("–")
+                continue
+            seconds = reached(found[rate], target)
+            line.append("not reached" if seconds is None else f"{seconds:,.2f} s")
+    same = ", with the same seeds" if len(targets) > 1 else ""
     text = (
-        f"Measured seconds of training until a test accuracy of {target:.2f} %, "
-        f"{100 * TARGET:.0f} % of what {BASELINE} ends with."
+        f"Measured seconds of training until a test accuracy of {_target(base):.2f} %, "
+        f"{100 * TARGET:.0f} % of what {BASELINE} ends with{same}."
     )
     return Section("Time to accuracy", text, ["method", *rates], lines)
+
+
+def _target(ends: Iterable[Row]) -> float:
+    return TARGET * mean(100 * float(row["accuracy"]) for row in ends)
 
 
 def _one_rate(everything: Sequence[Curve]) -> list[Curve]:
@@ -229,13 +248,14 @@ def _picture(
 
 
 def _accuracy(axes: Axes, some: Sequence[Curve], against: str) -> None:
+    most = max(len(curve.seeds) for curve in some)
     for curve in some:
         axes.plot(
             getattr(curve, against),
             curve.accuracy,
             marker="o",
             markersize=3,
-            label=curve.method,
+            label=partly(curve.method, len(curve.seeds), most),
         )
     axes.set_xscale("log")
     axes.set_xlabel("MB sent per rank" if against == "sent_mb" else "seconds")
@@ -275,7 +295,7 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 def time_markdown(rows: Sequence[Row]) -> str:
     """Return measured time to accuracy by method and rate, as Markdown."""
-    part = _time_to_accuracy(curves(rows))
+    part = _time_to_accuracy(rows)
     return f"{grid(part.headers, part.lines)}\n\n{part.text}\n"
 
 

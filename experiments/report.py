@@ -110,9 +110,8 @@ def cells(summaries: Sequence[Summary]) -> list[list[str]]:
 
     def of(s: Summary) -> list[str]:
         fewer = baseline.bytes_per_step / s.bytes_per_step if baseline else float("nan")
-        some = "" if s.seeds == most else f" ({s.seeds} of {most} seeds)"
         return [
-            s.method + some,
+            partly(s.method, s.seeds, most),
             f"{s.bytes_per_step:,.0f}",
             f"{fewer:.1f} ×",
             f"{64 / (s.push_bits + s.pull_bits):.1f} ×",
@@ -153,6 +152,11 @@ def step_ms_by_link(rows: Sequence[Row]) -> tuple[dict[str, dict[str, float]], b
             if some:
                 times.setdefault(method, {})[rate] = mean(some)
     return times, True
+
+
+def partly(method: str, seeds: int, most: int) -> str:
+    """Return the method's name, and how many of the seeds it has if not all."""
+    return method if seeds == most else f"{method} ({seeds} of {most} seeds)"
 
 
 def length(row: Row) -> str:

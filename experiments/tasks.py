@@ -73,8 +73,13 @@ def digits(_data_dir: Path | None = None) -> Task:
     )
 
 
-def fashion_mnist(data_dir: Path | None) -> Task:
-    """Return Fashion-MNIST from its four idx files, gzipped or not."""
+def fashion_mnist(data_dir: Path | None, adamw: bool = False) -> Task:
+    """Return Fashion-MNIST from its four idx files, gzipped or not.
+
+    Args:
+        data_dir: where they are.
+        adamw: whether AdamW trains in place of SGD with momentum.
+    """
     where = _needs(
         data_dir,
         "Fashion-MNIST's idx files (train-images-idx3-ubyte and so on)",
@@ -89,22 +94,23 @@ def fashion_mnist(data_dir: Path | None) -> Task:
         return TensorDataset(scaled, labels.long())
 
     return Task(
-        name="fashion-mnist",
+        name="fashion-mnist" + "-adamw" * adamw,
         train=load("train"),
         test=load("t10k"),
         make_model=models.lenet,
-        make_optimizers=_sgd(0.02),
+        make_optimizers=_adamw(2e-3) if adamw else _sgd(0.02),
         batch_size=32,
     )
 
 
-def cifar10(data_dir: Path | None, depth: int = 20) -> Task:
+def cifar10(data_dir: Path | None, depth: int = 20, adamw: bool = False) -> Task:
     """Return CIFAR-10 with a ResNet of ``depth`` layers, standard augmentation.
 
     Args:
         data_dir: holds ``cifar-10-batches-bin``, or ``train`` and ``test`` with one
             folder of images per class.
         depth: 6n + 2, as in the ResNet paper.
+        adamw: whether AdamW trains in place of SGD with momentum.
     """
     where = _needs(
         data_dir,
@@ -118,11 +124,11 @@ def cifar10(data_dir: Path | None, depth: int = 20) -> Task:
     else:
         train, test = (_image_folder(where / part) for part in ("train", "test"))
     return Task(
-        name=f"cifar10-resnet{depth}",
+        name=f"cifar10-resnet{depth}" + "-adamw" * adamw,
         train=_normalised(*train),
         test=_normalised(*test),
         make_model=lambda: models.resnet(depth),
-        make_optimizers=_sgd(0.1),
+        make_optimizers=_adamw(2e-3) if adamw else _sgd(0.1),
         batch_size=32,
         augment=_crop_and_flip,
     )
@@ -181,7 +187,9 @@ def chars(
 TASKS: dict[str, Callable[[Path | None], Task]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
+    "fashion-mnist-adamw": lambda data_dir: fashion_mnist(data_dir, adamw=True),
     "cifar10-resnet20": cifar10,
+    "cifar10-resnet20-adamw": lambda data_dir: cifar10(data_dir, adamw=True),
     "cifar10-resnet56": lambda data_dir: cifar10(data_dir, 56),
     "cifar10-resnet110": lambda data_dir: cifar10(data_dir, 110),
     "chars": chars,

@@ -920,7 +920,38 @@ def test_the_steps_of_the_frontier_are_those_the_lab_measured() -> None:
     shown = ("float32", "3LC s=1.00", "local H=16, density 30 %")
     rates = ("10mbit", "1gbit")
     rounded = [[round(times[method][rate]) for method in shown] for rate in rates]
-    assert rounded == [[1979, 127, 54], [69, 88, 52]]
+    assert rounded == [[2030, 167, 80], [86, 112, 63]]
+    every_step = ("3LC s=1.00", "push-pull s=1.00", "preconditioned s=1.00, rans")
+    assert round(times["preconditioned s=1.00, rans"]["1gbit"]) == 139
+    halved = "decay 0.8, rans, momentum 0.5, outer rate 2"
+    alike = [f"local H=8, density {d} %, all coded, {halved}" for d in ("11.5", "11")]
+    assert [round(times[method]["1gbit"]) for method in alike] == [74, 87]
+    assert times["float32"]["1gbit"] < min(times[m]["1gbit"] for m in every_step)
+
+
+@pytest.mark.parametrize(
+    ("name", "percent"), [("chars-longer-warm-up", 1), ("chars-warm-up", 3)]
+)
+def test_the_table_of_times_is_of_the_committed_results(
+    name: str, percent: float
+) -> None:
+    results = ROOT / "experiments/results"
+    links = record.read_csv(results / "links-chars.csv")
+    rows = record.read_csv(results / f"{name}.csv")
+    table = frontier.waits(rows, links, percent)
+    assert report.insert(DOCS, f"{name}-times", table) == DOCS
+    halved = "| local H=8, density 11 %, all coded, decay 0.8, rans, momentum 0.5,"
+    if percent == 1:
+        assert f"{halved} outer rate 2, lr × 2 | 5,760 | 6.9 min (30.9 ×)" in table
+        assert "6.7 min (4.1 ×)" in table
+        assert "| float32, lr × 2 | 6,259 | 211.8 min (1.0 ×) |" in table
+        for page in (README, DOCS):
+            assert "6.9 minutes" in page
+            assert "31 times" in page
+    else:
+        line = "| preconditioned s=1.00, rans | 1,392 | 4.6 min (9.1 ×)"
+        assert line in table
+        assert "3.2 min (0.5 ×)" in table
 
 
 def test_the_table_of_best_forms_is_of_the_committed_results(

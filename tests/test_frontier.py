@@ -4,8 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from experiments import frontier
+from experiments import frontier, pages
+from experiments.pages import curves
 from experiments.record import stamped, write_csv
 
 
@@ -140,6 +142,110 @@ def test_the_command_draws_loss_against_bytes_and_time(tmp_path: Path) -> None:
     )
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "| narrow |" in docs.read_text()
+
+
+def test_how_long_methods_take_until_they_are_near_float32s_best() -> None:
+    """2, then 1 passes 1.5 in the middle of two evaluations, and so on."""
+    slower = [
+        {**row, "method": "float32, lr × 3", "test_loss": str(loss)}
+        for row, loss in zip(rows()[:2], (1.5, 1.4), strict=True)
+    ]
+    links = [
+        {**row, "rate": rate, "step_ms": str(ms)}
+        for row in rows()
+        for rate, times in (("1mbit", 10), ("9mbit", 1))
+        for method, ms in (("float32", 6000 * times), ("wide", 600), ("narrow", 900))
+        if row["method"] == method
+    ]
+    table = frontier.waits([*rows(), *slower], links, 50)
+    assert table.splitlines()[2:6] == [
+        "| float32 (1 of 2 seeds) | 15 | 15.0 min (0.7 ×) | 1.5 min (0.7 ×) |",
+        "| float32, lr × 3 (1 of 2 seeds) | 10 | 10.0 min (1.0 ×) | 1.0 min (1.0 ×) |",
+        # Its first evaluation of the seed that float32 has; the other one says nothing.
+        "| wide | 10 | 0.1 min (100.0 ×) | 0.1 min (10.0 ×) |",
+        "| narrow (1 of 2 seeds) | 18 | 0.3 min (37.3 ×) | 0.3 min (3.7 ×) |",
+    ]
+    assert "least" not in table  # the lab did not measure it
+    table = frontier.waits([*rows(), *slower], links, 5)
+    assert "| narrow (1 of 2 seeds) | not reached | – | – |" in table
+    assert "steps until 5 % above float32's best" in table
+    # A seed in which all take longer says nothing of a method that was not trained so.
+    late = [
+        {**row, "seed": "1", "test_loss": str(loss)}
+        for row, loss in zip(rows()[:2], (9, 1.0), strict=True)
+    ]
+    table = frontier.waits([*rows(), *late], links, 50)
+    assert "| float32 | 17 | 17.2 min (1.0 ×) | 1.7 min (1.0 ×) |" in table
+    assert (
+        "| narrow (1 of 2 seeds) | 18 | 0.3 min (55.9 ×) | 0.3 min (5.6 ×) |" in table
+    )
+
+
+def test_how_long_needs_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses, links = tmp_path / "t.csv", tmp_path / "links.csv"
+    write_csv(losses, stamped(rows()))
+    write_csv(links, stamped([{**r, "rate": "1mbit"} for r in rows()[2:]]))
+    command = [str(losses), "--within"]
+    for arguments, said in (
+        ([*command, "1"], "--within needs --links"),
+        ([*command, "-1", "--links", str(links)], "--within -1.0 must be 0 or more"),
+        ([*command, "nan", "--links", str(links)], "--within nan must be 0 or more"),
+        ([*command, "1", "--links", str(links)], "no rows of float32"),
+    ):
+        with pytest.raises(SystemExit):
+            frontier.main(arguments)
+        assert said in capsys.readouterr().err
+    write_csv(links, stamped([{**r, "rate": "1mbit"} for r in rows()]))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- t-times:begin -->\n<!-- t-times:end -->")
+    frontier.main([*command, "1", "--links", str(links), "--docs", str(page)])
+    assert "| float32 (1 of 2 seeds) | 20 |" in page.read_text()
+
+
+def test_a_curve_says_of_how_many_seeds_it_is() -> None:
+    twice = [
+        {**row, "method": "wide, lr × 2"} for row in rows() if "wide" in row["method"]
+    ]
+    axes = Figure().subplots()
+    everything = curves([*rows(), *twice])
+    frontier._draw(axes, everything, {c.method: c.sent_mb for c in everything})
+    labels = ["float32 (1 of 2 seeds)", "wide", "narrow (1 of 2 seeds)"]
+    labels += ["least (1 of 2 seeds)", "wide, lr × 2"]
+    assert axes.get_legend_handles_labels()[1] == labels
+
+
+def test_a_method_is_drawn_at_the_best_of_its_rates() -> None:
+    faster = [
+        {**row, "method": "wide, lr × 2", "test_loss": str(float(row["test_loss"]) / 2)}
+        for row in rows()
+        if row["method"] == "wide"
+    ]
+    slower = [
+        {**row, "method": "narrow, lr × 0.5", "test_loss": "9"}
+        for row in rows()
+        if row["method"] == "narrow"
+    ]
+    found = frontier.at_best_rate([*rows(), *faster, *slower])
+    assert found == ["float32", "wide, lr × 2", "narrow", "least"]
+
+
+def test_time_to_accuracy_is_compared_by_the_seeds_of_both() -> None:
+    """Seed 1 of float32 ends at 0.8, which would be a target that nothing reaches."""
+    found = [{**row, "rate": "1mbit"} for row in rows() if row["method"] != "least"]
+    found += [
+        {**row, "seed": "1", "accuracy": "0.8"}
+        for row in found
+        if row["method"] == "float32"
+    ]
+    table = pages.time_markdown(found)
+    assert "| narrow (1 of 2 seeds) | 0.02 s |" in table
+    assert "| wide | not reached |" in table
+    assert "of 64.35 %, 99 % of what float32 ends with, with the same seeds." in table
+    assert "with the same seeds" not in pages.time_markdown(found[:2])
+    alone = [row for row in found if row["method"] != "float32" or row["seed"] == "1"]
+    assert "| narrow (1 of 2 seeds) | – |" in pages.time_markdown(alone)
 
 
 def test_links_of_another_task_are_refused(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.optim import SGD, AdamW
 from torch.utils.data import TensorDataset
 
 from experiments import models, train
@@ -80,6 +81,18 @@ def test_text_is_read(tmp_path: Path) -> None:
         loss_of(model(inputs[:4]), targets[:4]).backward()
         for optimizer in task.make_optimizers(model):
             optimizer.step()
+
+
+def test_a_task_with_adamw_differs_in_its_optimizer_only(tmp_path: Path) -> None:
+    write_fashion(tmp_path)
+    write_batches(tmp_path)
+    for name in ("fashion-mnist", "cifar10-resnet20"):
+        plain, task = TASKS[name](tmp_path), TASKS[f"{name}-adamw"](tmp_path)
+        assert (plain.name, task.name) == (name, f"{name}-adamw")
+        assert type(task.make_optimizers(task.make_model())[0]) is AdamW
+        assert type(plain.make_optimizers(plain.make_model())[0]) is SGD
+        assert (task.batch_size, task.augment) == (plain.batch_size, plain.augment)
+        assert torch.equal(task.train.tensors[0], plain.train.tensors[0])
 
 
 def test_resnets_have_the_papers_sizes() -> None:
