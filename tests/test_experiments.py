@@ -1192,9 +1192,22 @@ def test_what_the_readme_says_of_optimizers_is_so() -> None:
         assert f"at {ends[method]} %" in " ".join(README.split())
     assert fashion["3LC s=1.00"][::2] == ("-0.7", "144")
     assert fashion["local H=8"][::2] == ("-1.0", "383")
-    images = beside("cifar10-longer")
-    assert images["local H=4, density 10 %, all coded"][::2] == ("+0.0", "159")
-    assert images["3LC s=1.00, all coded"][::2] == ("-0.6", "75")
+    rows = record.read_csv(ROOT / "experiments/results/cifar10-longer.csv")
+    ends = {
+        (row["method"], row["seed"]): 100 * float(row["accuracy"])
+        for row in rows
+        if row["step"] == row["steps"]
+    }
+    local, coded = "local H=4, density 10 %, all coded", "3LC s=1.00, all coded"
+    points = [ends[local, seed] - ends["float32", seed] for seed in "01"]
+    assert [f"{point:+.1f}" for point in points] == ["+0.0", "+0.6"]
+    assert f"{sum(points) / 2:+.1f}" == "+0.3"
+    assert f"{ends[coded, '0'] - ends['float32', '0']:+.1f}" == "-0.6"
+    assert (coded, "1") not in ends
+    assert f"{ends['float32', '0'] - ends['float32', '1']:.1f}" == "1.0"
+    fewer = {s.method: s.bytes_per_step for s in report.summarise(rows)}
+    assert round(fewer["float32"] / fewer[local]) == 159
+    assert round(fewer["float32"] / fewer[coded]) == 75
     assert chars["local H=8"][1:] == ("6.5", "267")
     assert chars["push-pull s=1.00"][1:] == ("11.8", "39")
     assert chars["3LC s=1.00"][1:] == ("10.5", "43")
