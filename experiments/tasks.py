@@ -98,7 +98,7 @@ def fashion_mnist(data_dir: Path | None, adamw: bool = False) -> Task:
         train=load("train"),
         test=load("t10k"),
         make_model=models.lenet,
-        make_optimizers=_adamw(2e-3) if adamw else _sgd(0.02),
+        make_optimizers=_adamw(4e-3) if adamw else _sgd(0.02),
         batch_size=32,
     )
 
@@ -128,7 +128,7 @@ def cifar10(data_dir: Path | None, depth: int = 20, adamw: bool = False) -> Task
         train=_normalised(*train),
         test=_normalised(*test),
         make_model=lambda: models.resnet(depth),
-        make_optimizers=_adamw(2e-3) if adamw else _sgd(0.1),
+        make_optimizers=_adamw(4e-3) if adamw else _sgd(0.1),
         batch_size=32,
         augment=_crop_and_flip,
     )
