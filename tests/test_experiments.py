@@ -1193,18 +1193,18 @@ def test_what_the_readme_says_of_optimizers_is_so() -> None:
     assert fashion["3LC s=1.00"][::2] == ("-0.7", "144")
     assert fashion["local H=8"][::2] == ("-1.0", "383")
     rows = record.read_csv(ROOT / "experiments/results/cifar10-longer.csv")
-    ends = {
+    final = {
         (row["method"], row["seed"]): 100 * float(row["accuracy"])
         for row in rows
         if row["step"] == row["steps"]
     }
     local, coded = "local H=4, density 10 %, all coded", "3LC s=1.00, all coded"
-    points = [ends[local, seed] - ends["float32", seed] for seed in "01"]
+    points = [final[local, seed] - final["float32", seed] for seed in "01"]
     assert [f"{point:+.1f}" for point in points] == ["+0.0", "+0.6"]
     assert f"{sum(points) / 2:+.1f}" == "+0.3"
-    assert f"{ends[coded, '0'] - ends['float32', '0']:+.1f}" == "-0.6"
-    assert (coded, "1") not in ends
-    assert f"{ends['float32', '0'] - ends['float32', '1']:.1f}" == "1.0"
+    assert f"{final[coded, '0'] - final['float32', '0']:+.1f}" == "-0.6"
+    assert (coded, "1") not in final
+    assert f"{final['float32', '0'] - final['float32', '1']:.1f}" == "1.0"
     fewer = {s.method: s.bytes_per_step for s in report.summarise(rows)}
     assert round(fewer["float32"] / fewer[local]) == 159
     assert round(fewer["float32"] / fewer[coded]) == 75
