@@ -271,10 +271,13 @@ def local_state(
     optimizers: Sequence[Optimizer],
     every: int,
     config: lc3.Config,
+    outer_lr: float = 1.0,
     **others: Any,
 ) -> local_sgd.State:
-    """Let a module train by local steps."""
-    return local_sgd.attach(module, optimizers, config, every=every, **others)
+    """Let a module train by local steps, with all that is not given left out."""
+    return local_sgd.attach(
+        module, optimizers, config, every=every, outer_lr=outer_lr, **others
+    )
 
 
 def push_pull_optimizer(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
@@ -40,14 +40,17 @@ def attach(
     config: Config = DEFAULT,
     *,
     every: int | None = 8,
-    outer_lr: float = 1.0,
+    outer_lr: float | None = None,
     outer_momentum: float = 0.0,
-    residual_decay: float = 1.0,
-    momentum_decay: float = 1.0,
+    residual_decay: float | None = None,
+    momentum_decay: float | None = None,
     delay: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> "State":
     """Let every rank train ``model`` by itself, and average every ``every`` steps.
+
+    Where ``outer_lr``, ``residual_decay`` and ``momentum_decay`` are all ``None``, they
+    are those of ``chosen_for`` the optimizers; else ``None`` is 1.
 
     Collective: every rank calls it with the same arguments. Parameters and buffers of
     rank 0 are copied to all ranks. The training loop stays as it is, without DDP, and
@@ -90,18 +93,41 @@ def attach(
     check_form(config, "local_sgd")
     if outer_momentum:
         check_owners(config, "outer_momentum")
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    given = {
+        "outer_lr": outer_lr,
+        "residual_decay": residual_decay,
+        "momentum_decay": momentum_decay,
+    }
+    knobs = {knob: 1.0 if value is None else value for knob, value in given.items()}
+    if not outer_momentum and all(value is None for value in given.values()):
+        knobs = chosen_for(optimizers, every, delay)
     return State(
         model,
-        [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
+        optimizers,
         config,
         every=every,
-        outer_lr=outer_lr,
         outer_momentum=outer_momentum,
-        residual_decay=residual_decay,
-        momentum_decay=momentum_decay,
         delay=delay,
         group=group,
+        **knobs,
     )
+
+
+def chosen_for(
+    optimizers: Sequence[Optimizer], every: int | None, delay: int
+) -> dict[str, float]:
+    """Return the three knobs that ``attach`` takes when none of them is given.
+
+    Where Adam or AdamW trains everything, an exchange is in every 8th step or more
+    rarely, and nothing is delayed: ``outer_lr`` 2, ``residual_decay`` 0.8 and
+    ``momentum_decay`` 0.5; else 1 each. What each brings, and where: docs/results.md,
+    "Momentum between exchanges".
+    """
+    adam = bool(optimizers) and all(isinstance(o, Adam) for o in optimizers)
+    if adam and every is not None and every >= 8 and not delay:
+        return {"outer_lr": 2.0, "residual_decay": 0.8, "momentum_decay": 0.5}
+    return {"outer_lr": 1.0, "residual_decay": 1.0, "momentum_decay": 1.0}
 
 
 class State:
@@ -113,6 +139,9 @@ class State:
             float32 all-reduce of every step's gradient.
         engine: moves and codes; holds the plan and the residuals.
         owners: the masters of this rank's share.
+        outer_lr: as given to ``attach``, or chosen by it, like the next two.
+        residual_decay: the same.
+        momentum_decay: the same.
         steps: of the optimizer so far.
         exchanges: so far.
     """
@@ -151,8 +180,8 @@ class State:
         self.engine = self._session.engine
         self._model = model
         self._every, self._delay = every, delay
-        self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
-        self._residual_decay, self._momentum_decay = residual_decay, momentum_decay
+        self.outer_lr, self._outer_momentum = outer_lr, outer_momentum
+        self.residual_decay, self.momentum_decay = residual_decay, momentum_decay
         self._optimizers = optimizers
         self._flat = {
             name: flat_view(p.detach()) for p, name in self._session.names.items()
@@ -310,34 +339,34 @@ class State:
             velocity = self._velocity[name][offset : offset + mean.numel()]
             velocity.mul_(self._outer_momentum).add_(mean)
             update = mean.add(velocity, alpha=self._outer_momentum)
-        master.sub_(update, alpha=self._outer_lr)
+        master.sub_(update, alpha=self.outer_lr)
 
     def _forget(self) -> None:
         """Let what was not sent decay: this rank's residuals, its masters' lead."""
-        if self._residual_decay == 1:
+        if self.residual_decay == 1:
             return
         for residual in self.engine.residuals.sent.values():
-            residual.mul_(self._residual_decay)
+            residual.mul_(self.residual_decay)
         if self.engine.direct:
             return
         for piece in self.owners.owned:
             replica = self.owners.replica[piece.name][piece.start : piece.stop]
             master = self.owners.master(piece)
-            master.sub_(replica).mul_(self._residual_decay).add_(replica)
+            master.sub_(replica).mul_(self.residual_decay).add_(replica)
 
     def _decay_momenta(self) -> None:
-        if self._momentum_decay == 1:
+        if self.momentum_decay == 1:
             return
         states = [s for optimizer in self._optimizers for s in optimizer.state.values()]
         kept = [state[key] for state in states for key in MOMENTA if key in state]
         momenta = [moment for moment in kept if isinstance(moment, Tensor)]
         if not momenta and self._unsent_then:  # a rank without data has none yet
             raise ConfigError(
-                f"momentum_decay={self._momentum_decay!r} has nothing to multiply: "
+                f"momentum_decay={self.momentum_decay!r} has nothing to multiply: "
                 f"the optimizer's state has no {' and no '.join(MOMENTA)}; leave it 1"
             )
         for moment in momenta:
-            moment.mul_(self._momentum_decay)
+            moment.mul_(self.momentum_decay)
 
     def _flush(self) -> Tensor:
         self.owners.flush()
@@ -384,7 +413,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "local_sgd", self.engine.plan, rank, mine)
         mine.copy_from(found)
-        self.owners.take_lead(found.shares["masters"], self._outer_lr)
+        self.owners.take_lead(found.shares["masters"], self.outer_lr)
         self.steps = int(found.counters["steps"])
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)

@@ -319,6 +319,24 @@ def shared_model(rank: int, world: int, delay: int) -> tuple[str, bool, str]:
     return shared, kept and differs, ends[0]
 
 
+def chooses(rank: int, world: int) -> list[tuple[float, float, float]]:
+    """Return what was chosen when less and less was said."""
+    found = []
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("adamw", {}),
+        ("adamw", {"momentum_decay": 0.5}),
+        ("adamw", {"outer_momentum": 0.5}),
+        ("sgd", {}),
+    ]
+    for kind, given in cases:
+        net = make_net(0)
+        optimizer = make_optimizer(net, kind)
+        state = local_sgd.attach(net, optimizer, CODED, **given)
+        found.append((state.outer_lr, state.residual_decay, state.momentum_decay))
+        state.close()
+    return found
+
+
 def refused(rank: int, world: int, what: str) -> str:
     net: nn.Module = make_net(0)
     optimizer = make_optimizer(net, "sgd")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lc3.hooks import local_sgd
 from tests import local_cases
 from tests.ranks import Ranks
 
@@ -67,6 +68,37 @@ def test_first_moments_of_every_optimizer_decay(ranks: Pools) -> None:
         for whole, half in zip(before, after, strict=True):
             assert whole.abs().max() > 0
             assert torch.equal(half, whole / 2)
+
+
+ADAM, NEUTRAL = (2.0, 0.8, 0.5), (1.0, 1.0, 1.0)
+
+
+def test_attach_chooses_for_the_optimizers_when_nothing_is_said(ranks: Pools) -> None:
+    for found in ranks(2).run(local_cases.chooses):
+        assert found == [ADAM, (1.0, 1.0, 0.5), NEUTRAL, NEUTRAL]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "every", "delay", "chosen"),
+    [
+        (["AdamW"], 8, 0, ADAM),
+        (["Adam", "AdamW"], 32, 0, ADAM),
+        (["AdamW"], 7, 0, NEUTRAL),
+        (["AdamW"], None, 0, NEUTRAL),
+        (["AdamW"], 8, 1, NEUTRAL),
+        (["AdamW", "SGD"], 8, 0, NEUTRAL),
+        (["Muon", "AdamW"], 16, 0, NEUTRAL),
+        ([], 8, 0, NEUTRAL),
+    ],
+)
+def test_what_is_chosen(
+    kinds: list[str], every: int | None, delay: int, chosen: tuple[float, ...]
+) -> None:
+    optimizers = [
+        getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1)
+        for kind in kinds
+    ]
+    assert tuple(local_sgd.chosen_for(optimizers, every, delay).values()) == chosen
 
 
 def test_a_rank_without_data_has_no_first_moment(ranks: Pools) -> None:
