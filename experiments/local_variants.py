@@ -34,6 +34,9 @@ from lc3.hooks import local_sgd
 
 KNOBS = ("lr", "warm_up", "residual_decay", "momentum_decay", "outer_lr")
 
+# What ``attach`` chooses with AdamW.
+HALVED = {"outer_lr": 2.0, "residual_decay": 0.8, "momentum_decay": 0.5}
+
 # What tells trainings of different settings apart, beside their seeds.
 SETTINGS = (
     *("task", "ranks", "steps", "every", "density", "variant"),
@@ -173,6 +176,49 @@ def table(path: Path) -> str:
         f"ranks, {length(first)}, {many} {seeds}. lc3 {first['lc3']} at "
         f"commit {commits}.\n"
     )
+
+
+def halved_table(paths: Sequence[Path]) -> str:
+    """Return what ``HALVED`` brings, by optimizer, as Markdown, most gained first.
+
+    A line for each task and form that was trained with and without them at the task's
+    own rate, with means over the seeds of both.
+    """
+    kept = ("task", "ranks", "steps", "warm_up", "every", "density")
+    others = {"lr": "1.0", "variant": "", "outer_momentum": "0.0", "extra": "0"}
+    found: dict[tuple[str, ...], dict[bool, dict[str, float]]] = {}
+    for row in (row for path in paths for row in read_csv(path)):
+        if {name: row[name] for name in others} != others:
+            continue
+        knobs = {knob: float(row[knob]) for knob in HALVED}
+        if knobs == HALVED or set(knobs.values()) == {1.0}:
+            both = found.setdefault(tuple(row[name] for name in kept), {})
+            mine = both.setdefault(knobs == HALVED, {})
+            mine[row["seed"]] = float(row["test_loss"])
+    lines = []
+    for (task, ranks_, steps, rising, every, density), both in found.items():
+        seeds = both.get(True, {}).keys() & both.get(False, {}).keys()
+        if not seeds:
+            continue
+        before, after = (
+            sum(both[halved][seed] for seed in seeds) / len(seeds)
+            for halved in (False, True)
+        )
+        line = [_optimizer(task), task.removesuffix("-adamw").removesuffix("-muon")]
+        line += [ranks_, steps, f"{100 * float(rising):g} %"]
+        line += [every, f"{100 * float(density):g} %", f"{before:.4f}", f"{after:.4f}"]
+        line += [f"{100 * (after / before - 1):+.1f} %", f"{len(seeds)}"]
+        lines.append(line)
+    titles = ["optimizer", "task", "ranks", "steps", "warm-up", "H", "density"]
+    titles += ["1 each", "2, 0.8 and 0.5", "change", "seeds"]
+    lines.sort(key=lambda line: (line[0], float(line[-2].removesuffix(" %"))))
+    return grid(titles, lines, words=(0, 1)) + "\n"
+
+
+def _optimizer(task: str) -> str:
+    if "muon" in task:
+        return "Muon"
+    return "AdamW" if "adamw" in task or "chars" in task else "SGD"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -32,6 +32,7 @@ from experiments import (
 from experiments.average import Average
 from experiments.methods import DEMO, METHODS
 from experiments.report import BASELINE
+from lc3.hooks import local_sgd
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -1284,34 +1285,37 @@ def test_the_rate_of_the_larger_transformer_is_the_best_of_three() -> None:
 
 
 def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
-    path = ROOT / "experiments/results/local-variants-chars.csv"
-    table = local_variants.table(path)
-    assert report.insert(DOCS, "local-variants-chars", table) == DOCS
-    assert "| 5 % warm-up |" in table
+    results = ROOT / "experiments/results"
+    table = local_variants.halved_table(sorted(results.glob("local-variants*.csv")))
+    assert report.insert(DOCS, "local-variants-halved", table) == DOCS
+    change = {}
+    for line in table.splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        change[cells[0], cells[1], cells[4], cells[5]] = float(cells[9].split()[0])
+    text = [change["AdamW", "chars", warm, "8"] for warm in ("20 %", "5 %")]
+    images = [v for k, v in change.items() if k[0] == "AdamW" and k[1] != "chars"]
+    assert len(images) == 2
     found = {
-        (row["warm_up"], row["momentum_decay"], row["outer_lr"]): float(
-            row["test_loss"]
-        )
-        for row in record.read_csv(path)
+        (row["momentum_decay"], row["outer_lr"]): float(row["test_loss"])
+        for row in record.read_csv(results / "local-variants-chars.csv")
+        if (row["warm_up"], row["every"], row["seed"]) == ("0.2", "8", "0")
     }
-    assert len(found) == 5
-    long, short = (
-        f"{100 * (1 - found[share, '0.5', '2.0'] / found[share, '1.0', '1.0']):.1f} %"
-        for share in ("0.2", "0.05")
-    )
-    alone = 100 * (found["0.2", "0.5", "1.0"] / found["0.2", "1.0", "1.0"] - 1)
-    muon = [
-        f"{float(row['test_loss']):.4f}"
-        for row in record.read_csv(ROOT / "experiments/results/local-variants.csv")
-        if row["every"] == "8"
-    ]
+    alone = 100 * (found["0.5", "1.0"] / found["1.0", "1.0"] - 1)
     docs = " ".join(DOCS.split())
     for words in (
-        f"they end {long} lower, after the short warm-up {short}; to halve",
+        f"text ends {-text[0]:.1f} to {-text[1]:.1f} % lower by it",
+        f"images within {max(map(abs, images)):.1f} % of what they had",
         f"without the outer rate, is {alone:.1f} % higher",
-        f"no gain: {muon[0]} at the task's rate, {muon[1]} without",
     ):
         assert words in docs
+    assert 0 < change["AdamW", "chars", "20 %", "4"] < 0.5
+    assert 0 < change["Muon", "chars", "5 %", "8"] < 0.5
+    assert change["AdamW", "chars", "20 %", "16"] < text[0]
+
+
+def test_what_the_experiments_halve_is_what_attach_chooses_for_adamw() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    assert local_sgd.chosen_for([optimizer], 8, 0) == local_variants.HALVED
 
 
 def test_what_is_said_of_halved_first_moments_with_sgd_is_so() -> None:
