@@ -397,6 +397,14 @@ METHODS: dict[str, Method] = {
         f"local H={every}": _local(every, lc3.Config(density=0.1))
         for every in (2, 8, 16, 32)
     },
+    # What ``attach`` chooses with AdamW, for all optimizers alike.
+    "local H=8, decay 0.8, momentum 0.5, outer rate 2": _local(
+        8,
+        lc3.Config(density=0.1),
+        residual_decay=0.8,
+        momentum_decay=0.5,
+        outer_lr=2.0,
+    ),
     "local H=16, density 30 %": _local(16, lc3.Config(density=0.3)),
     "local H=8, direct": _local(8, lc3.Config(density=0.1, exchange="direct")),
     "local H=8, density 5 %, direct": _local(
