@@ -1504,6 +1504,12 @@ def test_the_table_of_links_is_the_committed_result() -> None:
     assert report.insert(README, "links", report.links_markdown(rows)) == README
 
 
+def by_end(name: str) -> list[dict[str, str]]:
+    """Return the last row of each training."""
+    rows = record.read_csv(ROOT / f"experiments/results/{name}.csv")
+    return [row for row in rows if row["step"] == row["steps"]]
+
+
 def test_what_the_readme_says_of_text_is_so() -> None:
     """Of the long runs; and that local steps need six times fewer bytes than others."""
 
@@ -1519,6 +1525,14 @@ def test_what_the_readme_says_of_text_is_so() -> None:
     coded = adamw["local H=8"]
     assert 64 / (coded.push_bits + coded.pull_bits) > 400
     assert coded.test_loss < 1.015 * adamw["float32"].test_loss
+    found = {p.method: p for p in frontier.points(by_end("chars-long"))}
+    chosen = found["local H=8, decay 0.8, momentum 0.5, outer rate 2"]
+    above = 100 * (frontier.ratio(chosen, found["float32"]) - 1)
+    words = f"they end {above:.1f} % above float32, at 405 times (one seed)"
+    assert words in " ".join(README.split())
+    fewer = found["float32"].bytes_per_step / chosen.bytes_per_step
+    assert f"local steps {above:.1f} % above at {fewer:.0f} × fewer bytes" in README
+    assert 64 / (adamw[chosen.method].push_bits + adamw[chosen.method].pull_bits) > 400
     longer = of("chars-longer")
     coded = longer["local H=8"]
     assert 64 / (coded.push_bits + coded.pull_bits) > 400
