@@ -1291,14 +1291,18 @@ def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
     change = {}
     for line in table.splitlines()[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        change[cells[0], cells[1], cells[4], cells[5]] = float(cells[9].split()[0])
-    text = [change["AdamW", "chars", warm, "8"] for warm in ("20 %", "5 %")]
-    images = [v for k, v in change.items() if k[0] == "AdamW" and k[1] != "chars"]
+        form = " ".join((*cells[:3], cells[4], "H", cells[5]))
+        change[form] = float(cells[9].split()[0])
+    assert len(change) == len(table.splitlines()) - 2
+    text = [change[f"AdamW chars 4 {warm} % H 8"] for warm in (20, 5)]
+    adamw = {k: v for k, v in change.items() if k.startswith("AdamW")}
+    images = [v for k, v in adamw.items() if "chars" not in k]
     assert len(images) == 2
     found = {
         (row["momentum_decay"], row["outer_lr"]): float(row["test_loss"])
         for row in record.read_csv(results / "local-variants-chars.csv")
-        if (row["warm_up"], row["every"], row["seed"]) == ("0.2", "8", "0")
+        if (row["ranks"], row["warm_up"], row["every"]) == ("4", "0.2", "8")
+        and row["seed"] == "0"
     }
     alone = 100 * (found["0.5", "1.0"] / found["1.0", "1.0"] - 1)
     docs = " ".join(DOCS.split())
@@ -1308,9 +1312,10 @@ def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
         f"without the outer rate, is {alone:.1f} % higher",
     ):
         assert words in docs
-    assert 0 < change["AdamW", "chars", "20 %", "4"] < 0.5
-    assert 0 < change["Muon", "chars", "5 %", "8"] < 0.5
-    assert change["AdamW", "chars", "20 %", "16"] < text[0]
+    assert 0 < change["AdamW chars 4 20 % H 4"] < 0.5
+    assert 0 < change["Muon chars 4 5 % H 8"] < 0.5
+    assert change["AdamW chars 4 20 % H 16"] < text[0]
+    assert f"between 8 ranks {-change['AdamW chars 8 20 % H 8']:.1f} %" in docs
 
 
 def test_what_the_experiments_halve_is_what_attach_chooses_for_adamw() -> None:
