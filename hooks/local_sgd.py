@@ -101,7 +101,7 @@ def attach(
     }
     knobs = {knob: 1.0 if value is None else value for knob, value in given.items()}
     if not outer_momentum and all(value is None for value in given.values()):
-        knobs = chosen_for(optimizers, every, delay)
+        knobs = chosen_for(optimizers, config, every, delay)
     return State(
         model,
         optimizers,
@@ -115,17 +115,19 @@ def attach(
 
 
 def chosen_for(
-    optimizers: Sequence[Optimizer], every: int | None, delay: int
+    optimizers: Sequence[Optimizer], config: Config, every: int | None, delay: int
 ) -> dict[str, float]:
     """Return the three knobs that ``attach`` takes when none of them is given.
 
-    Where Adam or AdamW trains everything, an exchange is in every 8th step or more
-    rarely, and nothing is delayed: ``outer_lr`` 2, ``residual_decay`` 0.8 and
-    ``momentum_decay`` 0.5; else 1 each. What each brings, and where: docs/results.md,
-    "Momentum between exchanges".
+    ``outer_lr`` 2, ``residual_decay`` 0.8 and ``momentum_decay`` 0.5 where they were
+    measured to help: Adam or AdamW trains everything, a density of 0.3 or less is sent
+    in every 8th step or more rarely, and nothing is delayed. Else 1 each. What they
+    bring, and where: docs/results.md, "Momentum between exchanges".
     """
     adam = bool(optimizers) and all(isinstance(o, Adam) for o in optimizers)
-    if adam and every is not None and every >= 8 and not delay:
+    sparse = config.density is not None and config.density <= 0.3
+    rare = isinstance(every, int) and every >= 8 and not delay
+    if adam and sparse and rare:
         return {"outer_lr": 2.0, "residual_decay": 0.8, "momentum_decay": 0.5}
     return {"outer_lr": 1.0, "residual_decay": 1.0, "momentum_decay": 1.0}
 

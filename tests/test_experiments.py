@@ -1320,7 +1320,10 @@ def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
 
 def test_what_the_experiments_halve_is_what_attach_chooses_for_adamw() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    assert local_sgd.chosen_for([optimizer], 8, 0) == local_variants.HALVED
+    assert (
+        local_sgd.chosen_for([optimizer], local_sgd.DEFAULT, 8, 0)
+        == local_variants.HALVED
+    )
 
 
 def test_what_is_said_of_halved_first_moments_with_sgd_is_so() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lc3
 from lc3.hooks import local_sgd
 from tests import local_cases
 from tests.ranks import Ranks
@@ -79,26 +80,34 @@ def test_attach_chooses_for_the_optimizers_when_nothing_is_said(ranks: Pools) ->
 
 
 @pytest.mark.parametrize(
-    ("kinds", "every", "delay", "chosen"),
+    ("kinds", "density", "every", "delay", "chosen"),
     [
-        (["AdamW"], 8, 0, ADAM),
-        (["Adam", "AdamW"], 32, 0, ADAM),
-        (["AdamW"], 7, 0, NEUTRAL),
-        (["AdamW"], None, 0, NEUTRAL),
-        (["AdamW"], 8, 1, NEUTRAL),
-        (["AdamW", "SGD"], 8, 0, NEUTRAL),
-        (["Muon", "AdamW"], 16, 0, NEUTRAL),
-        ([], 8, 0, NEUTRAL),
+        (["AdamW"], 0.1, 8, 0, ADAM),
+        (["Adam", "AdamW"], 0.3, 32, 0, ADAM),
+        (["AdamW"], 0.1, 7, 0, NEUTRAL),
+        (["AdamW"], 0.1, None, 0, NEUTRAL),
+        (["AdamW"], 0.1, 8, 1, NEUTRAL),
+        (["AdamW"], 0.31, 8, 0, NEUTRAL),
+        (["AdamW"], None, 8, 0, NEUTRAL),
+        (["AdamW", "SGD"], 0.1, 8, 0, NEUTRAL),
+        (["Muon", "AdamW"], 0.1, 16, 0, NEUTRAL),
+        ([], 0.1, 8, 0, NEUTRAL),
     ],
 )
 def test_what_is_chosen(
-    kinds: list[str], every: int | None, delay: int, chosen: tuple[float, ...]
+    kinds: list[str],
+    density: float | None,
+    every: int | None,
+    delay: int,
+    chosen: tuple[float, ...],
 ) -> None:
     optimizers = [
         getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1)
         for kind in kinds
     ]
-    assert tuple(local_sgd.chosen_for(optimizers, every, delay).values()) == chosen
+    config = lc3.Config(density=density)
+    knobs = local_sgd.chosen_for(optimizers, config, every, delay)
+    assert tuple(knobs.values()) == chosen
 
 
 def test_a_rank_without_data_has_no_first_moment(ranks: Pools) -> None:
