@@ -291,7 +291,8 @@ def waits(rows: Sequence[Row], links: Sequence[Row], percent: float) -> str:
         mine, by_rate = steps[point.method], times[_at_task_rate(point.method)]
         until, whole = _mean(mine, mine), min(_mean(s, mine) for s in dense_steps)
         line = [partly(point.method, point.seeds, most)]
-        line.append("not reached" if math.isinf(until) else f"{until:,.0f}")
+        never = "not reached" if mine else "–"  # without a seed of both nobody knows
+        line.append(never if math.isinf(until) else f"{until:,.0f}")
         for rate in rates:
             if math.isinf(until) or rate not in by_rate:
                 line.append("–")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 import lc3
-from experiments.methods import all_coded
+from experiments.methods import FOR_ADAM, all_coded
 from experiments.record import ResultError, read_csv, stamped, write_csv
 from experiments.report import grid, length
 from experiments.tasks import TASKS, DataError
@@ -33,9 +33,6 @@ from launch import ranks
 from lc3.hooks import local_sgd
 
 KNOBS = ("lr", "warm_up", "residual_decay", "momentum_decay", "outer_lr")
-
-# What ``attach`` chooses with AdamW.
-HALVED = {"outer_lr": 2.0, "residual_decay": 0.8, "momentum_decay": 0.5}
 
 # What tells trainings of different settings apart, beside their seeds.
 SETTINGS = (
@@ -160,8 +157,6 @@ def table(path: Path) -> str:
             what.append(f"outer rate {row['outer_lr']}")
         if float(row["outer_momentum"]):
             what.append(f"Nesterov momentum {row['outer_momentum']} of the masters")
-        if row["warm_up"] != rows[0]["warm_up"]:
-            what.append(f"{100 * float(row['warm_up']):g} % warm-up")
         if int(row["extra"]):
             what.append(f"{row['extra']} more exchanges at the end")
         sent = f"{100 * float(row['density']):.3g} %" if row["density"] else "float32"
@@ -179,7 +174,7 @@ def table(path: Path) -> str:
 
 
 def halved_table(paths: Sequence[Path]) -> str:
-    """Return what ``HALVED`` brings, by optimizer, as Markdown, most gained first.
+    """Return what ``FOR_ADAM`` brings, by optimizer, as Markdown, most gained first.
 
     A line for each task and form that was trained with and without them at the task's
     own rate, with means over the seeds of both.
@@ -190,10 +185,10 @@ def halved_table(paths: Sequence[Path]) -> str:
     for row in (row for path in paths for row in read_csv(path)):
         if {name: row[name] for name in others} != others:
             continue
-        knobs = {knob: float(row[knob]) for knob in HALVED}
-        if knobs == HALVED or set(knobs.values()) == {1.0}:
+        knobs = {knob: float(row[knob]) for knob in FOR_ADAM}
+        if knobs == FOR_ADAM or set(knobs.values()) == {1.0}:
             both = found.setdefault(tuple(row[name] for name in kept), {})
-            mine = both.setdefault(knobs == HALVED, {})
+            mine = both.setdefault(knobs == FOR_ADAM, {})
             mine[row["seed"]] = float(row["test_loss"])
     lines = []
     for (task, ranks_, steps, rising, every, density), both in found.items():

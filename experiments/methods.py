@@ -266,6 +266,10 @@ def _power_sgd(rank: int) -> Method:
     return _ddp(lambda model: PowerSgd(model, rank), bucket_cap_mb=1e5)
 
 
+# What ``local_sgd.attach`` chooses with AdamW; methods take it with every optimizer.
+FOR_ADAM = {"outer_lr": 2.0, "residual_decay": 0.8, "momentum_decay": 0.5}
+
+
 def local_state(
     module: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -274,7 +278,7 @@ def local_state(
     outer_lr: float = 1.0,
     **others: Any,
 ) -> local_sgd.State:
-    """Let a module train by local steps, with all that is not given left out."""
+    """Let a module train by local steps; knobs that are not given are 1."""
     return local_sgd.attach(
         module, optimizers, config, every=every, outer_lr=outer_lr, **others
     )
@@ -397,13 +401,8 @@ METHODS: dict[str, Method] = {
         f"local H={every}": _local(every, lc3.Config(density=0.1))
         for every in (2, 8, 16, 32)
     },
-    # What ``attach`` chooses with AdamW, for all optimizers alike.
     "local H=8, decay 0.8, momentum 0.5, outer rate 2": _local(
-        8,
-        lc3.Config(density=0.1),
-        residual_decay=0.8,
-        momentum_decay=0.5,
-        outer_lr=2.0,
+        8, lc3.Config(density=0.1), **FOR_ADAM
     ),
     "local H=16, density 30 %": _local(16, lc3.Config(density=0.3)),
     "local H=8, direct": _local(8, lc3.Config(density=0.1, exchange="direct")),

@@ -21,6 +21,7 @@ from experiments import (
     frontier,
     local_delay,
     local_variants,
+    methods,
     pages,
     paper,
     record,
@@ -946,7 +947,8 @@ def test_the_table_of_times_is_of_the_committed_results(
     halved = "| local H=8, density 11 %, all coded, decay 0.8, rans, momentum 0.5,"
     if percent == 1:
         assert f"{halved} outer rate 2, lr × 2 | 5,760 | 6.9 min (30.9 ×)" in table
-        assert "6.7 min (4.1 ×)" in table
+        assert "6.7 min (4.1 ×) | 8.4 min (1.1 ×)" in table
+        assert frontier.BEST[3] == (name, halved[2:] + " outer rate 2, lr × 2")
         assert "| float32, lr × 2 | 6,259 | 211.8 min (1.0 ×) |" in table
         for page in (README, DOCS):
             assert "6.9 minutes" in page
@@ -1314,6 +1316,8 @@ def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
         f"without the outer rate, is {alone:.1f} % higher",
     ):
         assert words in docs
+    assert (text, images, f"{alone:.1f}") == ([-1.6, -2.6], [-0.6, 0.5], "2.6")
+    assert change["AdamW chars 8 20 % H 8"] == -3.9
     assert 0 < change["AdamW chars 4 20 % H 4"] < 0.5
     assert 0 < change["Muon chars 4 5 % H 8"] < 0.5
     assert change["AdamW chars 4 20 % H 16"] < text[0]
@@ -1323,8 +1327,7 @@ def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
 def test_what_the_experiments_halve_is_what_attach_chooses_for_adamw() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     assert (
-        local_sgd.chosen_for([optimizer], local_sgd.DEFAULT, 8, 0)
-        == local_variants.HALVED
+        local_sgd.chosen_for([optimizer], local_sgd.DEFAULT, 8, 0) == methods.FOR_ADAM
     )
 
 
@@ -1541,7 +1544,10 @@ def test_what_the_readme_says_of_text_is_so() -> None:
     end = f"{abs(above):.1f} % {'above' if above > 0 else 'below'}"
     words = f"they end {end} float32, at 403 times (three seeds)"
     assert words in " ".join(README.split())
+    lower = f"{100 * (1 - frontier.ratio(chosen, found['local H=8'])):.1f} % lower"
+    assert f"the three still end {lower} (three seeds" in " ".join(DOCS.split())
     fewer = found["float32"].bytes_per_step / chosen.bytes_per_step
+    assert (end, lower, f"{fewer:.0f}") == ("0.1 % below", "1.3 % lower", "268")
     adam = found["preconditioned s=1.00"]
     less = f"{100 * (1 - frontier.ratio(chosen, adam)):.1f} % below it (three seeds)"
     assert f"every 8th step end {less}" in " ".join(

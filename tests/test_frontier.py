@@ -169,6 +169,9 @@ def test_how_long_methods_take_until_they_are_near_float32s_best() -> None:
     table = frontier.waits([*rows(), *slower], links, 5)
     assert "| narrow (1 of 2 seeds) | not reached | – | – |" in table
     assert "steps until 5 % above float32's best" in table
+    alone = [{**row, "seed": "7"} for row in rows() if row["method"] == "narrow"]
+    table = frontier.waits([*rows()[:2], *alone], links, 50)
+    assert "| narrow | – | – | – |" in table
     # A seed in which all take longer says nothing of a method that was not trained so.
     late = [
         {**row, "seed": "1", "test_loss": str(loss)}
