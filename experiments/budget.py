@@ -33,7 +33,7 @@ def train(budget: int | None) -> Row:
     torch.manual_seed(0)
     net = small_cnn()
     model = DistributedDataParallel(net, bucket_cap_mb=0.3)
-    state = ddp.attach(model, lc3.Config(budget=budget))
+    state = ddp.attach(model, config=lc3.Config(budget=budget))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.03, momentum=0.9)
     data, test = datasets()
     images, labels = data.tensors

@@ -21,7 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     fp16_compress_hook,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
@@ -142,7 +142,7 @@ def _hooked(
     model: DistributedDataParallel, config: lc3.Config, codec: Codec | None = None
 ) -> Metered:
     """Attach 3LC as a user does, or a codec of the same engine instead."""
-    state = ddp.attach(model, config)
+    state = ddp.attach(model, config=config)
     if codec is not None:
         state.engine.coder = Coder(codec)
     return Metered(state.meter, state.close, direct=state.engine.direct)
@@ -320,10 +320,9 @@ def _push_pull(config: lc3.Config) -> Method:
 def _preconditioned(
     sparsity: float, exchange: Topology = "owners", entropy: EntropyStage = "auto"
 ) -> Method:
-    """Return what may take the place of AdamW, whose rate and first moment it has."""
+    """Return the form of every step that Adam gets, which it keeps."""
     config = lc3.Config(
         sparsity=sparsity,
-        beta2=0.99,
         min_ndim=0,
         min_numel=1,
         entropy=entropy,
@@ -332,13 +331,9 @@ def _preconditioned(
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model = wrapped(module)
-        traffic = _hooked(model, config)
-        sgd = [
-            SGD(group["params"], lr=group["lr"], momentum=0.9, dampening=0.9)
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-        ]
-        return Training(model, sgd, traffic)
+        state = ddp.attach(model, optimizers, config)
+        traffic = Metered(state.meter, state.close, direct=state.engine.direct)
+        return Training(model, optimizers, traffic)
 
     return start
 

@@ -1,19 +1,20 @@
 """3LC in a training loop with Accelerate.
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    state = lc3.hooks.accelerate.attach(accelerator, model, lc3.Config())
+    state = lc3.hooks.accelerate.attach(accelerator, model, optimizer)
 
 Accelerate's own list of communication hooks is closed; what ``prepare`` returns is a
 DistributedDataParallel that takes any.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lc3.config import Config
 from lc3.errors import AttachError
@@ -26,9 +27,15 @@ _LEAST = "0.30"
 def attach(
     accelerator: Accelerator,
     model: nn.Module,
-    config: Config = Config(),  # noqa: B008  # frozen
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    config: Config | None = None,
+    *,
+    max_norm: float | None = None,
 ) -> ddp.State:
     """Compress the gradients of a prepared model; collective.
+
+    ``accelerator.clip_grad_norm_``, ``accelerator.accumulate`` and mixed precision work
+    as without lc3.
 
     What every rank has not sent yet becomes a part of ``accelerator.save_state`` and
     ``load_state``: with as many ranks a run goes on bit for bit, with others it keeps
@@ -37,7 +44,10 @@ def attach(
     Args:
         accelerator: that prepared it.
         model: what ``prepare`` returned.
-        config: what to compress, and how much; the same on every rank.
+        optimizer: what ``prepare`` returned, see ``ddp.attach``. ``None``: those that
+            this accelerator has prepared.
+        config: see ``ddp.attach``.
+        max_norm: see ``ddp.attach``.
 
     Returns:
         The state of ``lc3.hooks.ddp``: its ``meter``, ``close()``.
@@ -47,13 +57,16 @@ def attach(
             DistributedDataParallel; and what ``ddp.attach`` raises.
     """
     require("accelerate", version("accelerate"), _LEAST)
-    if not isinstance(model, DistributedDataParallel):
+    inner = getattr(model, "_orig_mod", model)  # compiled
+    if not isinstance(inner, DistributedDataParallel):
         raise AttachError(
             "lc3 needs a model that accelerator.prepare wrapped in "
             f"DistributedDataParallel; with {accelerator.num_processes} process(es) "
             f"and {accelerator.distributed_type} it is a {type(model).__name__}"
         )
-    state = ddp.attach(model, config, scaler=accelerator.scaler)
+    if optimizer is None:
+        optimizer = list(accelerator._optimizers)
+    state = ddp.attach(inner, optimizer or None, config, max_norm=max_norm)
     accelerator.register_for_checkpointing(_OfAllRanks(state))
     return state
 

@@ -6,7 +6,9 @@ the classes themselves.
 
 import io
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -19,39 +21,59 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from lc3.applied import Applied, Kind, kind_of, unsuited, unwrapped
 from lc3.checkpoint import Parts, load, merge, save
 from lc3.config import Config
-from lc3.engine import NO_HALVES, widen
-from lc3.errors import AttachError, StateError
+from lc3.engine import NO_HALVES
+from lc3.errors import AttachError, ConfigError, StateError
 from lc3.meter import Meter
 from lc3.moments import Moments
 from lc3.owners import flat_view
 from lc3.session import session_for
+from lc3.sketch import SUMS, Sketch, squares
 
 log = logging.getLogger(__name__)
 
 _CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Where Adam is inside every parameter can be coded, since each has its own scale.
+FOR_ADAM = Config(min_ndim=0, min_numel=1)
+_NORM = "lc3.norm"  # travels with the last bucket of a step
+
+
 def attach(
     model: DistributedDataParallel,
-    config: Config = Config(),  # noqa: B008  # frozen
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    config: Config | None = None,
     *,
+    max_norm: float | None = None,
     scaler: GradScaler | None = None,
     group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | int | None = None,
 ) -> "State":
     """Compress the gradients of ``model`` from its next backward pass on.
 
-    Collective: every rank of the group calls it, with the same configuration.
+    Collective: every rank of the group calls it, with the same arguments. The script
+    stays as it is: ``.grad`` has the norm that it has without lc3 (within 15 %, by an
+    estimate that all ranks share), and may be clipped, scaled, or not applied at all.
+    Adam and its relatives get an exchange of their own: gradients are divided by their
+    second moments before they are coded, and the optimizer divides by the same.
 
     Args:
         model: wrapped in DistributedDataParallel, without a hook of its own.
-        config: what to compress, and how much.
-        scaler: that multiplies the loss. Residuals follow its scale, and a step that it
-            skips for one tensor's overflow is undone for all of them; that takes one
-            more copy of the residuals.
+        optimizer: that steps the model's parameters, or several that each step some. It
+            is not replaced; hooks on its ``step()`` are added. ``None``: gradients are
+            3LC's decoded ones, with a norm many times the gradient's, and whatever is
+            exchanged counts as applied, unless ``State.discard`` says it is not.
+        config: what to compress, and how much. ``None``: for Adam ``FOR_ADAM``, by one
+            hop where two ranks, or two nodes, exchange; else ``Config()``.
+        max_norm: clips the gradient by its global norm, as ``clip_grad_norm_`` in the
+            script does; needs the optimizer.
+        scaler: that multiplies the loss; needed only without ``optimizer``. Residuals
+            follow its scale, and a step that it skips is undone.
         group: a process group that nobody else uses, over the ranks of the model's.
             Default: lc3 makes one, which it can only if the model is on all ranks.
         mesh: for nodes or sites with a fast network inside: the number of ranks in
@@ -64,11 +86,21 @@ def attach(
 
     Raises:
         AttachError: the model cannot be compressed.
-        ConfigError: a pattern of the configuration matches no parameter.
+        ConfigError: a pattern of the configuration matches no parameter, or an argument
+            is out of range.
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    state = State(model, config, scaler=scaler, group=group, mesh=mesh)
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
+    state = State(
+        model,
+        optimizer,
+        config,
+        max_norm=max_norm,
+        scaler=scaler,
+        group=group,
+        mesh=mesh,
+    )
     model.register_comm_hook(state, lc3_hook)
     return state
 
@@ -88,32 +120,75 @@ class State:
         meter: bytes and seconds so far, on this rank.
         engine: averages gradients; holds the plan and the residuals.
         session: names, group and worker lane; counts the steps.
+        kind: of the optimizer: "adam", "sgd" or "other"; ``None`` without one.
     """
 
     def __init__(
         self,
         model: DistributedDataParallel,
-        config: Config = Config(),  # noqa: B008  # frozen
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        config: Config | None = None,
         *,
+        max_norm: float | None = None,
         scaler: GradScaler | None = None,
         group: dist.ProcessGroup | None = None,
         mesh: DeviceMesh | int | None = None,
     ) -> None:
-        self.session = session_for(model, config, group, mesh)
+        optimizers = [] if optimizer is None else unwrapped(optimizer)
+        kinds = {kind_of(one) for one in optimizers}
+        self.kind: Kind | None = None
+        if kinds:
+            self.kind = kinds.pop() if len(kinds) == 1 else "other"
+        _check_clipping(max_norm, optimizers)
+        if config is None:
+            config = Config()
+            if self.kind == "adam":
+                two = _senders(model, mesh) == 2
+                config = replace(FOR_ADAM, exchange="direct" if two else "owners")
+        facts = {"optimizer": self.kind, "max_norm": max_norm}
+        extras = {_NORM: SUMS + 1} if optimizers else {}
+        self.session = session_for(model, config, group, mesh, facts, extras)
         self.config = config
         self.meter = self.session.meter
         self.engine = self.session.engine
         self._group = model.process_group
         self._said: set[str] = set()
-        self._wide = torch.empty(0)
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._wide: list[Tensor] = []
+        self._scaler = None
+        if scaler is not None and scaler.is_enabled() and not optimizers:
+            self._scaler = scaler
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
-        self._moments: Moments | None = None
-        if config.beta2 is not None:
-            shapes = {name: list(p.shape) for p, name in self.session.names.items()}
-            self._moments = Moments(shapes, config.beta2, self.engine.coder.device)
-        self._before: list[Tensor] = []
         self._overflowed = False
+        self._seen: set[str] = set()
+        self._waiting: list[tuple[Tensor, list[str], int]] = []
+        self._coded: dict[str, Tensor] = {}
+        self._others: dict[str, Tensor] = {}
+        plan, device = self.engine.plan, self.engine.coder.device
+        names = self.session.names
+        self._moments: Moments | None = None
+        alone = self.engine.exchange.world == 1
+        if self.kind == "adam" and not alone:
+            betas = _betas_of(optimizers, names)
+            shapes = {n: list(p.shape) for p, n in names.items() if n in plan.coded}
+            known = {name: betas.get(name, 0.999) for name in shapes}
+            self._moments = Moments(shapes, known, device)
+        self._applied: Applied | None = None
+        self._sketch: Sketch | None = None
+        self._watched: list[Any] = []
+        if not alone:
+            self.engine.residuals.hold()
+        if optimizers and not alone:
+            if self.kind == "other":
+                log.warning("lc3: %s", unsuited(_least_suited(optimizers)))
+            self._sketch = Sketch(plan.numel, device)
+            self._applied = Applied(
+                optimizers,
+                names,
+                self.engine.residuals,
+                self._moments,
+                max_norm,
+            )
+            self._watched.append(self._applied.watch_accumulation())
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -132,9 +207,11 @@ class State:
             through uncompressed a tensor like it.
         """
         self.meter.at_step(step + 1)
-        if bucket == 0 and self._scaler is not None:
+        if bucket == 0:
             self._begin()
-        reduced = self._reduce(buffer, names, step, bucket)
+        self._seen.update(names)
+        last = len(self._seen) == len(self.session.names)
+        reduced = self._reduce(buffer, names, step, bucket, last)
         if self._scaler is not None and not _finite(reduced):
             self._overflowed = True
         return reduced
@@ -146,10 +223,11 @@ class State:
 
         On the model's own group, as without lc3, and without a detour over the lane.
         ``None``: the bucket goes the lane's way, since it is coded, since residuals
-        have to come along, or since a scaler may undo the step.
+        have to come along, or since the step may not be applied.
         """
         buffer = bucket.buffer()
-        if self._scaler is not None or not _coded(buffer):
+        follows = self._scaler is not None or self._applied is not None
+        if follows or not _coded(buffer):
             return None
         if (wire := self.engine.native_form(names, buffer.numel())) is None:
             return None
@@ -163,22 +241,22 @@ class State:
         return (bf16_compress_hook if narrow else allreduce_hook)(self._group, bucket)
 
     def _reduce(
-        self, buffer: Tensor, names: list[str], step: int, bucket: int
+        self, buffer: Tensor, names: list[str], step: int, bucket: int, last: bool
     ) -> Tensor:
         if not _coded(buffer):
-            if self._moments is not None:
-                raise AttachError(
-                    f"the gradient of {names[0]!r} is sparse or {buffer.dtype} and "
-                    "cannot be divided by a second moment; freeze the parameter, make "
-                    "it float32, or leave Config.beta2 out"
-                )
             self._say_once(
                 f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
             )
-            return self.engine.pass_through(buffer, step, bucket)
+            mean = self.engine.pass_through(buffer, step, bucket)
+            if last:
+                self._send_sums(step, bucket)
+            return mean
         narrow = buffer.dtype != torch.float32
-        flat = self._room_for(buffer) if narrow else buffer
+        if narrow and self._applied is None:
+            flat = self._room_for(buffer)
+        else:
+            flat = self._widened(buffer)
         sizes = [self.engine.plan.numel[name] for name in names]
         if sum(sizes) != flat.numel():
             raise AttachError(
@@ -186,14 +264,103 @@ class State:
                 f"{sum(sizes)}; this torch lays out buckets in a way lc3 does not know"
             )
         grads = dict(zip(names, torch.split(flat, sizes), strict=True))
-        parts = torch.split(buffer, sizes)
-        halves = dict(zip(names, parts, strict=True)) if narrow else NO_HALVES
+        parts = dict(zip(names, torch.split(buffer, sizes), strict=True))
+        halves = parts if narrow else NO_HALVES
+        if self._applied is None or self._sketch is None:
+            self.engine.all_reduce(grads, step, bucket, halves)
+            return buffer.copy_(flat) if narrow else buffer
+        for name, grad in grads.items():
+            if grad.numel():
+                self._sketch.add(name, grad, step)
+        if self._applied.clips.limit is None:
+            sums = self._sketch.take() if last else None
+            self._exchange(self._applied, grads, step, bucket, sums)
+            self._keep(buffer, flat, grads)
+            if last and sums is not None:
+                self._hand_out(self._applied, sums)
+        else:
+            self._waiting.append((buffer, names, bucket))
+            if last:
+                self._exchange_clipped(step)
+        return buffer
+
+    def _exchange(
+        self,
+        applied: Applied,
+        grads: dict[str, Tensor],
+        step: int,
+        bucket: int,
+        sums: Tensor | None,
+    ) -> None:
+        """Average a bucket by 3LC, times what the script is expected to apply.
+
+        Args:
+            applied: follows the optimizers.
+            grads: by name float32[numel]; overwritten.
+            step: see ``reduce``.
+            bucket: see ``reduce``.
+            sums: that are averaged with it, in place.
+        """
+        coded = [name for name in grads if name in self.engine.plan.coded]
+        if applied.expected != 1 and coded:
+            torch._foreach_mul_([grads[name] for name in coded], applied.expected)
+        divided: dict[str, Tensor] = {}
         if self._moments is not None:
-            widen(grads, halves)
-            halves = NO_HALVES
-            self._divide(self._moments, grads, step)
-        self.engine.all_reduce(grads, step, bucket, halves)
-        return buffer.copy_(flat) if narrow else buffer
+            divided = {name: grads[name] for name in coded if grads[name].numel()}
+            if divided:
+                self._divide(self._moments, divided, step)
+        exchanged = grads if sums is None else {**grads, _NORM: sums}
+        self.engine.all_reduce(exchanged, step, bucket)
+        if self._moments is not None:
+            self._moments.multiply(divided)
+
+    def _keep(self, buffer: Tensor, flat: Tensor, grads: Mapping[str, Tensor]) -> None:
+        """Let a bucket's buffer be what arrived, and remember where it is."""
+        if buffer is not flat:
+            buffer.copy_(flat)
+        parts = torch.split(buffer, [grad.numel() for grad in grads.values()])
+        for name, part in zip(grads, parts, strict=True):
+            coded = name in self.engine.plan.coded
+            (self._coded if coded else self._others)[name] = part
+
+    def _exchange_clipped(self, step: int) -> None:
+        """Find out the norm first, then exchange every bucket that has waited."""
+        assert self._applied is not None
+        assert self._sketch is not None
+        sums = self._sketch.take()
+        at = self.engine.aside()
+        with self.engine.exchanging(0, *at):
+            sums = self.engine.mean_of_small(sums, *at)
+        self._applied.expect(squares(sums)[0])
+        waiting, self._waiting = self._waiting, []
+        for buffer, names, index in waiting:
+            flat = self._widened(buffer)
+            sizes = [self.engine.plan.numel[name] for name in names]
+            grads = dict(zip(names, torch.split(flat, sizes), strict=True))
+            self._exchange(self._applied, grads, step, index, None)
+            self._keep(buffer, flat, grads)
+        self._hand_out(self._applied, sums)
+
+    def _widened(self, buffer: Tensor) -> Tensor:
+        """Return a bucket in float32: itself, or a copy in memory used again."""
+        if buffer.dtype == torch.float32:
+            return buffer
+        return self._room_for(buffer).copy_(buffer)
+
+    def _send_sums(self, step: int, bucket: int) -> None:
+        """Exchange the sums alone, after a last bucket that is not coded."""
+        if self._applied is None or self._sketch is None:
+            return
+        if self._waiting:
+            self._exchange_clipped(step)
+            return
+        sums = self._sketch.take()
+        self.engine.all_reduce({_NORM: sums}, step, bucket + 1)
+        self._hand_out(self._applied, sums)
+
+    def _hand_out(self, applied: Applied, sums: Tensor) -> None:
+        applied.hand_out(self._coded, self._others, *squares(sums))
+        self._coded, self._others = {}, {}
 
     def _divide(self, moments: Moments, grads: dict[str, Tensor], step: int) -> None:
         """Divide gradients by what all ranks' squares are together."""
@@ -206,34 +373,56 @@ class State:
         moments.divide(grads)
 
     def _begin(self) -> None:
-        """Bring the residuals into the units of this step's gradients, and keep them.
+        """Settle what became of the last step's exchange, and follow the scaler.
 
         A scaler multiplies the loss, and changes by what. Powers of two are exact.
         """
-        assert self._scaler is not None
+        self._seen.clear()
+        if self._applied is not None:
+            self._coded, self._others = {}, {}
+            self._applied.drop()
+            self._applied.expect()
+            self._waiting = []
+            return
         self._settle()
-        residuals = self.engine.residuals
-        scale = self._scaler.get_scale()
-        if scale != self._scale:
-            if self._moments is not None:  # residuals then have no scale
-                self._moments.rescale(scale / self._scale)
-            else:
-                for buffer in residuals.buffers():
+        if self._scaler is not None:
+            scale = self._scaler.get_scale()
+            if scale != self._scale:
+                for buffer in self.engine.residuals.buffers():
                     buffer *= scale / self._scale
-            self._scale = scale
-        if not self._before:
-            self._before = [torch.empty_like(b) for b in residuals.buffers()]
-        for kept, buffer in zip(self._before, residuals.buffers(), strict=True):
-            kept.copy_(buffer)
+                self._scale = scale
 
     def _settle(self) -> None:
-        """Undo a step that the scaler skips: what it had sent is owed again."""
-        if self._overflowed:
-            now = self.engine.residuals.buffers()
-            for kept, buffer in zip(self._before, now, strict=True):
-                buffer.copy_(kept)
-            self.engine.owing.update(self.engine.residuals.sent)
+        """Take the last exchange for applied, unless the scaler skipped the step."""
+        if self._applied is None:
+            self._settle_as(0.0 if self._overflowed else 1.0)
             self._overflowed = False
+
+    def _settle_as(self, share: float) -> None:
+        residuals = self.engine.residuals
+        if share == 0:
+            self.engine.owing.update(residuals.open)
+        residuals.settle_all(share)
+
+    def discard(self) -> None:
+        """Say that no optimizer applies the gradients of the last backward pass.
+
+        For a state without ``optimizer``, right after such a pass: a step that the
+        script skips, gradients that ``zero_grad`` throws away. Residuals and moments
+        then are those from before it. With ``optimizer`` that is noticed.
+        """
+        if self._applied is not None:
+            self._applied.drop()
+        else:
+            self._settle_as(0.0)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last step's mean gradient, estimated; see ``lc3.sketch``.
+
+        nan without ``optimizer``, and before the first step.
+        """
+        return math.nan if self._applied is None else self._applied.norm
 
     def _room_for(self, buffer: Tensor) -> Tensor:
         """Return float32[numel] for what a half-precision bucket becomes.
@@ -241,9 +430,9 @@ class State:
         Memory used again by the next bucket; first for the residuals to be, which the
         old ones must outlive until the pull has arrived, then for the mean.
         """
-        if self._wide.numel() < buffer.numel():
-            self._wide = torch.empty(buffer.numel(), device=buffer.device)
-        return self._wide[: buffer.numel()]
+        if not self._wide or self._wide[0].numel() < buffer.numel():
+            self._wide = [torch.empty(buffer.numel(), device=buffer.device)]
+        return self._wide[0][: buffer.numel()]
 
     def _say_once(self, what: str) -> None:
         kind = what.split()[0]
@@ -255,8 +444,8 @@ class State:
         """Return what gradients still owe the parameters; collective.
 
         By coded parameter float32[numel] in memory order, the same on every rank: the
-        mean over ranks of the residuals, in the units of the gradients; with
-        ``Config.beta2`` of gradients that are divided, as ``.grad`` then is.
+        mean over ranks of the residuals, in the units of the gradients that the
+        optimizer applies; with Adam of gradients over the roots of their moments.
         """
         owed: dict[str, Tensor] = {}
 
@@ -295,6 +484,8 @@ class State:
             "senders": self.engine.senders,
             **self.engine.budget.counters(),
         }
+        if self._applied is not None:
+            counters |= self._applied.counters()
         moments = {} if self._moments is None else {"moments": self._moments.kept}
         return Parts(counters, residuals.sent, {"owned": residuals.owned}, moments)
 
@@ -329,7 +520,10 @@ class State:
             self.engine.keep_own_part()
         self.engine.push_what_owners_owe()
         self.engine.owing.update(self.engine.residuals.sent)
+        self._settle_as(1.0)
         self._overflowed = False
+        if self._applied is not None:
+            self._applied.load(found.counters)
         self._scale = float(found.counters["scale"])
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
@@ -367,6 +561,10 @@ class State:
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
+        if self._applied is not None:
+            self._applied.close()
+        for watched in self._watched:
+            watched.remove()
         self.session.close()
 
     def __reduce__(self) -> NoReturn:
@@ -387,6 +585,47 @@ def figures(meter: Meter) -> dict[str, float]:
         else 0.0,
         **stages,
     }
+
+
+def _check_clipping(max_norm: float | None, optimizers: list[Optimizer]) -> None:
+    if max_norm is None:
+        return
+    if not max_norm > 0:
+        raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
+    if not optimizers:
+        raise ConfigError(
+            f"max_norm={max_norm!r} clips right before the optimizer steps; pass it, "
+            "too: attach(model, optimizer, max_norm=...)"
+        )
+
+
+def _senders(model: DistributedDataParallel, mesh: DeviceMesh | int | None) -> int:
+    """Return how many ranks, or nodes, send each other what they have coded."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0  # which is refused later
+    world = dist.get_world_size(model.process_group)
+    if mesh is None:
+        return world
+    if isinstance(mesh, int):
+        return world // mesh if mesh > 0 else 0
+    return int(mesh.mesh.shape[0])
+
+
+def _betas_of(
+    optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]
+) -> dict[str, float]:
+    """Return Adam's beta2 of each parameter that one of the optimizers steps."""
+    return {
+        names[parameter]: float(group["betas"][1])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter in names
+    }
+
+
+def _least_suited(optimizers: Sequence[Optimizer]) -> Optimizer:
+    return next((o for o in optimizers if kind_of(o) == "other"), optimizers[0])
 
 
 def _coded(buffer: Tensor) -> bool:

@@ -25,7 +25,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ExchangeError
 from lc3.owners import flat_view
-from lc3.session import Session, check_beta2
+from lc3.session import Session
 
 try:
     import horovod.torch as hvd
@@ -143,7 +143,6 @@ class State:
     def __init__(
         self, named: Sequence[tuple[str, Parameter]], config: Config, process_set: Any
     ) -> None:
-        check_beta2(config, "horovod")
         exchange = HorovodExchange(process_set)
         trained = [(name, p) for name, p in named if p.requires_grad]
         for name, parameter in trained:

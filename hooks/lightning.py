@@ -1,6 +1,6 @@
 """3LC in a Lightning Trainer that trains with DDP: a callback.
 
-    Trainer(strategy="ddp", callbacks=[LC3(lc3.Config())])
+    Trainer(strategy="ddp", callbacks=[LC3()])
 
 Lightning itself registers communication hooks on CUDA only, and before it has a process
 group; a callback can do so on any device, when the model is wrapped.
@@ -33,7 +33,8 @@ class LC3(Callback):
     on where the module logs. On one rank it does nothing.
 
     Args:
-        config: what to compress, and how much; the same on every rank.
+        config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizers.
+            ``gradient_clip_val`` clips as it does without lc3.
 
     Attributes:
         state: of ``lc3.hooks.ddp``, while the Trainer fits.
@@ -43,7 +44,7 @@ class LC3(Callback):
             does not wrap the module in DistributedDataParallel.
     """
 
-    def __init__(self, config: Config = Config()) -> None:  # noqa: B008  # frozen
+    def __init__(self, config: Config | None = None) -> None:
         require("lightning", version("lightning"), _LEAST)
         self.config = config
         self.state: ddp.State | None = None
@@ -61,8 +62,7 @@ class LC3(Callback):
                 f"{type(trainer.strategy).__name__}, which makes the module a "
                 f"{type(model).__name__}"
             )
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.state = ddp.attach(model, self.config, scaler=scaler)
+        self.state = ddp.attach(model, trainer.optimizers or None, self.config)
         if self._loaded:
             self.state.load_gathered(self._loaded)
             self._loaded = []

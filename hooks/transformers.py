@@ -1,7 +1,7 @@
 """3LC in a Hugging Face Trainer.
 
 trainer = Trainer(model, TrainingArguments(...), train_dataset=...)
-lc3.hooks.transformers.attach(trainer, lc3.Config())
+lc3.hooks.transformers.attach(trainer)
 trainer.train()
 """
 
@@ -29,7 +29,7 @@ _LEAST = "4.46"
 
 def attach(
     trainer: Trainer,
-    config: Config = Config(),  # noqa: B008  # frozen
+    config: Config | None = None,
 ) -> "LC3Callback":
     """Compress the gradients of what a Trainer trains, from ``train()`` on.
 
@@ -41,7 +41,8 @@ def attach(
 
     Args:
         trainer: not training yet.
-        config: what to compress, and how much; the same on every rank.
+        config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizer.
+            ``max_grad_norm`` clips as it does without lc3.
 
     Raises:
         AttachError: this Transformers is too old; in ``train()``: the Trainer does not
@@ -63,7 +64,7 @@ class LC3Callback(TrainerCallback):
         state: of ``lc3.hooks.ddp``, from the start of training on.
     """
 
-    def __init__(self, trainer: Trainer, config: Config) -> None:
+    def __init__(self, trainer: Trainer, config: Config | None) -> None:
         self.state: ddp.State | None = None
         self._trainer = trainer
         self._config = config
@@ -84,8 +85,7 @@ class LC3Callback(TrainerCallback):
                 f"lc3 needs a Trainer that trains with DistributedDataParallel; its "
                 f"model is a {type(model).__name__}: leave fsdp and deepspeed out"
             )
-        scaler = self._trainer.accelerator.scaler
-        self.state = ddp.attach(model, self._config, scaler=scaler)
+        self.state = ddp.attach(model, self._trainer.optimizer, self._config)
         if state.global_step:
             path = _path(args, state)
             if not path.exists():

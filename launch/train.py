@@ -40,7 +40,7 @@ def plain(module: nn.Module, optimizers: list[Optimizer]) -> Parts:
 def coded(module: nn.Module, optimizers: list[Optimizer]) -> Parts:
     """Two lines more."""
     model = DistributedDataParallel(module)
-    return model, optimizers, ddp.attach(model, lc3.Config(sparsity=1.0))
+    return model, optimizers, ddp.attach(model, optimizers)
 
 
 def pushed(module: nn.Module, optimizers: list[Optimizer]) -> Parts:

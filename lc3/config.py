@@ -53,11 +53,6 @@ class Config:
         mode: "3lc": always. "auto": link and codec are measured at attach, and a bucket
             that a plain all-reduce, float32 or bfloat16, should bring sooner travels
             so; ``hooks.ddp`` only.
-        beta2: Adam's, 0 < beta2 < 1, like 0.99: every rank divides its gradient by the
-            root of a second moment that all have alike before it is coded, so that
-            what arrives is Adam's step before its first moment; ``hooks.ddp`` only. The
-            optimizer then is ``SGD(..., momentum=0.9, dampening=0.9)`` with Adam's
-            learning rate (docs/adam.md). ``None``: gradients stay gradients.
         threads: that encode and decode on this rank; may differ between ranks.
             ``None``: the cores it may use, divided among the ranks on its machine.
         log_every: steps between two lines about traffic and time in the log
@@ -77,7 +72,6 @@ class Config:
     block: int | None = None
     entropy: EntropyStage = "auto"
     mode: Mode = "3lc"
-    beta2: float | None = None
     threads: int | None = None
     log_every: int | None = None
 
@@ -107,16 +101,6 @@ class Config:
                 raise ConfigError(
                     f"budget={self.budget!r} steers what 3LC sends, and mode='auto' "
                     "may send without it; leave one of them out"
-                )
-        if self.beta2 is not None:
-            if not (isinstance(self.beta2, float) and 0 < self.beta2 < 1):
-                raise ConfigError(
-                    f"beta2={self.beta2!r} must be a float between 0 and 1, like 0.99"
-                )
-            if self.mode == "auto":
-                raise ConfigError(
-                    f"beta2={self.beta2!r} divides gradients on the way to 3LC, and "
-                    "mode='auto' may send without it; leave one of them out"
                 )
         _check_count("min_numel", self.min_numel, 0)
         _check_count("min_ndim", self.min_ndim, 0)

@@ -39,6 +39,7 @@ from lc3.plan import Piece, Plan
 from lc3.residual import Residuals, arena
 
 _ABORT_TIMEOUT_S = 5.0
+_FEW_RANKS = 8  # that send each other a kilobyte rather than wait for another round
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 _ASIDE_BUCKET, _BUDGET_BUCKET = 0xFFFFFFFD, 0xFFFFFFFC
 NO_HALVES: Mapping[str, Tensor] = MappingProxyType({})  # of float32 gradients
@@ -127,7 +128,12 @@ class Engine:
         if self.exchange.world == 1 or not any(pieces):
             widen(grads, halves)
             return
-        elements = sum(piece.numel for owned in pieces for piece in owned)
+        elements = sum(
+            piece.numel
+            for owned in pieces
+            for piece in owned
+            if piece.name not in self.plan.extras
+        )
         with self.exchanging(elements, step, bucket):
             if self.auto is None:
                 self.push_and_pull(pieces, grads, step, bucket, halves)
@@ -185,13 +191,13 @@ class Engine:
         parts = torch.split(flat, [grad.numel() for grad in grads.values()])
         for grad, part in zip(grads.values(), parts, strict=True):
             grad.copy_(part)
-        for name in owing:
-            if grads[name].isfinite().all():
-                self.residuals.sent[name].zero_()
-                self.owing.discard(name)
+        for piece in chain.from_iterable(self.pieces(owing)):
+            if grads[piece.name].isfinite().all():
+                self.residuals.keep_sent(piece, torch.zeros(()))
+                self.owing.discard(piece.name)
         for piece in owned:
             if piece.name not in self.owing:
-                self.residuals.of_owned(piece).zero_()
+                self.residuals.keep_owned(piece, torch.zeros(()))
 
     def push_and_pull(
         self,
@@ -216,9 +222,10 @@ class Engine:
                     values.zero_()
             self.apply(pieces, pulled, grads)
             mine = pulled[self.exchange.rank]
-            for residual, mean, chunk in zip(residuals, means, mine, strict=True):
-                if residual is not None and not is_nan_frame(chunk):
-                    residual.copy_(mean)
+            for piece, mean, chunk in zip(owned, means, mine, strict=True):
+                if piece.coded:
+                    left = None if is_nan_frame(chunk) else mean
+                    self.residuals.keep_owned(piece, left)
 
     def pieces(self, names: Iterable[str]) -> list[list[Piece]]:
         """Return the pieces of some parameters by owner, in plan order.
@@ -320,6 +327,21 @@ class Engine:
         everybody = self.share(self.mean_here(parts, step, bucket), step, bucket)
         whole = torch.cat([data.clone() for data in everybody]).view(values.dtype)
         return whole.view(values.shape).to(values.device)
+
+    def mean_of_small(self, values: Tensor, step: int, bucket: int) -> Tensor:
+        """Do what ``mean`` does for few values, in one round between few ranks.
+
+        Args:
+            values: float32[*].
+            step: see ``all_reduce``.
+            bucket: see ``share``.
+        """
+        world = self.exchange.world
+        if world > _FEW_RANKS:
+            return self.mean(values, step, bucket)
+        everybody = self.share(values, step, bucket)
+        total = _sum(everybody).div_(world)
+        return total.to(values.device)
 
     def mean_here(self, parts: Sequence[Tensor], step: int, bucket: int) -> Tensor:
         """Return the mean over ranks of this rank's part; the first half of ``mean``.
@@ -446,9 +468,10 @@ class Engine:
                 if not piece.coded:
                     view.copy_(_sum(chunks))
                 elif sum(map(scale_of, chunks)) <= _LARGEST_FLOAT:
-                    self.residuals.of_sent(piece).copy_(view)
+                    self.residuals.keep_sent(piece, view)
                     sums.append((view.zero_(), chunks))
                 else:
+                    self.residuals.keep_sent(piece, None)
                     view.fill_(torch.nan)
             self.coder.add(sums)
             self._divide(values.values())
@@ -547,8 +570,9 @@ class Engine:
         """Make what a push has ``left`` the residual, where the pull is finite."""
         chunks = (chunk for of_owner in pulled for chunk in of_owner)
         for (piece, view), chunk in zip(self._views(pieces, left), chunks, strict=True):
-            if piece.coded and not is_nan_frame(chunk):
-                self.residuals.of_sent(piece).copy_(view)
+            if piece.coded:
+                lost = is_nan_frame(chunk)
+                self.residuals.keep_sent(piece, None if lost else view)
 
     def apply(
         self,

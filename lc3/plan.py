@@ -2,9 +2,10 @@
 
 import math
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from lc3.config import Config
 from lc3.errors import ConfigError
@@ -61,6 +62,7 @@ class Plan:
         coded: names of the parameters that are coded; the others travel raw.
         slices: by parameter name; empty for a parameter without elements.
         fingerprint: 32 bits that every message carries.
+        extras: names of what is no parameter and travels raw with them.
     """
 
     world: int
@@ -70,6 +72,7 @@ class Plan:
     coded: frozenset[str]
     slices: dict[str, tuple[Slice, ...]]
     fingerprint: int
+    extras: frozenset[str] = frozenset()
 
     def slices_of(self, names: Collection[str], owner: int) -> Iterator[Slice]:
         """Yield the slices of ``names`` that ``owner`` owns, in plan order."""
@@ -89,9 +92,18 @@ class Plan:
 
 
 def make_plan(
-    shapes: Sequence[tuple[str, Sequence[int]]], world: int, config: Config
+    shapes: Sequence[tuple[str, Sequence[int]]],
+    world: int,
+    config: Config,
+    extras: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Return the plan for parameters ``shapes``, an ordered list of (name, shape).
+
+    Args:
+        shapes: of the parameters.
+        world: number of ranks.
+        config: what is coded.
+        extras: elements, by name, of what is no parameter and travels raw with them.
 
     Raises:
         ConfigError: a pattern of ``config.raw`` or ``config.coded`` matches no name, or
@@ -112,6 +124,7 @@ def make_plan(
         return numel[name] >= config.min_numel and ndim[name] >= config.min_ndim
 
     coded = frozenset(name for name in numel if is_coded(name))
+    numel |= extras
     slices: dict[str, tuple[Slice, ...]] = {}
     dealt = {True: 0, False: 0}  # of coded and raw ones, which often alternate
     for name, n in numel.items():
@@ -135,7 +148,16 @@ def make_plan(
     ]
     fingerprint = zlib.crc32("".join(f"{line}\n" for line in lines).encode())
     position = {name: index for index, name in enumerate(numel)}
-    return Plan(world, config.block, numel, position, coded, slices, fingerprint)
+    return Plan(
+        world,
+        config.block,
+        numel,
+        position,
+        coded,
+        slices,
+        fingerprint,
+        frozenset(extras),
+    )
 
 
 def _cut(n: int, world: int, min_share: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,9 @@
-"""The error-feedback buffers, by parameter name: what was not sent yet."""
+"""The error-feedback buffers, by parameter name: what was not sent yet.
+
+A gradient that no optimizer applies must leave no residual. So an exchange may write
+what its frames lack to a second copy (``hold``), and ``settle`` says later how much of
+that exchange was applied.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +21,7 @@ class Residuals:
             not carry yet.
         owned: owner side: for every coded parameter of which this rank owns a slice,
             float32[slice], what its pulls did not carry yet.
+        open: names of parameters that were exchanged and are not settled yet.
     """
 
     def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
@@ -25,6 +31,14 @@ class Residuals:
         owned = arena([slice_.numel for slice_ in slices], device)
         self.sent = dict(zip(coded, sent, strict=True))
         self.owned = {s.name: room for s, room in zip(slices, owned, strict=True)}
+        self.open: set[str] = set()
+        self._next: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    def hold(self) -> None:
+        """Write to a second copy from now on; it takes as much memory once more."""
+        if self._next is None and self.sent:
+            owned = arena_like(self.owned) if self.owned else {}
+            self._next = arena_like(self.sent), owned
 
     def of_sent(self, piece: Piece) -> Tensor:
         """Return the worker-side residual of a coded piece: a view, float32[piece]."""
@@ -33,6 +47,50 @@ class Residuals:
     def of_owned(self, piece: Piece) -> Tensor:
         """Return the owner-side residual of a coded piece that this rank owns."""
         return self.owned[piece.name][piece.offset : piece.offset + piece.numel]
+
+    def keep_sent(self, piece: Piece, left: Tensor | None) -> None:
+        """Make ``left``, float32[piece], the worker side's; ``None``: it stays."""
+        self._keep(0, self.of_sent(piece), left, piece.name, piece.start)
+
+    def keep_owned(self, piece: Piece, left: Tensor | None) -> None:
+        """Make ``left``, float32[piece], the owner side's; ``None``: it stays."""
+        self._keep(1, self.of_owned(piece), left, piece.name, piece.offset)
+
+    def _keep(
+        self, side: int, old: Tensor, left: Tensor | None, name: str, at: int
+    ) -> None:
+        new = old
+        if self._next is not None:
+            new = self._next[side][name][at : at + old.numel()]
+            self.open.add(name)
+        if left is not None:
+            new.copy_(left)
+        elif new is not old:
+            new.copy_(old)
+
+    def settle(self, applied: Mapping[str, float]) -> None:
+        """Say how much of the last exchange of some parameters was applied.
+
+        Args:
+            applied: by parameter name: 1: all of it; 0: the exchange never was; between
+                them, as after clipping: so much of what the exchange changed.
+        """
+        if self._next is None:
+            return
+        for name in self.open.intersection(applied):
+            share = applied[name]
+            for now, new in zip((self.sent, self.owned), self._next, strict=True):
+                if name not in now:
+                    continue
+                if share == 1:
+                    now[name], new[name] = new[name], now[name]
+                elif share:
+                    now[name].lerp_(new[name], share)
+        self.open.difference_update(applied)
+
+    def settle_all(self, share: float) -> None:
+        """Settle every parameter that is open alike; see ``settle``."""
+        self.settle(dict.fromkeys(self.open, share))
 
     def buffers(self) -> list[Tensor]:
         """Return all of them, both sides."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class Session:
         mesh: for two levels, see ``lc3.two_levels.nodes_of``.
         ranks: of the exchange, in the job; needed with a mesh.
         facts: what else must be the same on every rank, by name.
+        extras: see ``make_plan``.
 
     Attributes:
         names: the name of each parameter.
@@ -79,6 +81,7 @@ class Session:
         mesh: DeviceMesh | int | None = None,
         ranks: Sequence[int] = (),
         facts: Mapping[str, object] | None = None,
+        extras: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in parameters}
         self.config = config
@@ -99,7 +102,7 @@ class Session:
                 rans.warm_up()
             if device != _CPU:
                 warm_up(codec_for(device), device)
-            return coder, make_plan(shapes, world, config), nodes
+            return coder, make_plan(shapes, world, config, extras), nodes
 
         try:
             threads = threads_for(exchange, config)
@@ -235,6 +238,7 @@ def session_beside(
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | int | None = None,
     facts: Mapping[str, object] | None = None,
+    extras: Mapping[str, int] = MappingProxyType({}),
 ) -> Session:
     """Return a session over a process group.
 
@@ -245,6 +249,7 @@ def session_beside(
         group: a group of the same ranks that nobody else uses. Default: one is made.
         mesh: for two levels, see ``lc3.two_levels.nodes_of``.
         facts: see ``Session``.
+        extras: see ``make_plan``.
 
     Raises:
         AttachError: the group is no such group; and what ``Session`` raises.
@@ -256,7 +261,7 @@ def session_beside(
         device = torch.device("cuda", torch.cuda.current_device())
     exchange = GroupExchange(own, device)
     leave = partial(exchange.leave, destroy=is_mine)
-    return Session(parameters, config, exchange, leave, mesh, ranks, facts)
+    return Session(parameters, config, exchange, leave, mesh, ranks, facts, extras)
 
 
 def session_for(
@@ -264,8 +269,10 @@ def session_for(
     config: Config,
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | int | None = None,
+    facts: Mapping[str, object] | None = None,
+    extras: Mapping[str, int] = MappingProxyType({}),
 ) -> Session:
-    """Return the session of a model that DDP wraps; see ``Session``.
+    """Return the session of a model that DDP wraps; see ``session_beside``.
 
     Raises:
         AttachError: it is not wrapped, has a hook already, or gives hooks no buckets.
@@ -293,7 +300,9 @@ def session_for(
         for name, parameter in model.module.named_parameters()
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
-    return session_beside(trained, config, model.process_group, group, mesh)
+    return session_beside(
+        trained, config, model.process_group, group, mesh, facts, extras
+    )
 
 
 def check_form(config: Config, hook: str) -> None:
@@ -303,7 +312,6 @@ def check_form(config: Config, hook: str) -> None:
             f"mode={config.mode!r} is for hooks.ddp, where a bucket can travel "
             f"uncoded; hooks.{hook} always sends 3LC: leave mode out"
         )
-    check_beta2(config, hook)
 
 
 def check_owners(config: Config, what: str) -> None:
@@ -312,15 +320,6 @@ def check_owners(config: Config, what: str) -> None:
         raise ConfigError(
             f"exchange='direct' leaves no owners, on whose masters {what} works; leave "
             "one of them out"
-        )
-
-
-def check_beta2(config: Config, hook: str) -> None:
-    """Raise ``ConfigError`` if a hook cannot divide by second moments, but should."""
-    if config.beta2 is not None:
-        raise ConfigError(
-            f"beta2={config.beta2!r} is for hooks.ddp without a mesh; with "
-            f"hooks.{hook} leave it out"
         )
 
 

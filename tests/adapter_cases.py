@@ -32,6 +32,7 @@ from lc3.hooks import ddp
 
 BATCH, BATCHES, EPOCHS = 8, 6, 4  # batches a rank and epoch
 CONFIG = lc3.Config(sparsity=1.5, min_numel=64, log_every=None)
+CLIP = 0.25  # below every norm of these trainings
 
 
 def dataset(world: int) -> TensorDataset:
@@ -46,8 +47,8 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 200), nn.Tanh(), nn.Linear(200, 10))
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01)
 
 
 def report(framework: str, mode: str, folder: Path, net: nn.Module, meter: Any) -> None:
@@ -72,12 +73,14 @@ def plain(framework: str, mode: str, folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     net = network()
     model = DistributedDataParallel(net)
-    state = ddp.attach(model, CONFIG)
-    optimizer = sgd(net.parameters())
+    optimizer = adamw(net.parameters())
+    state = ddp.attach(model, optimizer, CONFIG)
     for _ in range(EPOCHS):
         for x, y in batches(framework, dist.get_rank(), dist.get_world_size()):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            assert norm > CLIP
             optimizer.step()
     report(framework, mode, folder, net, state.meter)
     state.close()
@@ -99,7 +102,7 @@ def with_lightning(mode: str, folder: Path) -> None:
             return nn.functional.cross_entropy(self.net(x), y)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return sgd(self.net.parameters())
+            return adamw(self.net.parameters())
 
         def on_train_end(self) -> None:
             assert callback.state is not None
@@ -111,6 +114,7 @@ def with_lightning(mode: str, folder: Path) -> None:
         accelerator="cpu",
         devices=2,
         strategy="ddp",
+        gradient_clip_val=CLIP,
         max_epochs=EPOCHS // 2 if half else EPOCHS,
         callbacks=[callback],
         default_root_dir=folder,
@@ -146,8 +150,8 @@ def with_accelerate(mode: str, folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     net = network()
     loader = DataLoader(dataset(accelerator.num_processes), batch_size=BATCH)
-    model, optimizer, loader = accelerator.prepare(net, sgd(net.parameters()), loader)
-    state = adapter.attach(accelerator, model, CONFIG)
+    model, optimizer, loader = accelerator.prepare(net, adamw(net.parameters()), loader)
+    state = adapter.attach(accelerator, model, optimizer, CONFIG)
     saved = str(folder / "accelerate")
     if mode == "rest":
         accelerator.load_state(saved)
@@ -155,6 +159,7 @@ def with_accelerate(mode: str, folder: Path) -> None:
         for x, y in loader:
             optimizer.zero_grad()
             accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            accelerator.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
     if mode == "half":
         accelerator.save_state(saved)
@@ -190,7 +195,7 @@ def with_transformers(mode: str, folder: Path) -> None:
         use_cpu=True,
         max_steps=steps // 2 if mode == "half" else steps,
         per_device_train_batch_size=BATCH,
-        max_grad_norm=0,
+        max_grad_norm=CLIP,
         save_strategy="steps" if mode == "half" else "no",
         save_steps=steps // 2,
         logging_steps=4,
@@ -199,7 +204,7 @@ def with_transformers(mode: str, folder: Path) -> None:
         ddp_find_unused_parameters=False,
     )
     module = Module()
-    optimizer = sgd(module.parameters())
+    optimizer = adamw(module.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     world = options.world_size
     trainer = InOrder(

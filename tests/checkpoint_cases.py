@@ -55,7 +55,7 @@ class Run:
         else:
             self.optimizer = KINDS["adamw"](self.net.parameters())
             config = dataclasses.replace(CODED, exchange=exchange)
-            self.state = ddp.attach(self.model, config)
+            self.state = ddp.attach(self.model, config=config)
 
     def train(self, rank: int, steps: range) -> None:
         for step in steps:
@@ -201,7 +201,7 @@ def with_a_scaler(rank: int, world: int, hook: str, steps: int, bad: Overflows) 
         optimizer: Any
         if hook == "ddp":
             optimizer = KINDS["sgd"](net.parameters())
-            state: Any = ddp.attach(model, CODED, scaler=scaler)
+            state: Any = ddp.attach(model, config=CODED, scaler=scaler)
         else:
             state = optimizer = push_pull.attach(
                 model, KINDS["sgd"], CODED, scaler=scaler

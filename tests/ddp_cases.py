@@ -5,8 +5,9 @@ import dataclasses
 import gc
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import AttachError, Config, Lc3Error
+from lc3 import AttachError, Config, Lc3Error, applied
 from lc3.checkpoint import merge
 from lc3.codec import Encoded, cpu
 from lc3.coder import Coder
 from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
+from lc3.moments import matrix_of
+from lc3.owners import flat_view
 from lc3.two_levels import nodes_of
-from tests.oracle import Divided, Oracle, TwoLevels
+from tests.oracle import ForOptimizers, Oracle, TwoLevels
 
 CONFIG = Config(sparsity=1.5, min_numel=64, min_share=5000)
 
@@ -38,6 +41,7 @@ class Case:
         accumulate: backward passes per step, all but the last under ``no_sync``.
         options: of DistributedDataParallel.
         mesh: of attach; ranks in a node.
+        adam: whether AdamW is the optimizer that attach is given.
         device: of the model.
     """
 
@@ -50,6 +54,7 @@ class Case:
     steps: int = 20
     mesh: int | None = None
     device: str = "cpu"
+    adam: bool = False
 
 
 class Net(nn.Module):
@@ -82,15 +87,14 @@ def equals_the_oracle(rank: int, world: int, case: Case) -> dict[str, Any]:
     model = make_net(case)
     shadow = make_net(case)  # the same module without DDP gives the local gradients
     wrapped = DistributedDataParallel(model, **dict(case.options))
-    state = ddp.attach(wrapped, case.config, mesh=case.mesh)
+    state = ddp.attach(wrapped, config=case.config, mesh=case.mesh)
     layouts = record_layouts(state)
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     if case.mesh is not None:
         nodes = nodes_of(case.mesh, range(world))
         oracle: Oracle = TwoLevels(shapes, nodes, case.config)
     else:
-        kind = Oracle if case.config.beta2 is None else Divided
-        oracle = kind(shapes, world, case.config)
+        oracle = Oracle(shapes, world, case.config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(case.steps):
         batches = [batch(rank, step, part, case) for part in range(case.accumulate)]
@@ -224,7 +228,7 @@ def many_buckets(rank: int, world: int, runs: int) -> dict[str, Any]:
         torch.manual_seed(run)
         wrapped = DistributedDataParallel(Deep(), bucket_cap_mb=0.01)
         held = count_held()
-        state = ddp.attach(wrapped, CONFIG)
+        state = ddp.attach(wrapped, config=CONFIG)
         for step in range(4):
             torch.manual_seed(1000 * run + 10 * step + rank)
             wrapped(torch.randn(8, 64)).square().mean().backward()
@@ -267,8 +271,6 @@ def attach_outcome(rank: int, world: int, what: str) -> str:
     if what == "model differs":
         model.register_parameter("late", None)
         config = Config(raw=("weight",)) if rank else Config()
-    if what == "beta2 on a mesh":
-        config = Config(beta2=0.99)
     if what == "complex":
         model = nn.Linear(4, 4, dtype=torch.cfloat)
     if what == "pattern matches nothing":
@@ -285,11 +287,10 @@ def attach_outcome(rank: int, world: int, what: str) -> str:
         )
         model.register_comm_hook(None, hooks.fp16_compress_hook)  # type: ignore[operator]
     try:
-        mesh = 1 if what == "beta2 on a mesh" else None
-        state = ddp.attach(model, config, mesh=mesh)  # type: ignore[arg-type]
+        state = ddp.attach(model, config=config)  # type: ignore[arg-type]
         if what == "twice":
             try:
-                ddp.attach(model, config)  # type: ignore[arg-type]
+                ddp.attach(model, config=config)  # type: ignore[arg-type]
             finally:
                 state.close()
     except Lc3Error as error:
@@ -307,7 +308,7 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
     if what == "frozen when attached":
         model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64)))
         model.module[0].weight.requires_grad_(False)
-    state = ddp.attach(model, CONFIG)
+    state = ddp.attach(model, config=CONFIG)
     said = []
     if what == "frozen when attached":
         model.module[0].weight.requires_grad_(True)
@@ -406,7 +407,7 @@ def resumes_bit_for_bit(
         torch.manual_seed(3)
         model = DistributedDataParallel(Deep(4), bucket_cap_mb=cap_mb)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, ddp.attach(model, config), optimizer
+        return model, ddp.attach(model, config=config), optimizer
 
     model, state, optimizer = start()
     train(model, state, optimizer, range(2 * half))
@@ -441,13 +442,13 @@ def two_models_and_a_subgroup(rank: int, world: int) -> str:
     some, for_lc3 = (dist.new_group([0, world - 1]) for _ in range(2))
     torch.manual_seed(3)
     models = [DistributedDataParallel(Deep(2)) for _ in range(2)]
-    states = [ddp.attach(model, CONFIG) for model in models]
+    states = [ddp.attach(model, config=CONFIG) for model in models]
     if rank in (0, world - 1):
         models.append(DistributedDataParallel(Deep(2), process_group=some))
         for wrong in (None, some, dist.group.WORLD):
             with pytest.raises(AttachError, match=r"dist\.new_group\(\[0, 2\]\)"):
-                ddp.attach(models[-1], CONFIG, group=wrong)
-        states.append(ddp.attach(models[-1], CONFIG, group=for_lc3))
+                ddp.attach(models[-1], config=CONFIG, group=wrong)
+        states.append(ddp.attach(models[-1], config=CONFIG, group=for_lc3))
         assert states[-1].engine.exchange.world == 2
     for step in range(3):
         for model in models:
@@ -469,7 +470,7 @@ def in_a_group_of_one(rank: int, world: int) -> bool:
     for attached in (False, True):
         torch.manual_seed(3)
         model = DistributedDataParallel(Deep(2), process_group=alone)
-        state = ddp.attach(model, CONFIG) if attached else None
+        state = ddp.attach(model, config=CONFIG) if attached else None
         model(torch.randn(4, 64)).square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
         if state is not None:
@@ -504,20 +505,177 @@ def messages_of_every_length(rank: int, world: int) -> int:
     return count
 
 
-def adam_run(config: Config, scaler: torch.amp.GradScaler | None = None) -> Any:
-    """Return a small model, its lc3 state, and the optimizer that completes Adam."""
+THROWN_AWAY = 3, 8  # gradients of steps that no optimizer applies
+
+
+def optimizers_equal_the_oracle(rank: int, world: int, case: Case) -> dict[str, Any]:
+    """Clip, skip and throw away; compare .grad before and after, and Adam's moments."""
+    model, shadow = make_net(case), make_net(case)
+    wrapped = DistributedDataParallel(model, **dict(case.options))
+    optimizer: torch.optim.Optimizer
+    if case.adam:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.9))
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    state = ddp.attach(wrapped, optimizer, case.config)
+    assert state._applied is not None
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    oracle = ForOptimizers(shapes, world, case.config, 10**0.5)
+    named = {n: p for n, p in model.named_parameters() if p.numel()}
+    errors = []
+    before = clone_of_moments(state)
+    for step in range(case.steps):
+        batches = [batch(rank, step, 0, case)]
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, local_gradients(shadow, model, batches))
+        if step - 1 not in THROWN_AWAY:  # then they are still those from before it
+            before = clone_of_moments(state)
+        optimizer.zero_grad()
+        x, y, use_spare = batches[0]
+        loss_of(wrapped(x, use_spare), y).backward()
+        square = state._applied._squares[0]
+        roots = roots_of(state)
+        share = state._applied.expected
+        check_moments(state, everyone, before, share, step)
+        expected = oracle.hand_out(everyone, roots, share, square, applied._norms)
+        errors.append(state.grad_norm / norm_of_mean(everyone) - 1)
+        if step == 0:
+            limit = state.grad_norm / 3
+        known = state._applied.clips.limit  # it changes when an optimizer steps
+        now = 1 if known is None else min(1, known / square**0.5)
+        assert share == pytest.approx(now, rel=1e-12)
+        for name, parameter in named.items():
+            assert parameter.grad is not None
+            assert_same(flat_view(parameter.grad), expected[name], f"{name} {step}")
+        if step in THROWN_AWAY:
+            oracle.settle(0.0)
+            continue
+        if step:  # the second time it is known
+            nn.utils.clip_grad_norm_(model.parameters(), limit)
+        grads = {n: p.grad for n, p in named.items() if p.grad is not None}
+        norms = applied._norms(grads.values())
+        given = hypot(*(oracle.norms[name] for name in named))
+        ratio = applied._snap(hypot(*norms) / given)
+        clipped = {n: flat_view(grad).clone() for n, grad in grads.items()}
+        factor = oracle.apply(ratio)
+        targets = targets_of(state)
+        optimizer.step()
+        for name, parameter in named.items():
+            by = factor if oracle.coded(name, tuple(parameter.shape)) else 1.0
+            final = clipped[name].mul(by).numpy()
+            assert_same(flat_view(grads[name]), final, f"{name} at step {step}")
+        if case.adam:
+            check_adam(targets, optimizer, named)
+    assert state._applied.clips.limit == pytest.approx(limit, rel=1e-3)
+    report = {"hash": hash_of(model), "errors": errors}
+    state.close()
+    return report
+
+
+def norm_of_mean(everyone: list[Any]) -> float:
+    means = [np.mean([one[name] for one in everyone], 0) for name in everyone[0]]
+    return float(np.sqrt(sum(float((mean.astype(float) ** 2).sum()) for mean in means)))
+
+
+def assert_same(found: Tensor, expected: Any, where: str) -> None:
+    difference = (found - torch.from_numpy(np.asarray(expected))).abs().max()
+    assert not difference, f"{where}: {float(difference)}"
+
+
+def clone_of_moments(state: ddp.State) -> dict[str, Tensor]:
+    if state._moments is None:
+        return {}
+    return {name: kept.clone() for name, kept in state._moments.kept.items()}
+
+
+def roots_of(state: ddp.State) -> dict[str, list[Any]]:
+    """Return what gradients were divided by, by name, of every element."""
+    if state._moments is None:
+        return {}
+    found = {}
+    for name in state._moments.kept:
+        grid = state._moments._grids[name]
+        roots = []
+        for index in range(len(state._moments._roots(name))):
+            by = [
+                root if i == index else torch.ones_like(root)
+                for i, root in enumerate(state._moments._roots(name))
+            ]
+            element = torch.ones(grid.numel)
+            grid.scale(element, by)
+            roots.append(element.numpy())
+        found[name] = roots
+    return found
+
+
+def check_moments(
+    state: ddp.State,
+    everyone: list[Any],
+    before: dict[str, Tensor],
+    share: float,
+    step: int,
+) -> None:
+    """Compare what moments have taken in with means over blocks, one by one."""
+    for name, kept in clone_of_moments(state).items():
+        assert state._moments is not None
+        if not state._moments.due(step) or not kept.numel() > 1:
+            continue
+        squares = np.mean([np.square(one[name] * share) for one in everyone], 0)
+        rows, columns = matrix_of(shape_of(state, name))
+        if rows:
+            matrix = squares.reshape(rows, columns)
+            ends = [(i, i + 64) for i in range(0, max(rows, columns), 64)]
+            of_rows = [
+                [matrix[i, a:b].mean() for a, b in ends if a < columns]
+                for i in range(rows)
+            ]
+            of_columns = [
+                [matrix[a:b, j].mean() for j in range(columns)]
+                for a, b in ends
+                if a < rows
+            ]
+            squares = np.concatenate([np.ravel(of_rows), np.ravel(of_columns)])
+        decay = 0.9**10
+        expected = before[name][:-1] * decay + (1 - decay) * torch.from_numpy(squares)
+        torch.testing.assert_close(kept[:-1], expected.float(), rtol=1e-4, atol=1e-12)
+
+
+def shape_of(state: ddp.State, name: str) -> list[int]:
+    return next(list(p.shape) for p, n in state.session.names.items() if n == name)
+
+
+def targets_of(state: ddp.State) -> dict[str, Tensor]:
+    """Return what Adam should divide by in this step, squared, by name."""
+    if state._moments is None or state._applied is None:
+        return {}
+    noise = state._applied.noise
+    return {n: state._moments.of_elements(n) * noise for n in state._moments.kept}
+
+
+def check_adam(
+    targets: dict[str, Tensor], optimizer: Any, named: Mapping[str, Tensor]
+) -> None:
+    """Adam's own second moment is what all ranks have alike, less its correction."""
+    for name, target in targets.items():
+        kept = optimizer.state[named[name]]
+        steps = float(kept["step"])
+        if steps > 1:
+            found = flat_view(kept["exp_avg_sq"]) / (1 - 0.9**steps)
+            torch.testing.assert_close(found, target, rtol=1e-3, atol=1e-12)
+
+
+def adamw_run() -> Any:
+    """Return a small model, its lc3 state, and the optimizer."""
     torch.manual_seed(3)
     model = DistributedDataParallel(Deep(3), bucket_cap_mb=0.01)
-    state = ddp.attach(model, config, scaler=scaler)
-    parameters = model.parameters()
-    optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, dampening=0.9)
-    return model, state, optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    config = dataclasses.replace(CONFIG, min_numel=1, min_ndim=0)
+    return model, ddp.attach(model, optimizer, config), optimizer
 
 
-def resumes_with_moments(rank: int, world: int, merged: bool) -> tuple[str, str]:
+def resumes_with_adam(rank: int, world: int, merged: bool) -> tuple[str, str]:
     """Train on, and go on from a state; return a hash of each."""
-    config = dataclasses.replace(CONFIG, beta2=0.99)
-    run = adam_run(config)
+    run = adamw_run()
 
     def train(run: Any, steps: range) -> None:
         model, _, optimizer = run
@@ -525,6 +683,7 @@ def resumes_with_moments(rank: int, world: int, merged: bool) -> tuple[str, str]
             torch.manual_seed(10 * step + rank)
             optimizer.zero_grad()
             model(torch.randn(8, 64)).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
 
     train(run, range(12))
@@ -535,7 +694,7 @@ def resumes_with_moments(rank: int, world: int, merged: bool) -> tuple[str, str]
         saved[1] = merge(everyone)
         run[1].load_state_dict(saved[1])
     train(run, range(12, 20))
-    again = adam_run(config)
+    again = adamw_run()
     for part, state in zip(again, saved, strict=True):
         part.load_state_dict(state)
     train(again, range(12, 20))
@@ -544,10 +703,10 @@ def resumes_with_moments(rank: int, world: int, merged: bool) -> tuple[str, str]
     return hash_of(run[0].module), hash_of(again[0].module)
 
 
-def overflows_with_moments(rank: int, world: int) -> dict[str, Any]:
+def overflows_with_adam(rank: int, world: int) -> dict[str, Any]:
     """One rank's gradient overflows once, and the scaler changes its scale."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
-    model, state, optimizer = adam_run(dataclasses.replace(CONFIG, beta2=0.99), scaler)
+    model, state, optimizer = adamw_run()
     layer = model.module.layers[1].weight
     spoiled = False
     layer.register_hook(lambda g: torch.full_like(g, torch.inf) if spoiled else g)
@@ -562,20 +721,24 @@ def overflows_with_moments(rank: int, world: int) -> dict[str, Any]:
         scaler.update()
         hashes.append(hash_of(model.module))
         losses.append(loss.item())
-    kept = state._moments.kept.values()
+    kept = [*state._moments.kept.values(), *state.engine.residuals.buffers()]
     finite = all(bool(moments.isfinite().all()) for moments in kept)
     state.close()
     return {"hashes": hashes, "losses": losses, "finite": finite}
 
 
-def sparse_with_moments(rank: int, world: int) -> str:
-    """Return what is said of a gradient that cannot be divided."""
+def sparse_with_adam(rank: int, world: int) -> float:
+    """Return how far a sparse gradient is from plain DDP's."""
+    torch.manual_seed(0)
     model = DistributedDataParallel(nn.Embedding(40, 8, sparse=True))
-    state = ddp.attach(model, Config(beta2=0.99))
-    try:
-        model(torch.tensor([1, 2])).sum().backward()
-    except Lc3Error as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        state.close()
-    return "nothing"
+    optimizer = torch.optim.SparseAdam(model.parameters())
+    state = ddp.attach(model, optimizer)
+    model(torch.tensor([1, 2 + rank])).sum().backward()
+    grad = model.module.weight.grad.to_dense()
+    expected = torch.zeros(40, 8)
+    for one in range(world):
+        expected[1] += 1 / world
+        expected[2 + one] += 1 / world
+    optimizer.step()
+    state.close()
+    return float((grad - expected).abs().max())

@@ -35,7 +35,7 @@ def trains(rank: int, world: int, hook: str, kind: str) -> list[float]:
     else:
         model = DistributedDataParallel(net)
         if hook == "ddp":
-            state = ddp.attach(model, CONFIG)
+            state = ddp.attach(model, config=CONFIG)
         else:
             optimizer = push_pull.attach(
                 model, partial(torch.optim.SGD, lr=0.1, momentum=0.9), lc3.Config()
@@ -67,7 +67,7 @@ def over_nccl(rank: int, world: int, own: bool) -> str:
     model = DistributedDataParallel(
         nn.Linear(200, 200).to(device), device_ids=[device], process_group=nccl
     )
-    state = ddp.attach(model, CONFIG, group=second)
+    state = ddp.attach(model, config=CONFIG, group=second)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(10):
         torch.manual_seed(10 * step + rank)

@@ -77,7 +77,7 @@ def static_graph_that_begins_unsynchronised(rank: int, world: int) -> list[str]:
     for attached in (False, True):
         torch.manual_seed(11)
         model = DistributedDataParallel(Wide(), static_graph=True)
-        state = ddp.attach(model, CONFIG) if attached else None
+        state = ddp.attach(model, config=CONFIG) if attached else None
         try:
             with model.no_sync():
                 model(batch(rank, 0)).square().mean().backward()
@@ -92,7 +92,7 @@ def static_graph_that_begins_unsynchronised(rank: int, world: int) -> list[str]:
 def static_graph_accumulates(rank: int, world: int) -> bool:
     """Accumulate with a static graph, once DDP has seen it in a synchronised step."""
     model = DistributedDataParallel(Wide(), static_graph=True, bucket_cap_mb=0.02)
-    state = ddp.attach(model, CONFIG)
+    state = ddp.attach(model, config=CONFIG)
     oracle = oracle_of(model, world)
     for step in range(5):
         parts = [batch(rank, 10 * step + part) for part in range(2 if step else 1)]
@@ -152,7 +152,7 @@ def oracle_of(model: Any, world: int) -> Oracle:
 def joins(rank: int, world: int, view: bool) -> int:
     """Ranks with other numbers of batches, under ``join``; return how many it had."""
     model = wrapped(view=view)
-    state = ddp.attach(model, CONFIG)
+    state = ddp.attach(model, config=CONFIG)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     oracle, longest = oracle_of(model, world), 3 + 2 * (world - 1)
     mine = 3 + 2 * rank
@@ -187,7 +187,7 @@ def joins(rank: int, world: int, view: bool) -> int:
 def backward_twice(rank: int, world: int) -> bool:
     """Two synchronised backward passes a step: DDP averages what has piled up."""
     model = wrapped()
-    state = ddp.attach(model, CONFIG)
+    state = ddp.attach(model, config=CONFIG)
     oracle = oracle_of(model, world)
     for step in range(4):
         model.zero_grad()
@@ -219,7 +219,7 @@ def compiled(rank: int, world: int, mode: str) -> str:
         if mode != "eager":
             torch._dynamo.config.optimize_ddp = mode  # type: ignore[assignment]
         model = wrapped(cap_mb=25)
-        state = ddp.attach(model, CONFIG)
+        state = ddp.attach(model, config=CONFIG)
         run = model if mode == "eager" else torch.compile(model, backend="aot_eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(4):
@@ -258,7 +258,7 @@ def random_runs(rank: int, world: int, runs: int, seed: int) -> int:
             entropy=drawn.choice(["auto", "none", "rans", "zstd"]),
             mode="3lc" if mesh else drawn.choice(["3lc", "3lc", "auto"]),
         )
-        state = ddp.attach(model, config, mesh=mesh)
+        state = ddp.attach(model, config=config, mesh=mesh)
         original = state.engine.exchange.all_to_all
 
         def slow(

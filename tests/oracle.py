@@ -5,10 +5,11 @@ rounding, not from comparisons; there are no messages, owners or bytes. Every mu
 result must equal it bit for bit.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from math import ceil, prod
+from math import ceil, hypot, prod, sqrt
 
 import numpy as np
 import torch
@@ -138,74 +139,82 @@ class Oracle:
             start += size
 
 
-class Divided(Oracle):
-    """3LC of what Adam would step by: gradients over roots of shared second moments.
+class ForOptimizers(Oracle):
+    """3LC of gradients that an optimizer may clip, apply, or not: what it then holds.
 
-    Sums are torch's, whose order of adding is not NumPy's.
+    Norms are given: what ranks estimate of the mean gradient's, and torch's own of what
+    was decoded. With moments, by name the second moment of every element, gradients are
+    divided by their roots before they are coded, and multiplied after.
     """
 
-    def __init__(self, shapes: Shapes, world: int, config: Config) -> None:
+    def __init__(self, shapes: Shapes, world: int, config: Config, most: float) -> None:
         super().__init__(shapes, world, config)
-        assert config.beta2 is not None
-        self.beta2 = config.beta2
-        self.steps = 0
-        self.moments: dict[str, list[Tensor]] = {}
-        self.weight = 0.0
+        self.most = np.float32(most)
+        self.expected = 1.0
+        self.restore = 1.0
 
-    def step(self, grads: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
-        self.steps += 1
-        if self.steps <= 10 or self.steps % 5 == 0:
-            decay = self.beta2**5
-            weight = torch.tensor(self.weight).lerp(torch.ones(()), 1 - decay)
-            self.weight = weight.item()
-            for name, shape in self.shapes:
-                each = [self.sums(grad[name], shape) for grad in grads]
-                for i, of_ranks in enumerate(zip(*each, strict=True)):
-                    mean = torch.from_numpy(self.mean([m.numpy() for m in of_ranks]))
-                    kept = self.moments.setdefault(
-                        name, [torch.zeros(1)] * len(each[0])
-                    )
-                    kept[i] = kept[i].expand_as(mean).lerp(mean, 1 - decay)
-        return super().step(
-            [
-                {
-                    name: self.divided(name, shape, grad[name])
-                    for name, shape in self.shapes
-                }
-                for grad in grads
-            ]
-        )
+    def hand_out(
+        self,
+        grads: Sequence[Mapping[str, Floats]],
+        roots: Mapping[str, Sequence[Floats]],
+        expected: float,
+        square: float,
+        norms: Callable[[list[Tensor]], list[float]],
+    ) -> dict[str, Floats]:
+        """Return ``.grad`` of every parameter, and remember the rest for ``apply``."""
+        self.expected = expected
+        self.before = copy.deepcopy((self.sent, self.owned))
+        scaled = [
+            {
+                name: self.divided(grad[name] * np.float32(self.expected), roots, name)
+                if self.coded(name, shape)
+                else grad[name]
+                for name, shape in self.shapes
+            }
+            for grad in grads
+        ]
+        result = super().step(scaled)
+        coded = [name for name, shape in self.shapes if self.coded(name, shape)]
+        for name in coded:
+            for root in roots.get(name, ()):
+                result[name] = result[name] * root
+        exact = [torch.from_numpy(v) for n, v in result.items() if n not in coded]
+        decoded = [torch.from_numpy(result[name]) for name in coded]
+        of_exact, of_decoded = norms(exact), norms(decoded)
+        left = max(square - hypot(*of_exact) ** 2, 0.01 * square)
+        factor = sqrt(left) / hypot(*of_decoded)
+        others = [name for name in result if name not in coded]
+        self.norms = dict(zip(others, of_exact, strict=True))
+        self.norms |= {n: v * factor for n, v in zip(coded, of_decoded, strict=True)}
+        for name in coded:
+            result[name] = result[name] * np.float32(factor)
+        self.restore = 1 / factor
+        return result
 
-    def rows(self, shape: Sequence[int]) -> int:
-        """Return of how many rows the matrix is that a tensor counts as; 0: of none."""
-        if len(shape) < 2 or prod(shape) == 0:
-            return 0
-        choices = [prod(shape[:i]) for i in range(1, len(shape))]
-        return min(choices, key=lambda rows: rows + prod(shape) // rows)
+    def divided(
+        self, grad: Floats, roots: Mapping[str, Sequence[Floats]], name: str
+    ) -> Floats:
+        for root in roots.get(name, ()):
+            grad = grad * (np.float32(1) / root)
+        return np.clip(grad, -self.most, self.most) if name in roots else grad
 
-    def sums(self, grad: Floats, shape: Sequence[int]) -> list[Tensor]:
-        squares = torch.from_numpy(grad) ** 2
-        if not self.rows(shape):
-            return [squares]
-        matrix = squares.reshape(self.rows(shape), -1)
-        return [matrix.mean(dim=1), matrix.mean(dim=0)]
+    def settle(self, share: float) -> None:
+        """Keep as much of what the last exchange changed as ``share`` says."""
+        for now, before in (
+            *zip(self.sent, self.before[0], strict=True),
+            (self.owned, self.before[1]),
+        ):
+            for name, old in before.items():
+                new = torch.from_numpy(now[name])
+                if share != 1:
+                    now[name] = torch.from_numpy(old).lerp(new, share).numpy()
 
-    def divided(self, name: str, shape: Sequence[int], grad: Floats) -> Floats:
-        means = [kept / torch.tensor(self.weight) for kept in self.moments[name]]
-        if not self.rows(shape):
-            factors = [1 / (means[0].sqrt() + 1e-8)]
-        else:
-            of_rows = means[0] / (means[0].mean() + 1e-30)
-            factors = [1 / (of_rows.sqrt() + 1e-8), 1 / (means[1].sqrt() + 1e-8)]
-        most = np.float32(1 / (1 - self.beta2) ** 0.5)
-        value = grad.copy()
-        if len(factors) == 2:
-            matrix = value.reshape(self.rows(shape), -1)
-            matrix *= factors[0].numpy()[:, None]
-            matrix *= factors[1].numpy()
-        else:
-            value *= factors[0].numpy()
-        return np.clip(value, -most, most)
+    def apply(self, ratio: float) -> float:
+        """Take in that .grad was multiplied by ``ratio``; return its factor now."""
+        share = min(1.0, ratio / self.expected)
+        share = 1.0 if share > 0.999 else share
+        self.settle(share)
+        return share * self.restore / ratio
 
 
 class TwoLevels(Oracle):

@@ -136,7 +136,7 @@ def train_auto(rank: int, world: int, seed: int) -> tuple[list[str], float]:
     torch.manual_seed(seed)
     net = nn.Sequential(*(nn.Linear(300, 300) for _ in range(4)))
     model = DistributedDataParallel(net, bucket_cap_mb=0.3)
-    state = ddp.attach(model, lc3.Config(mode="auto"))
+    state = ddp.attach(model, config=lc3.Config(mode="auto"))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     chance = random.Random(seed * 100 + rank)
     for step in range(TRIAL_STEPS + 4):
@@ -196,7 +196,7 @@ def train_beside_ddp(rank: int, world: int, costs: Costs, halves: bool) -> list[
         net = nn.Sequential(*(nn.Linear(100, 100) for _ in range(4)))
         net.to(torch.bfloat16 if halves else torch.float32)
         models.append(DistributedDataParallel(net, bucket_cap_mb=0.05))
-    state = ddp.attach(models[0], lc3.Config(mode="auto", min_numel=1))
+    state = ddp.attach(models[0], config=lc3.Config(mode="auto", min_numel=1))
     assert state.engine.auto is not None
     state.engine.auto.costs = costs
     lane, submit = 0, state.session.lane.submit

@@ -26,7 +26,7 @@ lab = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # What gloo and TCP add to a message for one peer: three control messages of 48 bytes,
 # each of them, the data and the answers in packets with 66 bytes of headers.
 PER_MESSAGE = 450
-DUE = Moments({}, 0.99, torch.device("cpu")).due  # steps that share second moments
+DUE = Moments({}, {}, torch.device("cpu")).due  # steps that share second moments
 MESSAGES = {  # of a step, where they are not one of a push and one of a pull
     "push-pull s=1.00": 3,
     "2 local steps": 2 / 2,

@@ -23,6 +23,8 @@ BELOW = {
     "checkpoint": {"errors", "plan"},
     "meter": set(),
     "moments": set(),
+    "sketch": set(),
+    "applied": {"errors", "moments", "owners", "residual"},
     "monitor": {"meter"},
     "message": {
         *("codec", "config", "entropy", "errors", "format", "plan", "rans"),

@@ -22,7 +22,7 @@ def start(mesh: Any, attached: bool = True) -> tuple[Any, Any, Any]:
     torch.manual_seed(3)
     model = DistributedDataParallel(Deep(4), bucket_cap_mb=0.02)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    state = ddp.attach(model, CONFIG, mesh=mesh) if attached else None
+    state = ddp.attach(model, config=CONFIG, mesh=mesh) if attached else None
     return model, state, optimizer
 
 
@@ -66,7 +66,7 @@ def refused(rank: int, world: int, what: str) -> str:
     config = lc3.Config(mode="auto") if what == "auto" else CONFIG
     model = DistributedDataParallel(nn.Linear(64, 64))
     try:
-        ddp.attach(model, config, mesh=meshes.get(what, 2))
+        ddp.attach(model, config=config, mesh=meshes.get(what, 2))
     except lc3.Lc3Error as error:
         return f"{type(error).__name__}: {error}"
     return "attached"
@@ -139,7 +139,7 @@ def with_a_scaler(rank: int, world: int, mesh: Any) -> tuple[str, float]:
     model = DistributedDataParallel(Deep(4), bucket_cap_mb=0.02)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-    state = ddp.attach(model, CONFIG, mesh=mesh, scaler=scaler)
+    state = ddp.attach(model, config=CONFIG, mesh=mesh, scaler=scaler)
     for step in range(8):
         torch.manual_seed(10 * step + rank)
         optimizer.zero_grad()

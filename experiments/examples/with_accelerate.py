@@ -9,7 +9,6 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lc3
 from experiments.examples.digits import accuracy, datasets
 from experiments.models import small_cnn
 from lc3.hooks import accelerate as lc3_accelerate
@@ -24,7 +23,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     loader = DataLoader(train, batch_size=32, shuffle=True)
     model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
-    state = lc3_accelerate.attach(accelerator, model, lc3.Config())
+    state = lc3_accelerate.attach(accelerator, model, optimizer)
 
     for _ in range(8):
         for images, labels in loader:

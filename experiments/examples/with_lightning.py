@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import lc3
 from experiments.examples.digits import accuracy, datasets
 from experiments.models import small_cnn
 from lc3.hooks.lightning import LC3
@@ -42,7 +41,7 @@ def main() -> None:
         devices=2,
         strategy="ddp",
         max_epochs=8,
-        callbacks=[LC3(lc3.Config())],
+        callbacks=[LC3()],
         enable_model_summary=False,
     )
     module = Digits()

@@ -8,7 +8,6 @@ import tempfile
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-import lc3
 from experiments.examples.digits import accuracy, collate, datasets
 from experiments.models import small_cnn
 from lc3.hooks import transformers as lc3_transformers
@@ -43,7 +42,7 @@ def main() -> None:
         )
         model = Digits()
         trainer = Trainer(model, options, collate, train)
-        callback = lc3_transformers.attach(trainer, lc3.Config())
+        callback = lc3_transformers.attach(trainer)
         trainer.train()
     if trainer.is_world_process_zero() and callback.state is not None:
         ratio = callback.state.meter.ratio

@@ -1,0 +1,444 @@
+"""What becomes of a gradient between the hook and the optimizer.
+
+A script looks at ``.grad``: it clips it by its norm, unscales it, skips the step,
+throws it away. What 3LC decodes is large and rare, with a norm many times the
+gradient's. So the hook hands it out with the norm of the mean gradient. Right before
+the optimizer steps it gets its own size back, times whatever the script has multiplied
+it by.
+Residuals and second moments take in as much of the exchange as was applied: all of it,
+a clipped share, or, if no optimizer steps, nothing.
+
+Clipping has to come before coding. Once the script is seen to clip at one norm, or
+``max_norm`` says so, every step's norm is exchanged before its gradients are pushed,
+and they are pushed clipped.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
+
+from lc3.errors import AttachError
+from lc3.moments import Moments
+from lc3.owners import flat_view
+from lc3.residual import Residuals
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["adam", "sgd", "other"]
+_UNTOUCHED = 1e-5
+_ALIKE = 1e-3
+# Optimizers of other libraries that keep a second moment as torch's Adam does.
+_ADAMS = re.compile(r"(N|R|Fused)?AdamW?(Legacy|4bit|8bit|Fp8)?")
+_HIDES = ("optimizer", "base_optimizer")  # attributes of wrappers around optimizers
+
+
+class Given(NamedTuple):
+    """What was handed out of one parameter: its norm, and its own size over that."""
+
+    norm: float
+    restore: float
+    coded: bool
+
+
+class Applied:
+    """Follows the optimizers of one model, and settles what they apply.
+
+    Args:
+        optimizers: that step the model's parameters, each some of them.
+        names: of the parameters that are exchanged.
+        residuals: are settled.
+        moments: are settled, too, and become the optimizers' own second moments.
+            ``None``: the optimizers have none.
+        max_norm: clips what is applied by its global norm. ``None``: the script may.
+
+    Attributes:
+        norm: of the mean gradient, estimated: see ``lc3.sketch``. nan before the first.
+        expected: what this step is expected to apply of a gradient.
+        clips: see ``Clipping``.
+    """
+
+    def __init__(
+        self,
+        optimizers: Iterable[Optimizer],
+        names: Mapping[Tensor, str],
+        residuals: Residuals,
+        moments: Moments | None,
+        max_norm: float | None,
+    ) -> None:
+        self.norm = math.nan
+        self.expected = 1.0
+        self.clips = Clipping(max_norm)
+        # Means of squared norms, of the mean gradient and of the ranks' own.
+        self.square, self.own_square = 0.0, 0.0
+        self._names = names
+        self._residuals = residuals
+        self._moments = moments
+        self._max_norm = max_norm
+        self._given: dict[str, Given] = {}
+        self._squares = (0.0, 0.0)
+        self._said = False
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step)
+            for optimizer in optimizers
+        ]
+        # Gradients that are added to what was handed out would be of two sizes.
+        self._first = min(names, key=Tensor.numel)
+        self._handed: Tensor | None = None
+
+    @property
+    def noise(self) -> float:
+        """Squared norm of the mean gradient over the mean of the ranks' own, ≤ 1."""
+        if not self.own_square or not math.isfinite(self.square):
+            return 1.0
+        return min(1.0, self.square / self.own_square)
+
+    def watch_accumulation(self) -> Any:
+        """Check every gradient of one parameter; return a handle to stop it."""
+
+        def before(_: Tensor) -> None:
+            self._check_accumulation()
+
+        return self._first.register_hook(before)
+
+    def _check_accumulation(self) -> None:
+        """Raise ``AttachError`` if a gradient is added to one that was handed out."""
+        grad, handed = self._first.grad, self._handed
+        if handed is None or grad is None or grad.layout != torch.strided:
+            return
+        if torch.equal(flat_view(grad), handed):
+            raise AttachError(
+                "a second synchronised backward pass adds to a gradient that no "
+                "optimizer has applied; put all passes but the last of a step under "
+                "model.no_sync(), or call zero_grad() first if it is thrown away"
+            )
+
+    def drop(self) -> None:
+        """Undo what no optimizer has applied of the last exchange."""
+        self._given.clear()
+        self._handed = None
+        undone = dict.fromkeys(self._names.values(), 0.0)
+        self._residuals.settle(undone)
+        if self._moments is not None:
+            self._moments.settle(undone)
+
+    def expect(self, square: float | None = None) -> None:
+        """Foretell what the script will apply of a gradient.
+
+        Args:
+            square: its squared norm, if it is known before it is pushed.
+        """
+        norm = None if square is None else math.sqrt(square)
+        self.expected = self.clips.expected(norm)
+
+    def hand_out(
+        self,
+        coded: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        square: float,
+        own_square: float,
+    ) -> None:
+        """Give what was decoded the norm of the mean gradient, in place.
+
+        Args:
+            coded: by parameter name, what arrived of the gradients times ``expected``.
+            others: gradients that are exact.
+            square: squared norm of the mean gradient, of both.
+            own_square: mean over ranks of the squared norms of their gradients.
+        """
+        self._squares = square, own_square
+        self.norm = math.sqrt(square) if square >= 0 else math.nan
+        exact = _norms(others.values())
+        norms = _norms(coded.values())
+        of_coded = math.hypot(*norms)
+        of_exact = math.hypot(*exact)
+        left = max(square - of_exact**2, 0.01 * square)
+        factor = math.sqrt(left) / of_coded if of_coded else 1.0
+        if not math.isfinite(factor) or not factor:
+            factor = 1.0
+        if coded:
+            torch._foreach_mul_(list(coded.values()), factor)
+        for name, norm in zip(coded, norms, strict=True):
+            self._given[name] = Given(norm * factor, 1 / factor, coded=True)
+        for name, norm in zip(others, exact, strict=True):
+            self._given[name] = Given(norm, 1.0, coded=False)
+        first = {**others, **coded}.get(self._names[self._first])
+        self._handed = first.clone() if first is not None and first.any() else None
+
+    def _before_step(
+        self, optimizer: Optimizer, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.apply(optimizer)
+            return None
+
+        def then_apply() -> Any:
+            loss = closure()
+            self.apply(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": then_apply}
+        return (args[0], then_apply, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def apply(self, optimizer: Optimizer) -> None:
+        """Give gradients their own size, as the optimizer is about to apply them."""
+        grads = {
+            name: parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if (name := self._names.get(parameter)) in self._given
+            and parameter.grad is not None
+        }
+        if not grads:
+            return
+        given = {name: self._given.pop(name) for name in grads}
+        self._handed = None
+        # A fused Adam unscales by itself, and skips by itself.
+        scale, overflowed = (
+            1.0 if (value := getattr(optimizer, what, None)) is None else float(value)
+            for what in ("grad_scale", "found_inf")
+        )
+        if getattr(optimizer, "found_inf", None) is None:
+            overflowed = 0.0
+        norms = dict(zip(grads, _norms(grads.values()), strict=True))
+        norm, norm_given = (
+            math.hypot(*norms.values()),
+            math.hypot(*(g.norm for g in given.values())),
+        )
+        if overflowed or not math.isfinite(norm):
+            self._settle(dict.fromkeys(grads, 0.0))
+            return
+        clip = 1.0
+        if self._max_norm is not None:
+            clip = min(1.0, self._max_norm / (norm / scale + 1e-6))
+        whole = _snap(norm / norm_given) if norm_given else 1.0
+        shares: dict[str, float] = {}
+        factors: dict[str, float] = {}
+        for name, (of_given, restore, coded) in given.items():
+            ratio = norms[name] / of_given if of_given else whole
+            ratio = whole if abs(ratio - whole) < _ALIKE * whole else _snap(ratio)
+            wanted = ratio * clip / scale  # of the gradient
+            share = _snap(min(1.0, min(1.0, wanted) / self.expected), _ALIKE)
+            if coded:
+                shares[name] = share
+                size = share * max(1.0, wanted) * scale * restore
+                factors[name] = size / ratio if ratio else 1.0
+            else:
+                factors[name] = clip
+        torch._foreach_mul_(list(grads.values()), list(factors.values()))
+        if self._moments is not None:
+            self._set_second_moments(self._moments, optimizer, shares, scale)
+        share = min(1.0, whole * clip / scale)
+        self._settle(shares)
+        self.clips.saw(share, self.norm)
+        decay = 0.99
+        for what, value in zip(("square", "own_square"), self._squares, strict=True):
+            before = getattr(self, what)
+            setattr(self, what, decay * before + (1 - decay) * value * share**2)
+
+    def _settle(self, shares: Mapping[str, float]) -> None:
+        self._residuals.settle(shares)
+        if self._moments is not None:
+            self._moments.settle(shares)
+
+    def _set_second_moments(
+        self,
+        moments: Moments,
+        optimizer: Optimizer,
+        names: Mapping[str, float],
+        scale: float,
+    ) -> None:
+        """Let the step divide by the moments that all ranks have alike.
+
+        Adam's own become, after it has added the square of this gradient, what the
+        gradient was divided by before it was coded.
+        """
+        for group in optimizer.param_groups:
+            beta2 = float(group["betas"][1])
+            for parameter in group["params"]:
+                name = self._names.get(parameter)
+                state = optimizer.state.get(parameter)
+                if name is None or name not in names or not state:
+                    continue  # not exchanged, or the first step
+                moment = state.get("exp_avg_sq")
+                if moment is None:
+                    self._warn(optimizer)
+                    return
+                steps = float(state.get("step", group.get("step", 0))) + 1
+                square = flat_view(parameter.grad).float()
+                decay = group.get("weight_decay", 0)
+                if decay and not _decoupled(optimizer, group):
+                    square = square.add(flat_view(parameter.detach()), alpha=decay)
+                square = (square / scale).square_() if scale != 1 else square.square()
+                square *= 1 - beta2
+                target = moments.of_elements(name) * self.noise * (1 - beta2**steps)
+                target = torch.maximum(target, 1e-5 * square)
+                target.sub_(square).div_(beta2)
+                if type(moment) is not Tensor or moment.dtype != torch.float32:
+                    target.clamp_(min=0)  # it rounds
+                if type(moment) is Tensor:
+                    flat_view(moment).copy_(target)
+                else:
+                    moment.copy_(target.view(moment.shape))
+
+    def _warn(self, optimizer: Optimizer) -> None:
+        if not self._said:
+            self._said = True
+            log.warning("lc3: %s", unsuited(optimizer))
+
+    def counters(self) -> dict[str, float]:
+        """Return what is the same on every rank and goes on from a checkpoint."""
+        return {
+            "square": self.square,
+            "own_square": self.own_square,
+            **self.clips.counters(),
+        }
+
+    def load(self, counters: Mapping[str, int | float]) -> None:
+        """Go on from what ``counters`` returned."""
+        self.drop()
+        self.square = float(counters["square"])
+        self.own_square = float(counters["own_square"])
+        self.clips.load(counters)
+
+    def close(self) -> None:
+        """Follow the optimizers no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class Clipping:
+    """Finds out what a script multiplies its gradients by, and foretells it.
+
+    Args:
+        limit: the norm that gradients are clipped to; ``None``: it may turn out.
+
+    Attributes:
+        limit: the same, so far.
+        scale: what gradients are multiplied by that are not clipped.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self.scale = 1.0
+        self._unexplained: tuple[float, float] | None = None
+
+    def expected(self, norm: float | None) -> float:
+        """Return what a gradient will be multiplied by, of which the norm is known."""
+        if not self.limit or not norm or not math.isfinite(norm):
+            return self.scale
+        return min(self.scale, self.limit / norm)
+
+    def saw(self, share: float, norm: float) -> None:
+        """Take in that a gradient of this norm was multiplied by ``share``."""
+        before, self._unexplained = self._unexplained, None
+        clipped = share * norm
+        if _alike(share, self.scale):
+            if self.limit is not None and clipped > 1.01 * self.limit:
+                self.limit = None  # it clips no longer
+        elif self.limit is None or not _alike(clipped, self.limit):
+            if before is not None and _alike(clipped, before[0] * before[1]):
+                self.limit = clipped
+            elif before is not None and _alike(share, before[0]):
+                self.scale = share
+            else:
+                self._unexplained = share, norm
+
+    def counters(self) -> dict[str, float]:
+        """Return what goes on from a checkpoint, the same on every rank."""
+        share, norm = self._unexplained or (0.0, 0.0)
+        return {
+            "clip_limit": self.limit or 0.0,
+            "clip_scale": self.scale,
+            "clip_share": share,
+            "clip_norm": norm,
+        }
+
+    def load(self, counters: Mapping[str, int | float]) -> None:
+        """Go on from what ``counters`` returned."""
+        self.limit = float(counters["clip_limit"]) or None
+        self.scale = float(counters["clip_scale"])
+        seen = float(counters["clip_share"]), float(counters["clip_norm"])
+        self._unexplained = seen if seen[0] else None
+
+
+def unwrapped(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """Return the optimizers that step: one or several, without what wraps them.
+
+    Raises:
+        AttachError: one of them is none, or there are none.
+    """
+    given = [optimizer] if not isinstance(optimizer, list | tuple) else list(optimizer)
+    found: list[Optimizer] = []
+    for one in given:
+        inner: Any = one
+        while nested := next(
+            (v for a in _HIDES if isinstance(v := getattr(inner, a, None), Optimizer)),
+            None,
+        ):
+            inner = nested
+        if not isinstance(inner, Optimizer):
+            raise AttachError(
+                f"optimizer is a {type(one).__name__}, not a torch.optim.Optimizer; "
+                "attach takes attach(model, optimizer, config)"
+            )
+        found.append(inner)
+    if not found:
+        raise AttachError("no optimizer was given; attach(model, optimizer)")
+    return found
+
+
+def kind_of(optimizer: Optimizer) -> Kind:
+    """Return which form of 3LC suits an optimizer: "other": none."""
+    if isinstance(optimizer, Adam | NAdam | RAdam):
+        return "adam"
+    kind = type(optimizer)
+    known = _ADAMS.fullmatch(kind.__name__) is not None
+    if (
+        known
+        and "betas" in optimizer.defaults
+        and "bitsandbytes" not in kind.__module__
+    ):
+        return "adam"
+    return "sgd" if isinstance(optimizer, SGD) else "other"
+
+
+def unsuited(optimizer: Optimizer) -> str:
+    """Return the sentence about an optimizer that no form of every step suits."""
+    return (
+        f"{type(optimizer).__name__} trains worse on gradients that 3LC has decoded, "
+        "which come late and in jumps; take local steps, which suit any optimizer: "
+        "state = lc3.hooks.local_sgd.attach(module, optimizer) in place of "
+        "DistributedDataParallel"
+    )
+
+
+def _decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    given = group.get("decoupled_weight_decay")
+    return bool(given) if given is not None else "AdamW" in type(optimizer).__name__
+
+
+def _norms(tensors: Iterable[Tensor]) -> list[float]:
+    """Return the norms of dense tensors, by one copy to the host."""
+    listed = list(tensors)
+    if not listed:
+        return []
+    norms = torch._foreach_norm(listed, 2, dtype=torch.float32)
+    return [float(norm) for norm in torch.stack(list(norms)).tolist()]
+
+
+def _snap(ratio: float, near: float = _UNTOUCHED) -> float:
+    """Return 1 where rounding only has made it something else."""
+    return 1.0 if abs(ratio - 1) < near else ratio
+
+
+def _alike(one: float, other: float) -> bool:
+    return abs(one - other) < _ALIKE * abs(other)
