@@ -14,7 +14,7 @@ WORDS, LENGTH, BATCH = 200, 32, 16
 
 
 class Classifier(nn.Module):
-    """Two layers of attention over a pair of sentences: do they say the same?"""
+    """Two layers of attention, which look for one of twenty words in a sentence."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ class GPT(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(symbols, width)
         self.places = nn.Embedding(length, width)
-        blocks = (Block(width, heads, bias) for _ in range(layers))
+        blocks = [Block(width, heads, bias) for _ in range(layers)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, symbols, bias=False)
@@ -69,7 +69,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
+        for block in blocks:
             for layer in (block.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))
         if tied:

@@ -37,7 +37,7 @@ class Module(lightning.LightningModule):
 
     def on_train_end(self) -> None:
         """Keep lc3's state, whose meter is read at the end."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:
             if isinstance(callback, LC3):
                 self.report.state = callback.state
 

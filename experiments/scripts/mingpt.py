@@ -1,4 +1,4 @@
-"""minGPT-ddp's trainer, shortened: AdamW at a constant rate, biases, clipping at 1.0."""
+"""minGPT-ddp, shortened: AdamW at a constant rate, biases, clipping at 1.0."""
 
 import torch
 import torch.distributed as dist

@@ -1,6 +1,7 @@
 """nanoGPT's train.py, shortened: AdamW with two groups, cosine, clipping at 1.0."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ def main() -> None:
     text = Text(given.text, LENGTH)
     torch.manual_seed(given.seed)
     raw_model = GPT(text.symbols, LENGTH, 4, 4, 128, bias=False, tied=True)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in raw_model.parameters() if p.dim() >= 2]},
         {
             "params": [p for p in raw_model.parameters() if p.dim() < 2],

@@ -1,4 +1,4 @@
-"""stanford_alpaca's shape: the Hugging Face Trainer with its AdamW, cosine, clipping."""
+"""stanford_alpaca, in small: the Hugging Face Trainer, AdamW, cosine, clipping."""
 
 import torch
 from torch.utils.data import Dataset
