@@ -86,9 +86,12 @@ class PushPull(Optimizer):
     """An optimizer whose step works on this rank's share. Made by ``attach``.
 
     Learning rates and other options are read from ``param_groups`` at every step, so
-    schedulers work as usual. ``zero_grad`` has nothing to do. The model's own gradients
-    are 0 after backward, or nan on every rank if one was not finite, which is what a
-    GradScaler looks for.
+    schedulers work as usual. ``zero_grad`` has nothing to do. Gradients are at their
+    owners. The model's own ``.grad`` stands for them: one number everywhere, so that
+    its norm is that of the mean gradient. What multiplies it (``clip_grad_norm_``, a
+    GradScaler, a scale) multiplies the gradients at their owners, by parameter;
+    changing single elements is an error. It is nan on every rank if a gradient was not
+    finite. What no ``step()`` follows leaves nothing behind.
 
     Attributes:
         meter: bytes and seconds so far, on this rank.
@@ -144,6 +147,10 @@ class PushPull(Optimizer):
         super().__init__(groups, self.inner.defaults)
         self._values = arena_like(replica)
         self._pushed: set[str] = set()
+        self._buffers: list[Tensor] = []
+        self._stand_in = 0.0
+        self._first = min(names, key=Tensor.numel)
+        self._watched = self._first.register_hook(self._check_accumulation)
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
@@ -166,10 +173,9 @@ class PushPull(Optimizer):
                 "make the embedding with sparse=False"
             )
         if self._pushed.intersection(names):
-            raise AttachError(
-                f"the gradient of {names[0]!r} came twice before step(); put all "
-                "backward passes but the last under model.no_sync()"
-            )
+            self._pushed.clear()  # a step that was not made: residuals are as before
+        if not self._pushed:
+            self._buffers, self._stand_in = [], 0.0
         if not self._pushed and self._scaler is not None:
             self._follow(self._scaler.get_scale())
         sizes = [self._values[name].numel() for name in names]
@@ -188,12 +194,17 @@ class PushPull(Optimizer):
             with self.engine.exchanging(elements, step, bucket, hops=1):
                 self.owners.push(values, step, bucket)
         self._pushed.update(names)
+        self._buffers.append(buffer.zero_())
         if len(self._pushed) < len(self._parameters):
-            return buffer.zero_()
+            return buffer
         self._find_norm()
         self._overflowed = not math.isfinite(self.grad_norm)
         if not self._overflowed:
-            return buffer.zero_()
+            elements = sum(one.numel() for one in self._buffers)
+            self._stand_in = self.grad_norm * self._scale / math.sqrt(max(elements, 1))
+            for one in self._buffers:
+                one.fill_(self._stand_in)
+            return buffer
         # This step never was: the pushes' residuals are kept by the pull only.
         self._pushed.clear()
         self.skipped += 1
@@ -229,14 +240,19 @@ class PushPull(Optimizer):
         self._pushed.clear()
         for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: mine[key] for key in mine if key != "params"})
+        factors = self._factors()
+        self._stand_in = 0.0
+        super().zero_grad(set_to_none=False)  # what stood for gradients is no gradient
         shrink = 1.0
         if self._max_norm is not None:
-            shrink = min(1.0, self._max_norm / (self.grad_norm + 1e-6))
-        shrink /= self._scale
+            whole = max(factors.values(), default=1.0) * self._scale
+            shrink = min(1.0, self._max_norm / (self.grad_norm * whole + 1e-6))
         for name, master in self._masters.items():
             mean = self.engine.means[name]
             # Unused on every rank: no gradient, as DDP has it.
-            master.grad = self._shaped(name, mean.mul_(shrink)) if mean.any() else None
+            used = name in factors and bool(mean.any())
+            factor = shrink * factors.get(name, 1.0)
+            master.grad = self._shaped(name, mean.mul_(factor)) if used else None
         self.inner.step()
         for master in self._masters.values():
             master.grad = None  # its memory is the pull's from here on
@@ -245,6 +261,50 @@ class PushPull(Optimizer):
         for name, flat in self._flat.items():
             flat.copy_(self.owners.replica[name])
         return loss
+
+    def _factors(self) -> dict[str, float]:
+        """Return what the script has multiplied gradients by, where there are any.
+
+        Raises:
+            AttachError: single elements were changed; the gradients are elsewhere.
+        """
+        factors: dict[str, float] = {}
+        for name, parameter in self._parameters.items():
+            grad = parameter.grad
+            if grad is None or not grad.numel():
+                continue
+            least, most = (float(value) for value in grad.aminmax())
+            if most - least > 1e-3 * abs(most):
+                raise AttachError(
+                    f"elements of the gradient of {name!r} were changed one by one "
+                    "before step(), but hooks.push_pull keeps gradients at their "
+                    "owners: change them by a hook on the parameter "
+                    "(parameter.register_hook), which runs before they are pushed"
+                )
+            ratio = most / self._stand_in if self._stand_in else 1.0
+            near = 1e-5 if grad.dtype == torch.float32 else 1e-2  # of rounding
+            untouched = abs(ratio * self._scale - 1) < near
+            factors[name] = 1 / self._scale if untouched else ratio
+        return factors
+
+    def _check_accumulation(self, _: Tensor) -> None:
+        """Raise ``AttachError`` if a gradient is added to one that was pushed."""
+        grad, pushed = self._first.grad, self._stand_in
+        if grad is not None and pushed and bool((grad == pushed).all()):
+            raise AttachError(
+                "a second synchronised backward pass adds to a gradient that no step() "
+                "has applied; put all passes but the last of a step under "
+                "model.no_sync(), or call zero_grad() first if it is thrown away"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: what is exchanged is agreed on when lc3 is attached."""
+        if hasattr(self, "_pushed"):
+            raise AttachError(
+                "hooks.push_pull exchanges the parameters that the model had at "
+                "attach; to add some, close() this optimizer and wrap the model anew"
+            )
+        super().add_param_group(param_group)
 
     def _find_norm(self) -> None:
         """Let all ranks know the norm of the mean gradient, finite or not."""
@@ -380,6 +440,7 @@ class PushPull(Optimizer):
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
+        self._watched.remove()
         self.session.close()
 
     def __reduce__(self) -> NoReturn:

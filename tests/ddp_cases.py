@@ -637,7 +637,8 @@ def check_moments(
             squares = np.concatenate([np.ravel(of_rows), np.ravel(of_columns)])
         decay = 0.9**10
         expected = before[name][:-1] * decay + (1 - decay) * torch.from_numpy(squares)
-        torch.testing.assert_close(kept[:-1], expected.float(), rtol=1e-4, atol=1e-12)
+        # They travel as bfloat16, with 8 bits.
+        torch.testing.assert_close(kept[:-1], expected.float(), rtol=2**-7, atol=1e-12)
 
 
 def shape_of(state: ddp.State, name: str) -> list[int]:

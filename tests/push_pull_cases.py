@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import Config, Lc3Error
+from lc3 import AttachError, Config, Lc3Error
 from lc3.hooks import push_pull
 from tests.ddp_cases import Case, Net, batch, flat, hash_of, local_gradients, loss_of
 from tests.ddp_cases import make_net as net_of
@@ -285,3 +285,61 @@ def misuse(rank: int, world: int, what: str) -> str:
 
 
 __all__ = ["Net"]
+
+
+def beside_ddp(rank: int, world: int, what: str) -> tuple[float, list[float]]:
+    """Train with and without lc3; return how far apart, and ratios of norms."""
+    nets, norms = [], []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+        )
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        if attached:
+            make = partial(torch.optim.SGD, lr=0.5)
+            optimizer = push_pull.attach(model, make, Config(raw=("*",)))
+        for step in range(6):
+            torch.manual_seed(10 * step + rank)
+            x = torch.randn(32, 64)
+            optimizer.zero_grad()
+            loss = (model(x) - x[:, :16]).square().mean()
+            (4 * loss if what == "scale" else loss).backward()
+            parameters = list(model.parameters())
+            limit = 0.1 if what == "clip" else 1e9
+            norms.append(float(nn.utils.clip_grad_norm_(parameters, limit)))
+            if what == "scale":
+                for parameter in parameters:
+                    assert parameter.grad is not None
+                    parameter.grad /= 4
+            if what == "frozen":
+                parameters[0].grad = None
+            if what == "thrown away" and step % 2:
+                continue
+            optimizer.step()
+        nets.append([p.detach().clone() for p in model.parameters()])
+        if isinstance(optimizer, push_pull.PushPull):
+            optimizer.close()
+    far = max(float((a - b).abs().max()) for a, b in zip(*nets, strict=True))
+    half = len(norms) // 2
+    return far, [norms[half] / norms[0], norms[-1] / norms[half - 1]]
+
+
+def refusals_at_step(rank: int, world: int) -> tuple[str, str]:
+    """Return what is said of a masked element, and of a new group."""
+    model = DistributedDataParallel(nn.Linear(64, 64))
+    optimizer = push_pull.attach(model, partial(torch.optim.SGD, lr=0.5))
+    said = []
+    try:
+        model(torch.randn(8, 64)).square().mean().backward()
+        assert model.module.weight.grad is not None
+        model.module.weight.grad[0] = 0
+        optimizer.step()
+    except AttachError as error:
+        said.append(str(error))
+    try:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    except AttachError as error:
+        said.append(str(error))
+    optimizer.close()
+    return said[0], said[1]

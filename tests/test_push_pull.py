@@ -96,9 +96,26 @@ def test_one_rank_trains_as_without_lc3(ranks: Pools) -> None:
         ("params", r"AttachError: params must hold .* missing: \['2.bias'\]"),
         ("max_norm", r"ConfigError: max_norm=0\.0 must be positive"),
         ("no backward", r"AttachError: step\(\) without a synchronised backward"),
-        ("twice", r"AttachError: the gradient of '.*' came twice before step\(\)"),
+        ("twice", r"AttachError: a second synchronised backward pass adds .*no_sync"),
     ],
 )
 def test_misuse_is_named(ranks: Pools, what: str, words: str) -> None:
     for said in ranks(2).run(push_pull_cases.misuse, what):
         assert re.match(words, said), said
+
+
+@pytest.mark.parametrize("what", ["nothing", "clip", "scale", "thrown away", "frozen"])
+def test_what_a_script_does_to_gradients_is_what_ddp_makes_of_it(
+    ranks: Pools, what: str
+) -> None:
+    """Uncoded, so that only the order of adding differs."""
+    for far, norms in ranks(2).run(push_pull_cases.beside_ddp, what):
+        assert far < 1e-6
+        assert norms == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+def test_changing_single_elements_and_adding_a_group_are_refused(ranks: Pools) -> None:
+    for masked, added in ranks(2).run(push_pull_cases.refusals_at_step):
+        assert "were changed one by one" in masked
+        assert "parameter.register_hook" in masked
+        assert "to add some, close() this optimizer" in added
