@@ -383,6 +383,8 @@ class State:
             self._applied.drop()
             self._applied.expect()
             self._waiting = []
+            if self.engine.auto is not None:  # what was undone, or clipped, is owed
+                self.engine.owing.update(self.engine.residuals.sent)
             return
         self._settle()
         if self._scaler is not None:
@@ -515,12 +517,12 @@ class State:
                 f"has {self.engine.senders}; attach with the same mesh, or load "
                 "lc3.merge_states of all ranks'"
             )
+        self.engine.residuals.settle_all(0.0)  # of what went before
         mine.copy_from(found)
         if merged:
             self.engine.keep_own_part()
         self.engine.push_what_owners_owe()
         self.engine.owing.update(self.engine.residuals.sent)
-        self._settle_as(1.0)
         self._overflowed = False
         if self._applied is not None:
             self._applied.load(found.counters)

@@ -88,7 +88,11 @@ class Applied:
             for optimizer in optimizers
         ]
         # Gradients that are added to what was handed out would be of two sizes.
-        self._first = min(names, key=Tensor.numel)
+        self._first = min(
+            (parameter for parameter in names if parameter.numel()),
+            key=Tensor.numel,
+            default=next(iter(names)),
+        )
         self._handed: Tensor | None = None
 
     @property
