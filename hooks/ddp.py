@@ -467,9 +467,14 @@ class State:
         """Add what is pending to the gradients, densely, and owe nothing; collective.
 
         For the last ``optimizer.step()`` before the model is handed over. Call it after
-        ``backward()``, on every rank.
+        ``backward()``, on every rank, and clip no more: with an optimizer gradients
+        are clipped already, if the script has clipped before.
         """
+        if self._applied is not None:
+            self._applied.release()
         owed = self.pending()
+        if self._moments is not None:
+            self._moments.multiply({n: o for n, o in owed.items() if o.numel()})
         for buffer in self.engine.residuals.buffers():
             buffer.zero_()
         for parameter, name in self.session.names.items():

@@ -131,6 +131,16 @@ class Applied:
         if self._moments is not None:
             self._moments.settle(undone)
 
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give gradients their own size now, and take the exchange for applied."""
+        for parameter, name in self._names.items():
+            if name in self._given and parameter.grad is not None:
+                parameter.grad.mul_(self._given[name].restore)
+        self._settle(dict.fromkeys(self._given, 1.0))
+        self._given.clear()
+        self._handed = None
+
     def expect(self, square: float | None = None) -> None:
         """Foretell what the script will apply of a gradient.
 

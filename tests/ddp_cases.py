@@ -743,3 +743,48 @@ def sparse_with_adam(rank: int, world: int) -> float:
     optimizer.step()
     state.close()
     return float((grad - expected).abs().max())
+
+
+def flushes_and_loads(rank: int, world: int) -> tuple[float, float, bool]:
+    """Return how much of what was owed a flush lacks, for SGD and for Adam.
+
+    And whether a state that is loaded after a backward pass is what was saved.
+    """
+    lacking = []
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        torch.manual_seed(3)
+        model = DistributedDataParallel(Deep(3))
+        optimizer = kind(model.parameters(), lr=0.0)
+        state = ddp.attach(model, optimizer, CONFIG)
+        total = {name: torch.zeros_like(p) for p, name in state.session.names.items()}
+        true = copy.deepcopy(total)
+        for step in range(6):
+            torch.manual_seed(10 * step + rank)
+            x = torch.randn(8, 64)
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            mine = torch.autograd.grad(
+                model.module(x).square().mean(), list(model.module.parameters())
+            )
+            for (name, tensor), grad in zip(true.items(), mine, strict=True):
+                dist.all_reduce(grad)
+                assert name in total
+                tensor += grad / world
+            loss.backward()
+            if step == 5:
+                state.flush()
+            optimizer.step()
+            for parameter, name in state.session.names.items():
+                assert parameter.grad is not None
+                total[name] += parameter.grad
+        off = sum(float((total[n] - true[n]).square().sum()) for n in true) ** 0.5
+        lacking.append(off / sum(float(t.square().sum()) for t in true.values()) ** 0.5)
+        saved = state.state_dict()
+        optimizer.zero_grad()
+        model(torch.randn(8, 64)).square().mean().backward()
+        state.load_state_dict(saved)
+        optimizer.step()
+        again = state.state_dict()["sent"]
+        same = all(torch.equal(again[n], saved["sent"][n]) for n in again)
+        state.close()
+    return lacking[0], lacking[1], same

@@ -140,6 +140,14 @@ def test_what_optimizers_apply_equals_the_oracle(
     assert sum(map(abs, report[0]["errors"])) / 20 < 0.06
 
 
+def test_a_flush_owes_nothing_and_a_loaded_state_stays(ranks: Pools) -> None:
+    """With SGD exactly; Adam's moments change between a push and a flush."""
+    for sgd, adam, same in ranks(2).run(ddp_cases.flushes_and_loads):
+        assert sgd < 1e-5
+        assert adam < 0.3
+        assert same
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_buckets_and_the_entropy_stage_change_nothing(
     reports: Reports, world: int
