@@ -788,3 +788,76 @@ def flushes_and_loads(rank: int, world: int) -> tuple[float, float, bool]:
         same = all(torch.equal(again[n], saved["sent"][n]) for n in again)
         state.close()
     return lacking[0], lacking[1], same
+
+
+def throws_away(rank: int, world: int, what: str) -> list[float]:
+    """Return a figure of plain DDP, and of lc3, in loops that look at gradients."""
+    loop = {"gan": critic_loss, "spike": skipped_steps, "sam": moved_by_sam}[what]
+    found = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Deep(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+        state = ddp.attach(model, optimizer, CONFIG) if attached else None
+        found.append(loop(model, optimizer, torch.Generator().manual_seed(rank)))
+        if state is not None:
+            state.close()
+    return found
+
+
+def loss_on(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.as_tensor((model(x) - x.roll(1, 1)).square().mean())
+
+
+def critic_loss(model: nn.Module, optimizer: Any, generator: torch.Generator) -> float:
+    """Every second backward pass is another model's: zero_grad throws it away."""
+    losses = []
+    for _ in range(120):
+        x = torch.randn(16, 64, generator=generator)
+        optimizer.zero_grad()
+        loss = loss_on(model, x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        (-3 * loss_on(model, x)).backward()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+def skipped_steps(
+    model: nn.Module, optimizer: Any, generator: torch.Generator
+) -> float:
+    """One rank's batch is a thousand times too large, once."""
+    skipped = 0
+    for step in range(30):
+        x = torch.randn(16, 64, generator=generator)
+        x = 1000 * x if step == 6 and dist.get_rank() == 1 else x
+        optimizer.zero_grad()
+        loss_on(model, x).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # type: ignore[misc]
+        if norm > 50:
+            skipped += 1
+        else:
+            optimizer.step()
+    return skipped
+
+
+def moved_by_sam(model: nn.Module, optimizer: Any, generator: torch.Generator) -> float:
+    """Two backward passes a step; the first only says where to look."""
+    start = [p.detach().clone() for p in model.parameters()]
+    for _ in range(60):
+        x = torch.randn(16, 64, generator=generator)
+        optimizer.zero_grad()
+        loss_on(model, x).backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        with torch.no_grad():
+            torch._foreach_mul_(grads, 0.05 / norm)
+            torch._foreach_add_(list(model.parameters()), grads)
+        optimizer.zero_grad()
+        loss_on(model, x).backward()
+        with torch.no_grad():
+            torch._foreach_sub_(list(model.parameters()), grads)
+        optimizer.step()
+    pairs = zip(model.parameters(), start, strict=True)
+    return float(sum(float((p - q).square().sum()) for p, q in pairs) ** 0.5)

@@ -140,6 +140,14 @@ def test_what_optimizers_apply_equals_the_oracle(
     assert sum(map(abs, report[0]["errors"])) / 20 < 0.06
 
 
+@pytest.mark.parametrize(("what", "near"), [("gan", 0.02), ("spike", 0), ("sam", 0.02)])
+def test_a_gradient_that_is_not_applied_does_not_count(
+    ranks: Pools, what: str, near: float
+) -> None:
+    for plain, coded in ranks(2).run(ddp_cases.throws_away, what):
+        assert coded == pytest.approx(plain, rel=near)
+
+
 def test_a_flush_owes_nothing_and_a_loaded_state_stays(ranks: Pools) -> None:
     """With SGD exactly; Adam's moments change between a push and a flush."""
     for sgd, adam, same in ranks(2).run(ddp_cases.flushes_and_loads):
