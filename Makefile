@@ -28,9 +28,17 @@ bench: $(READY)
 
 # Of rate-limited links, as root: sudo make evaluate. Otherwise times are computed.
 # Goes on where it was stopped. EXPERIMENT names a file of experiments/configs.
+# EXPERIMENT=scripts trains the scripts of experiments/scripts on a TEXT, in the adapters'
+# environment.
+TEXT := tinyshakespeare.txt
+ifeq ($(EXPERIMENT),scripts)
+evaluate: .venv-adapters/ready
+	.venv-adapters/bin/python -m experiments.scripts --text $(TEXT) --out $(RESULTS)/scripts.csv
+else
 evaluate: $(READY)
 	$(BIN)/python -m experiments.run experiments/configs/$(EXPERIMENT).toml --out $(RESULTS)
 	$(BIN)/python -m experiments.report $(RESULTS)/$(EXPERIMENT)/results.csv --page $(RESULTS)/$(EXPERIMENT)/report
+endif
 
 fuzz: $(READY)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 tests/test_codec.py tests/test_plan.py tests/test_engine.py

@@ -827,19 +827,22 @@ def critic_loss(model: nn.Module, optimizer: Any, generator: torch.Generator) ->
 def skipped_steps(
     model: nn.Module, optimizer: Any, generator: torch.Generator
 ) -> float:
-    """One rank's batch is a thousand times too large, once."""
-    skipped = 0
-    for step in range(30):
+    """One rank's batch is a thousand times too large, once; return the last loss."""
+    skipped, last = 0, 0.0
+    for step in range(100):
         x = torch.randn(16, 64, generator=generator)
         x = 1000 * x if step == 6 and dist.get_rank() == 1 else x
         optimizer.zero_grad()
-        loss_on(model, x).backward()
+        loss = loss_on(model, x)
+        loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # type: ignore[misc]
         if norm > 50:
             skipped += 1
         else:
             optimizer.step()
-    return skipped
+        last = loss.item()
+    assert skipped == 1
+    return last
 
 
 def moved_by_sam(model: nn.Module, optimizer: Any, generator: torch.Generator) -> float:

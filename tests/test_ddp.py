@@ -140,7 +140,9 @@ def test_what_optimizers_apply_equals_the_oracle(
     assert sum(map(abs, report[0]["errors"])) / 20 < 0.06
 
 
-@pytest.mark.parametrize(("what", "near"), [("gan", 0.02), ("spike", 0), ("sam", 0.02)])
+@pytest.mark.parametrize(
+    ("what", "near"), [("gan", 0.02), ("spike", 0.02), ("sam", 0.02)]
+)
 def test_a_gradient_that_is_not_applied_does_not_count(
     ranks: Pools, what: str, near: float
 ) -> None:

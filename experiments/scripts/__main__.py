@@ -1,6 +1,6 @@
 """Runs every script as it is, with lc3's lines, and with those of local steps.
 
-    python -m experiments.scripts --text tinyshakespeare.txt
+    make evaluate EXPERIMENT=scripts TEXT=tinyshakespeare.txt
 
 Needs an environment with Lightning, Accelerate and Transformers. Trainings that have
 rows in the results are not run again.
@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--out", type=Path, default=RESULTS / "scripts.csv")
     options = parser.parse_args(arguments)
+    if not options.text.is_file():
+        parser.error(f"{options.text} is no file; give any text of a megabyte or so")
     rows = read_csv(options.out) if options.out.exists() else []
     plain_norms: list[float] = []
     for seed in range(options.seeds):

@@ -1,0 +1,49 @@
+"""The scripts of experiments/scripts, a few steps of them, with lc3's lines.
+
+``make evaluate EXPERIMENT=scripts`` is the long form.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.scripts.__main__ import SCRIPTS, norm_gap, table, train
+
+pytestmark = pytest.mark.timeout(300)
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a text of words that follow from each other, without a download."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = [f"{i * i % 97:02d} and {chr(97 + i % 26) * 3} " for i in range(20_000)]
+    path.write_text("".join(words))
+    return path
+
+
+@pytest.mark.parametrize("script", ["nanogpt", "mingpt"])
+def test_the_lines_train_what_the_script_trains(script: str, text: Path) -> None:
+    plain, coded = (train(script, form, 0, text, STEPS) for form in ("plain", "ddp"))
+    assert coded["score"] < 1.02 * plain["score"]
+    assert coded["ratio"] > 25  # the first ten steps exchange their moments
+    assert norm_gap(coded["norms"][:1], plain["norms"][:1]) < 0.2
+
+
+def test_local_steps_train_what_the_script_trains(text: Path) -> None:
+    plain, local = (
+        train("nanogpt", form, 0, text, STEPS) for form in ("plain", "local_sgd")
+    )
+    # Five exchanges: the losses of a whole training are the long form's.
+    assert local["score"] < 1.15 * plain["score"]
+    assert local["ratio"] > 300
+
+
+def test_the_table_compares_means_over_the_seeds_of_both() -> None:
+    def row(form: str, seed: str, score: str) -> dict[str, str]:
+        given = {"script": "nanogpt", "form": form, "seed": seed, "score": score}
+        return {**given, "ratio": "50"}
+
+    rows = [row("plain", "0", "2.0"), row("plain", "1", "9.0"), row("ddp", "0", "2.1")]
+    assert "| nanogpt | ddp | 1 | 50 × | 2.1000 | +5.00 % |" in table(rows)
+    assert set(SCRIPTS) >= {"trainer", "accelerator", "lightning_transformer"}
