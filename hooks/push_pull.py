@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lc3.applied import ACCUMULATES, smallest
 from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
@@ -149,7 +150,7 @@ class PushPull(Optimizer):
         self._pushed: set[str] = set()
         self._buffers: list[Tensor] = []
         self._stand_in = 0.0
-        self._first = min(names, key=Tensor.numel)
+        self._first = smallest(names)
         self._watched = self._first.register_hook(self._check_accumulation)
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -269,11 +270,14 @@ class PushPull(Optimizer):
             AttachError: single elements were changed; the gradients are elsewhere.
         """
         factors: dict[str, float] = {}
-        for name, parameter in self._parameters.items():
-            grad = parameter.grad
-            if grad is None or not grad.numel():
-                continue
-            least, most = (float(value) for value in grad.aminmax())
+        grads = {
+            name: parameter.grad
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None and parameter.grad.numel()
+        }
+        ends = [torch.stack(grad.aminmax()).float() for grad in grads.values()]
+        found = torch.stack(ends).tolist() if ends else []
+        for (name, grad), (least, most) in zip(grads.items(), found, strict=True):
             if most - least > 1e-3 * abs(most):
                 raise AttachError(
                     f"elements of the gradient of {name!r} were changed one by one "
@@ -281,7 +285,8 @@ class PushPull(Optimizer):
                     "owners: change them by a hook on the parameter "
                     "(parameter.register_hook), which runs before they are pushed"
                 )
-            ratio = most / self._stand_in if self._stand_in else 1.0
+            given = float(torch.tensor(self._stand_in, dtype=grad.dtype))
+            ratio = most / given if given else 1 / self._scale
             near = 1e-5 if grad.dtype == torch.float32 else 1e-2  # of rounding
             untouched = abs(ratio * self._scale - 1) < near
             factors[name] = 1 / self._scale if untouched else ratio
@@ -291,11 +296,7 @@ class PushPull(Optimizer):
         """Raise ``AttachError`` if a gradient is added to one that was pushed."""
         grad, pushed = self._first.grad, self._stand_in
         if grad is not None and pushed and bool((grad == pushed).all()):
-            raise AttachError(
-                "a second synchronised backward pass adds to a gradient that no step() "
-                "has applied; put all passes but the last of a step under "
-                "model.no_sync(), or call zero_grad() first if it is thrown away"
-            )
+            raise AttachError(ACCUMULATES)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: what is exchanged is agreed on when lc3 is attached."""

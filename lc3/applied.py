@@ -33,6 +33,12 @@ log = logging.getLogger(__name__)
 Kind = Literal["adam", "sgd", "other"]
 _UNTOUCHED = 1e-5
 _ALIKE = 1e-3
+_DECAY = 0.99  # of means of squared norms
+ACCUMULATES = (
+    "a second synchronised backward pass adds to a gradient that no optimizer has "
+    "applied; put all passes but the last of a step under model.no_sync(), or call "
+    "zero_grad() first if it is thrown away"
+)
 # Optimizers of other libraries that keep a second moment as torch's Adam does.
 _ADAMS = re.compile(r"(N|R|Fused)?AdamW?(Legacy|4bit|8bit|Fp8)?")
 _HIDES = ("optimizer", "base_optimizer")  # attributes of wrappers around optimizers
@@ -88,11 +94,7 @@ class Applied:
             for optimizer in optimizers
         ]
         # Gradients that are added to what was handed out would be of two sizes.
-        self._first = min(
-            (parameter for parameter in names if parameter.numel()),
-            key=Tensor.numel,
-            default=next(iter(names)),
-        )
+        self._first = smallest(names)
         self._handed: Tensor | None = None
 
     @property
@@ -116,11 +118,7 @@ class Applied:
         if handed is None or grad is None or grad.layout != torch.strided:
             return
         if torch.equal(flat_view(grad), handed):
-            raise AttachError(
-                "a second synchronised backward pass adds to a gradient that no "
-                "optimizer has applied; put all passes but the last of a step under "
-                "model.no_sync(), or call zero_grad() first if it is thrown away"
-            )
+            raise AttachError(ACCUMULATES)
 
     def drop(self) -> None:
         """Undo what no optimizer has applied of the last exchange."""
@@ -216,17 +214,11 @@ class Applied:
         given = {name: self._given.pop(name) for name in grads}
         self._handed = None
         # A fused Adam unscales by itself, and skips by itself.
-        scale, overflowed = (
-            1.0 if (value := getattr(optimizer, what, None)) is None else float(value)
-            for what in ("grad_scale", "found_inf")
-        )
-        if getattr(optimizer, "found_inf", None) is None:
-            overflowed = 0.0
+        scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
+        overflowed = float(getattr(optimizer, "found_inf", None) or 0.0)
         norms = dict(zip(grads, _norms(grads.values()), strict=True))
-        norm, norm_given = (
-            math.hypot(*norms.values()),
-            math.hypot(*(g.norm for g in given.values())),
-        )
+        norm = math.hypot(*norms.values())
+        norm_given = math.hypot(*(one.norm for one in given.values()))
         if overflowed or not math.isfinite(norm):
             self._settle(dict.fromkeys(grads, 0.0))
             return
@@ -253,10 +245,9 @@ class Applied:
         share = min(1.0, whole * clip / scale)
         self._settle(shares)
         self.clips.saw(share, self.norm)
-        decay = 0.99
-        for what, value in zip(("square", "own_square"), self._squares, strict=True):
-            before = getattr(self, what)
-            setattr(self, what, decay * before + (1 - decay) * value * share**2)
+        square, own_square = (share**2 * value for value in self._squares)
+        self.square += (1 - _DECAY) * (square - self.square)
+        self.own_square += (1 - _DECAY) * (own_square - self.own_square)
 
     def _settle(self, shares: Mapping[str, float]) -> None:
         self._residuals.settle(shares)
@@ -382,6 +373,11 @@ class Clipping:
         self.scale = float(counters["clip_scale"])
         seen = float(counters["clip_share"]), float(counters["clip_norm"])
         self._unexplained = seen if seen[0] else None
+
+
+def smallest(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the parameter with the fewest elements, but some if any has."""
+    return min(parameters, key=lambda parameter: parameter.numel() or math.inf)
 
 
 def unwrapped(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
