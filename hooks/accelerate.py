@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lc3.config import Config
 from lc3.errors import AttachError
-from lc3.frameworks import require
+from lc3.frameworks import Attach, State, require
 from lc3.hooks import ddp
 
 _LEAST = "0.30"
@@ -30,16 +30,16 @@ def attach(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     config: Config | None = None,
     *,
-    max_norm: float | None = None,
-) -> ddp.State:
-    """Compress the gradients of a prepared model; collective.
+    attach: Attach = ddp.attach,
+) -> State:
+    """Compress what a prepared model exchanges; collective.
 
     ``accelerator.clip_grad_norm_``, ``accelerator.accumulate`` and mixed precision work
     as without lc3.
 
     What every rank has not sent yet becomes a part of ``accelerator.save_state`` and
     ``load_state``: with as many ranks a run goes on bit for bit, with others it keeps
-    the mean.
+    the mean. Local steps are brought together before they are saved.
 
     Args:
         accelerator: that prepared it.
@@ -47,10 +47,11 @@ def attach(
         optimizer: what ``prepare`` returned, see ``ddp.attach``. ``None``: those that
             this accelerator has prepared.
         config: see ``ddp.attach``.
-        max_norm: see ``ddp.attach``.
+        attach: of the form, with its arguments:
+            ``functools.partial(lc3.hooks.local_sgd.attach, every=32)``.
 
     Returns:
-        The state of ``lc3.hooks.ddp``: its ``meter``, ``close()``.
+        What ``attach`` returns.
 
     Raises:
         AttachError: this Accelerate is too old, or the model is not wrapped in
@@ -65,8 +66,13 @@ def attach(
             f"and {accelerator.distributed_type} it is a {type(model).__name__}"
         )
     if optimizer is None:
-        optimizer = list(accelerator._optimizers)
-    state = ddp.attach(inner, optimizer or None, config, max_norm=max_norm)
+        optimizer = list(accelerator._optimizers)  # there is no public list
+    state = attach(inner, optimizer, config)
+
+    def before_saving(*_: object) -> None:
+        state.sync()
+
+    accelerator.register_save_state_pre_hook(before_saving)
     accelerator.register_for_checkpointing(_OfAllRanks(state))
     return state
 
@@ -74,7 +80,7 @@ def attach(
 class _OfAllRanks:
     """What Accelerate saves from its first process, and loads in every one."""
 
-    def __init__(self, state: ddp.State) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
 
     def state_dict(self) -> dict[str, Any]:

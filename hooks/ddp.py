@@ -4,10 +4,10 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
-import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -24,11 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lc3.applied import Applied, Kind, kind_of, unsuited, unwrapped
-from lc3.checkpoint import Parts, load, merge, save
+from lc3.checkpoint import Parts, load, of_rank, save
 from lc3.config import Config
 from lc3.engine import NO_HALVES
 from lc3.errors import AttachError, ConfigError, StateError
-from lc3.meter import Meter
 from lc3.moments import Moments
 from lc3.owners import flat_view
 from lc3.session import session_for
@@ -463,6 +462,14 @@ class State:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
         self.session.check_replicas()
 
+    def sync(self) -> None:
+        """Do nothing: replicas are equal after every step, unlike with local steps."""
+
+    @contextmanager
+    def shared_model(self) -> Iterator[None]:
+        """Change nothing: the model is shared after every step."""
+        yield
+
     def flush(self) -> None:
         """Add what is pending to the gradients, densely, and owe nothing; collective.
 
@@ -540,19 +547,7 @@ class State:
 
         For checkpoints that one rank writes; ``load_gathered`` takes it on any.
         """
-        mine, gathered = io.BytesIO(), list[dict[str, Any]]()
-        torch.save(self.state_dict(), mine)
-        data = torch.frombuffer(bytearray(mine.getbuffer()), dtype=torch.uint8)
-
-        def collect() -> Tensor:
-            for state in self.engine.collect(data):
-                file = io.BytesIO(bytes(state.numpy()))
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
-                gathered.append(loaded)
-            return torch.empty(0)
-
-        self.session.lane.submit(collect).wait()
-        return gathered
+        return self.session.gather(self.state_dict())
 
     def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Continue from what ``gather_state`` returned on rank 0, with any ranks.
@@ -561,10 +556,7 @@ class State:
             StateError: it does not fit; nothing was changed.
         """
         exchange = self.engine.exchange
-        if len(states) == exchange.world:
-            self.load_state_dict(states[exchange.rank])
-        else:
-            self.load_state_dict(merge(states))
+        self.load_state_dict(of_rank(states, exchange.rank, exchange.world))
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
@@ -579,19 +571,6 @@ class State:
             "an lc3 State holds a process group and cannot be pickled; save "
             "state.state_dict(), and save model.module, not the DDP wrapper"
         )
-
-
-def figures(meter: Meter) -> dict[str, float]:
-    """Return the main figures under the names that loggers get."""
-    stages = {f"lc3/seconds_{stage}": spent for stage, spent in meter.seconds.items()}
-    return {
-        "lc3/ratio": meter.ratio,
-        "lc3/bits_push": meter.push.bits_per_element,
-        "lc3/bits_pull": meter.pull.bits_per_element
-        if meter.pull.coded_elements
-        else 0.0,
-        **stages,
-    }
 
 
 def _check_clipping(max_norm: float | None, optimizers: list[Optimizer]) -> None:

@@ -8,6 +8,7 @@ group; a callback can do so on any device, when the model is wrapped.
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lc3.config import Config
 from lc3.errors import AttachError
-from lc3.frameworks import require
+from lc3.frameworks import Attach, State, figures, require
 from lc3.hooks import ddp
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _LEAST = "2.2"
 
 
 class LC3(Callback):
-    """Compresses the gradients of the model that the Trainer fits.
+    """Compresses what the model that the Trainer fits exchanges.
 
     Saves what every rank has not sent yet in the Trainer's checkpoints (with as many
     ranks a run goes on bit for bit, with others it keeps the mean), and logs
@@ -35,19 +36,27 @@ class LC3(Callback):
     Args:
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizers.
             ``gradient_clip_val`` clips as it does without lc3.
+        attach: of the form, with its arguments:
+            ``functools.partial(lc3.hooks.local_sgd.attach, every=32)``. Local steps are
+            brought together before they are saved and at the end, and validated as the
+            model that all ranks share.
 
     Attributes:
-        state: of ``lc3.hooks.ddp``, while the Trainer fits.
+        state: what ``attach`` returns, while the Trainer fits.
 
     Raises:
         AttachError: this Lightning is too old; at the start of ``fit``: the strategy
             does not wrap the module in DistributedDataParallel.
     """
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(
+        self, config: Config | None = None, *, attach: Attach = ddp.attach
+    ) -> None:
         require("lightning", version("lightning"), _LEAST)
         self.config = config
-        self.state: ddp.State | None = None
+        self.state: State | None = None
+        self._attach = attach
+        self._shared = ExitStack()
         self._loaded: list[Mapping[str, Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,7 +71,7 @@ class LC3(Callback):
                 f"{type(trainer.strategy).__name__}, which makes the module a "
                 f"{type(model).__name__}"
             )
-        self.state = ddp.attach(model, trainer.optimizers or None, self.config)
+        self.state = self._attach(model, trainer.optimizers, self.config)
         if self._loaded:
             self.state.load_gathered(self._loaded)
             self._loaded = []
@@ -72,12 +81,33 @@ class LC3(Callback):
     ) -> None:
         """Log what compression did so far."""
         if self.state is not None:
-            figures = ddp.figures(self.state.meter)
-            pl_module.log_dict(figures, rank_zero_only=True)
+            pl_module.log_dict(figures(self.state.meter), rank_zero_only=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the parameters be those that all ranks share."""
+        if self.state is not None:
+            self._shared.enter_context(self.state.shared_model())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on from this rank's own."""
+        self._shared.close()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the ranks together."""
+        if self.state is not None:
+            self.state.sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what all ranks have to keep; collective, as saving is."""
-        return {} if self.state is None else {"ranks": self.state.gather_state()}
+        """Return what all ranks have to keep; collective, as saving is.
+
+        The Trainer has not copied the module's parameters yet, so that what this
+        changes in them is saved, too.
+        """
+        if self.state is None:
+            return {}
+        self._shared.close()
+        self.state.sync()
+        return {"ranks": self.state.gather_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember a checkpoint's state until there is a model to attach to."""

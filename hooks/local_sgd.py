@@ -10,7 +10,7 @@ That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which send
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 
-from lc3.checkpoint import Parts, load, save
+from lc3.applied import unwrapped
+from lc3.checkpoint import Parts, load, of_rank, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.owners import Owners, flat_view
@@ -58,13 +59,15 @@ def attach(
     are those of ``chosen_for`` the optimizers; else ``None`` is 1.
 
     Collective: every rank calls it with the same arguments. Parameters and buffers of
-    rank 0 are copied to all ranks. The training loop stays as it is, without DDP, and
+    rank 0 are copied to all ranks. The training loop stays as it is, and
     ``state.sync()`` ends the training. Every rank must make the same number of steps;
     where it cannot (a rank without data, a GradScaler that skips a step on one rank),
     say ``every=None`` and call ``state.exchange()`` on every rank.
 
     Args:
-        model: a plain module, not wrapped, its parameters on one device.
+        model: a module, its parameters on one device. One that is wrapped in
+            DistributedDataParallel stays so, under its ``no_sync()`` until ``close``:
+            gradients and buffers are no longer exchanged.
         optimizer: that trains it, or several that are stepped one after the other; the
             last one counts the steps. Their state stays local; ``momentum_decay``
             changes it.
@@ -102,7 +105,7 @@ def attach(
     check_form(config, "local_sgd")
     if outer_momentum:
         check_owners(config, "outer_momentum")
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = unwrapped(optimizer)
     given = {
         "outer_lr": outer_lr,
         "residual_decay": residual_decay,
@@ -175,7 +178,8 @@ class State:
         group: dist.ProcessGroup | None,
     ) -> None:
         decays = {"residual_decay": residual_decay, "momentum_decay": momentum_decay}
-        _check(model, optimizers, every, outer_lr, outer_momentum, decays, delay)
+        _check(optimizers, every, outer_lr, outer_momentum, decays, delay)
+        model, wrapper = _without_ddp(model)
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
@@ -220,6 +224,9 @@ class State:
         self._buffers = torch.empty(0)
         self.steps = self.exchanges = self._unsent = 0
         self._handle = optimizers[-1].register_step_post_hook(self._after_step)
+        self._wrapped = ExitStack()
+        if wrapper is not None:
+            self._wrapped.enter_context(wrapper.no_sync())
 
     def _after_step(self, *_: object) -> None:
         self.steps += 1
@@ -432,9 +439,33 @@ class State:
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)
 
+    def gather_state(self) -> list[dict[str, Any]]:
+        """Return every rank's ``state_dict()`` on rank 0, none elsewhere; collective.
+
+        For checkpoints that one rank writes, right after ``sync``, when the model of
+        one rank is that of all; ``load_gathered`` takes it on any.
+
+        Raises:
+            StateError: an exchange is under way.
+        """
+        return self._session.gather(self.state_dict())
+
+    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from what ``gather_state`` returned on rank 0, with any ranks.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        exchange = self.engine.exchange
+        self.load_state_dict(of_rank(states, exchange.rank, exchange.world))
+
     def close(self) -> None:
-        """Stop counting steps; end the lane and the group it made."""
+        """Stop counting steps; end the lane and the group it made.
+
+        A model that DistributedDataParallel wraps exchanges its gradients again.
+        """
         self._handle.remove()
+        self._wrapped.close()
         self._session.close()
 
     def __reduce__(self) -> NoReturn:
@@ -444,8 +475,23 @@ class State:
         )
 
 
-def _check(
+def _without_ddp(
     model: nn.Module,
+) -> tuple[nn.Module, DistributedDataParallel | None]:
+    """Return the module that is trained, and what DDP wraps around it."""
+    inner = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
+    if not isinstance(inner, DistributedDataParallel):
+        return model, None
+    if inner._comm_hooks:
+        hook = inner._comm_hooks[0][0].__name__
+        raise AttachError(
+            f"the model already has the communication hook {hook}, which local steps "
+            "leave unused; wrap the module again, and attach one form only"
+        )
+    return inner.module, inner
+
+
+def _check(
     optimizers: list[Optimizer],
     every: int | None,
     outer_lr: float,
@@ -453,10 +499,6 @@ def _check(
     decays: Mapping[str, float],
     delay: int,
 ) -> None:
-    if isinstance(model, DistributedDataParallel):
-        raise AttachError(
-            "local_sgd replaces DistributedDataParallel; attach to the module itself"
-        )
     if not optimizers:
         raise AttachError("no optimizer was given, so there are no steps to count")
     for knob, value, least in (("every", every, 1), ("delay", delay, 0)):

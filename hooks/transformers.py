@@ -5,12 +5,14 @@ lc3.hooks.transformers.attach(trainer)
 trainer.train()
 """
 
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
+    DefaultFlowCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -21,7 +23,7 @@ from transformers import (
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config
 from lc3.errors import AttachError, StateError
-from lc3.frameworks import require
+from lc3.frameworks import Attach, State, figures, require
 from lc3.hooks import ddp
 
 _LEAST = "4.46"
@@ -30,8 +32,10 @@ _LEAST = "4.46"
 def attach(
     trainer: Trainer,
     config: Config | None = None,
+    *,
+    attach: Attach = ddp.attach,
 ) -> "LC3Callback":
-    """Compress the gradients of what a Trainer trains, from ``train()`` on.
+    """Compress what the ranks of a Trainer exchange, from ``train()`` on.
 
     Every rank's residuals are saved beside each checkpoint, as ``lc3.pt``, and loaded
     when training resumes from there. ``lc3/ratio``, ``lc3/bits_push`` and so on are
@@ -43,17 +47,23 @@ def attach(
         trainer: not training yet.
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizer.
             ``max_grad_norm`` clips as it does without lc3.
+        attach: of the form, with its arguments:
+            ``functools.partial(lc3.hooks.local_sgd.attach, every=32)``. Local steps are
+            brought together before they are saved and at the end, and evaluated as the
+            model that all ranks share.
 
     Raises:
         AttachError: this Transformers is too old; in ``train()``: the Trainer does not
             wrap its model in DistributedDataParallel.
     """
     require("transformers", version("transformers"), _LEAST)
-    callback = LC3Callback(trainer, config)
+    callback = LC3Callback(trainer, config, attach)
     trainer.add_callback(callback)
-    # Before those that print and report, so that they get lc3's figures, too.
+    # After the Trainer's own, which decides what is saved, and before those that print
+    # and report, so that they get lc3's figures, too.
     callbacks = trainer.callback_handler.callbacks
-    callbacks.insert(0, callbacks.pop())
+    flow = [isinstance(one, DefaultFlowCallback) for one in callbacks].index(True)
+    callbacks.insert(flow + 1, callbacks.pop())
     return callback
 
 
@@ -61,13 +71,15 @@ class LC3Callback(TrainerCallback):
     """Made by ``attach``.
 
     Attributes:
-        state: of ``lc3.hooks.ddp``, from the start of training on.
+        state: what ``attach`` returned, from the start of training on.
     """
 
-    def __init__(self, trainer: Trainer, config: Config | None) -> None:
-        self.state: ddp.State | None = None
+    def __init__(self, trainer: Trainer, config: Config | None, attach: Attach) -> None:
+        self.state: State | None = None
         self._trainer = trainer
         self._config = config
+        self._attach = attach
+        self._shared = ExitStack()
 
     def on_train_begin(
         self,
@@ -85,7 +97,7 @@ class LC3Callback(TrainerCallback):
                 f"lc3 needs a Trainer that trains with DistributedDataParallel; its "
                 f"model is a {type(model).__name__}: leave fsdp and deepspeed out"
             )
-        self.state = ddp.attach(model, self._trainer.optimizer, self._config)
+        self.state = self._attach(model, self._trainer.optimizer, self._config)
         if state.global_step:
             path = _path(args, state)
             if not path.exists():
@@ -95,6 +107,33 @@ class LC3Callback(TrainerCallback):
                     "output_dir that was saved with lc3 attached"
                 )
             self.state.load_gathered(load_checkpoint(path))
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Let the model be the shared one where it is saved or evaluated next."""
+        if self.state is None:
+            return
+        if control.should_save:
+            self.state.sync()
+        elif control.should_evaluate:
+            self._shared.enter_context(self.state.shared_model())
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Go on from this rank's own parameters."""
+        self._shared.close()
 
     def on_save(
         self,
@@ -119,9 +158,9 @@ class LC3Callback(TrainerCallback):
     ) -> None:
         """Add lc3's figures to what the Trainer logs."""
         if self.state is not None and logs is not None:
-            figures = ddp.figures(self.state.meter)
-            logs.update(figures)
-            state.log_history[-1].update(figures)
+            found = figures(self.state.meter)
+            logs.update(found)
+            state.log_history[-1].update(found)
 
     def on_train_end(
         self,
@@ -130,8 +169,9 @@ class LC3Callback(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """End what ``attach`` started."""
+        """Bring the ranks together, and end what ``attach`` started."""
         if self.state is not None:
+            self.state.sync()
             self.state.close()
 
 

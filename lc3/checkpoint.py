@@ -192,6 +192,17 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def of_rank(
+    states: Sequence[Mapping[str, Any]], rank: int, world: int
+) -> Mapping[str, Any]:
+    """Return this rank's of the states of all ranks, or what it shares of them.
+
+    Raises:
+        StateError: the run had another number of ranks, and they cannot be merged.
+    """
+    return states[rank] if len(states) == world else merge(states)
+
+
 def _shared(value: Any) -> Any:
     """Return what all ranks must have alike: counters without a budget's."""
     if not isinstance(value, dict):

@@ -1,11 +1,13 @@
 """What every hook needs for one model: names, a group of its own, an engine, a lane."""
 
+import io
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,6 +193,22 @@ class Session:
             return sums_here
 
         self.lane.submit(compare).wait()
+
+    def gather(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return every rank's ``state`` on rank 0, none elsewhere; collective."""
+        mine, gathered = io.BytesIO(), list[dict[str, Any]]()
+        torch.save(dict(state), mine)
+        data = torch.frombuffer(bytearray(mine.getbuffer()), dtype=torch.uint8)
+
+        def collect() -> Tensor:
+            for saved in self.engine.collect(data):
+                file = io.BytesIO(bytes(saved.numpy()))
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+                gathered.append(loaded)
+            return torch.empty(0)
+
+        self.lane.submit(collect).wait()
+        return gathered
 
     def begin_step(self, step: int) -> None:
         """Let the next bucket be the first of ``step``."""

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 -m tests.adapter_cases FRAMEWORK MODE FOLDER
 
-Modes: ``straight``, all epochs; ``half`` and ``rest``, stopped in between and resumed
-in new processes; ``plain``, DDP and lc3's hook without the framework, on the same
-batches. Every rank writes what came of it to ``FOLDER/FRAMEWORK-MODE-RANK.pt``.
+Modes: ``straight`` and ``local``, all epochs; ``half`` and ``rest``, stopped in between
+and resumed in new processes; ``plain`` and ``local_plain``, DDP and lc3's hook, or
+local steps, without the framework, on the same batches. Every rank writes what came of
+it to ``FOLDER/FRAMEWORK-MODE-RANK.pt``.
 
 Nothing is compared here: a collective just before the end of the process may abort it,
 where a framework still holds the process group (pytorch/pytorch#190489).
@@ -28,11 +29,14 @@ from torch.utils.data import (
 )
 
 import lc3
-from lc3.hooks import ddp
+from lc3.hooks import ddp, local_sgd
 
 BATCH, BATCHES, EPOCHS = 8, 6, 4  # batches a rank and epoch
 CONFIG = lc3.Config(sparsity=1.5, min_numel=64, log_every=None)
+LOCAL = lc3.Config(density=0.2, min_numel=64, log_every=None)
 CLIP = 0.25  # below every norm of these trainings
+
+FORMS: tuple[Any, Any] = ddp.attach, local_sgd.attach
 
 
 def dataset(world: int) -> TensorDataset:
@@ -74,7 +78,11 @@ def plain(framework: str, mode: str, folder: Path) -> None:
     net = network()
     model = DistributedDataParallel(net)
     optimizer = adamw(net.parameters())
-    state = ddp.attach(model, optimizer, CONFIG)
+    state: Any
+    if mode == "local_plain":
+        state = local_sgd.attach(model, optimizer, LOCAL)
+    else:
+        state = ddp.attach(model, optimizer, CONFIG)
     for _ in range(EPOCHS):
         for x, y in batches(framework, dist.get_rank(), dist.get_world_size()):
             optimizer.zero_grad()
@@ -82,6 +90,7 @@ def plain(framework: str, mode: str, folder: Path) -> None:
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             assert norm > CLIP
             optimizer.step()
+    state.sync()
     report(framework, mode, folder, net, state.meter)
     state.close()
     dist.destroy_process_group()
@@ -108,7 +117,7 @@ def with_lightning(mode: str, folder: Path) -> None:
             assert callback.state is not None
             report("lightning", mode, folder, self.net, callback.state.meter)
 
-    callback = LC3(CONFIG)
+    callback = LC3(LOCAL if mode == "local" else CONFIG, attach=FORMS[mode == "local"])
     half = mode == "half"
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -151,11 +160,12 @@ def with_accelerate(mode: str, folder: Path) -> None:
     net = network()
     loader = DataLoader(dataset(accelerator.num_processes), batch_size=BATCH)
     model, optimizer, loader = accelerator.prepare(net, adamw(net.parameters()), loader)
-    state = adapter.attach(accelerator, model, optimizer, CONFIG)
+    config, form = (LOCAL if mode == "local" else CONFIG), FORMS[mode == "local"]
+    state = adapter.attach(accelerator, model, optimizer, config, attach=form)
     saved = str(folder / "accelerate")
     if mode == "rest":
         accelerator.load_state(saved)
-    for _ in range(EPOCHS if mode == "straight" else EPOCHS // 2):
+    for _ in range(EPOCHS if mode in ("straight", "local") else EPOCHS // 2):
         for x, y in loader:
             optimizer.zero_grad()
             accelerator.backward(nn.functional.cross_entropy(model(x), y))
@@ -163,6 +173,7 @@ def with_accelerate(mode: str, folder: Path) -> None:
             optimizer.step()
     if mode == "half":
         accelerator.save_state(saved)
+    state.sync()
     report("accelerate", mode, folder, net, state.meter)
     state.close()
     accelerator.end_training()
@@ -210,7 +221,8 @@ def with_transformers(mode: str, folder: Path) -> None:
     trainer = InOrder(
         module, options, collate, dataset(world), optimizers=(optimizer, scheduler)
     )
-    callback = adapter.attach(trainer, CONFIG)
+    config, form = (LOCAL if mode == "local" else CONFIG), FORMS[mode == "local"]
+    callback = adapter.attach(trainer, config, attach=form)
     trainer.train(resume_from_checkpoint=True if mode == "rest" else None)
     assert callback.state is not None
     report("transformers", mode, folder, module.net, callback.state.meter)
@@ -223,7 +235,7 @@ def with_transformers(mode: str, folder: Path) -> None:
 def main() -> None:
     framework, mode, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    if mode == "plain":
+    if mode in ("plain", "local_plain"):
         plain(framework, mode, Path(folder))
     else:
         globals()[f"with_{framework}"](mode, Path(folder))

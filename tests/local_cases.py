@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import Config, Lc3Error
@@ -343,6 +345,7 @@ def refused(rank: int, world: int, what: str) -> str:
     given: dict[str, Any] = {}
     if what == "ddp":
         net = DistributedDataParallel(net)
+        net.register_comm_hook(None, allreduce_hook)
     if what in ("every", "delay", "outer_lr", "residual_decay", "momentum_decay"):
         given = {"every": {"every": 0}, "delay": {"every": 4, "delay": 4}}.get(
             what, {what: 3.0}
@@ -379,3 +382,63 @@ def non_finite_rank(rank: int, world: int) -> tuple[str, bool]:
     result = hash_of(net)
     state.close()
     return result, finite
+
+
+def wrapped(rank: int, world: int, compiled: bool) -> tuple[str, str, bool, bool]:
+    """Train a module, and one in DDP: hashes, and when gradients are shared."""
+
+    def shares_gradients() -> bool:
+        mine = torch.cat(
+            [p.grad.reshape(-1) for p in net.parameters() if p.grad is not None]
+        )
+        both = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(both, mine)
+        return torch.equal(both[0], both[1])
+
+    ends = []
+    for wraps in (False, True):
+        net = make_net(rank if wraps else 0)
+        optimizer = make_optimizer(net, "adamw")
+        model: Any = DistributedDataParallel(net) if wraps else net
+        ddp = model
+        if wraps and compiled:
+            model = torch.compile(model, backend="eager")
+        state = local_sgd.attach(model, optimizer, CODED, every=4)
+        for step in range(10):
+            train_step(model, optimizer, rank, step)
+        shared = shares_gradients()
+        state.sync()
+        ends.append(hash_of(net))
+        state.close()
+    train_step(ddp, optimizer, rank, 10)
+    return ends[0], ends[1], shared, shares_gradients()
+
+
+def gathers(rank: int, world: int) -> bool:
+    """Rank 0's checkpoint is loaded by all, and training goes on bit for bit."""
+
+    def fresh() -> tuple[Net, torch.optim.Optimizer, local_sgd.State]:
+        net = make_net(5)
+        optimizer = make_optimizer(net, "sgd")
+        return net, optimizer, local_sgd.attach(net, optimizer, CODED, every=3)
+
+    net, optimizer, state = fresh()
+    for step in range(7):
+        train_step(net, optimizer, rank, step)
+    state.sync()
+    saved: list[Any] = [[deepcopy(net.state_dict()), state.gather_state()]]
+    assert bool(saved[0][1]) == (rank == 0)
+    moments = deepcopy(optimizer.state_dict())
+    dist.broadcast_object_list(saved)
+    for step in range(7, 13):
+        train_step(net, optimizer, rank, step)
+    straight = hash_of(net)
+    state.close()
+    net, optimizer, state = fresh()
+    net.load_state_dict(saved[0][0])
+    optimizer.load_state_dict(moments)
+    state.load_gathered(saved[0][1])
+    for step in range(7, 13):
+        train_step(net, optimizer, rank, step)
+    state.close()
+    return hash_of(net) == straight

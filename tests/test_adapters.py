@@ -79,6 +79,15 @@ def test_a_framework_trains_what_ddp_trains_and_resumes(
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_framework_makes_local_steps(framework: str, tmp_path: Path) -> None:
+    needs(framework)
+    plain = trained(framework, "local_plain", tmp_path)
+    local = trained(framework, "local", tmp_path)
+    assert torch.equal(local["parameters"], plain["parameters"])
+    assert local["ratio"] == pytest.approx(plain["ratio"], rel=0.01)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_example(framework: str, tmp_path: Path) -> None:
     needs(framework)
     path = ROOT / f"experiments/examples/{EXAMPLES[framework]}.py"

@@ -122,6 +122,19 @@ def test_momentum_decay_needs_a_first_moment(ranks: Pools) -> None:
         )
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_wrapped_module_makes_local_steps(ranks: Pools, compiled: bool) -> None:
+    results = ranks(2).run(local_cases.wrapped, compiled)
+    for plain, wrapped, shared, shared_again in results:
+        assert wrapped == plain == results[0][0]
+        assert not shared
+        assert shared_again
+
+
+def test_one_rank_saves_and_all_load(ranks: Pools) -> None:
+    assert all(ranks(2).run(local_cases.gathers))
+
+
 @pytest.mark.parametrize("delay", [0, 3])
 def test_ranks_share_a_model_between_exchanges(ranks: Pools, delay: int) -> None:
     results = ranks(2).run(local_cases.shared_model, delay)
@@ -156,7 +169,7 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("ddp", "AttachError: local_sgd replaces DistributedDataParallel"),
+        ("ddp", "AttachError: the model already has .* allreduce_hook, which local"),
         ("no optimizer", "AttachError: no optimizer was given"),
         ("every", "ConfigError: every=0 must be an integer from 1"),
         ("delay", "ConfigError: delay=4 must be less than every=4"),

@@ -20,12 +20,13 @@ from typing import Any
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 
 # Forms of each script, and whether a higher score is better.
+FORMS = "plain", "ddp", "local_sgd"
 SCRIPTS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "nanogpt": (("plain", "ddp", "local_sgd"), False),
-    "mingpt": (("plain", "ddp", "local_sgd"), False),
-    "trainer": (("plain", "ddp"), False),
-    "accelerator": (("plain", "ddp"), True),
-    "lightning_transformer": (("plain", "ddp"), False),
+    "nanogpt": (FORMS, False),
+    "mingpt": (FORMS, False),
+    "trainer": (FORMS, False),
+    "accelerator": (FORMS, True),
+    "lightning_transformer": (FORMS, False),
 }
 COLUMNS = "script", "form", "seed", "steps", "score", "train_loss", "ratio", "norm_gap"
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import get_linear_schedule_with_warmup
 
 import lc3.hooks.accelerate
+import lc3.hooks.local_sgd
 from experiments.scripts.report import Report, options
 
 WORDS, LENGTH, BATCH = 200, 32, 16
@@ -59,6 +60,8 @@ def main() -> None:
     report = Report(given)
     if given.form == "ddp":
         report.state = lc3.hooks.accelerate.attach(accelerator, model, optimizer)
+    elif given.form == "local_sgd":
+        report.state = lc3.hooks.local_sgd.attach(model, optimizer)
 
     step = 0
     while step < given.steps:
@@ -75,6 +78,8 @@ def main() -> None:
             if step == given.steps:
                 break
 
+    if given.form == "local_sgd":
+        report.state.sync()
     model.eval()
     tokens, labels = pairs(2000, 77).tensors
     with torch.no_grad():

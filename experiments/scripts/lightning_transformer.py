@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.scripts.gpt import GPT, Text
 from experiments.scripts.report import Report, options
+from lc3.hooks import local_sgd
 from lc3.hooks.lightning import LC3
 
 LENGTH, BATCH, CONTEXTS = 35, 20, 40  # few contexts, again and again
@@ -56,13 +57,18 @@ def main() -> None:
     generator = torch.Generator().manual_seed(given.seed)
     contexts = text.batch(text.train, 2 * CONTEXTS, generator)
     loader = DataLoader(TensorDataset(*contexts), batch_size=BATCH, shuffle=True)
+    callbacks: dict[str, list[lightning.Callback]] = {
+        "plain": [],
+        "ddp": [LC3()],
+        "local_sgd": [LC3(attach=local_sgd.attach)],
+    }
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=2,
         strategy="ddp",
         max_steps=given.steps,
         gradient_clip_val=0.25,
-        callbacks=[LC3()] if given.form == "ddp" else [],
+        callbacks=callbacks[given.form],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

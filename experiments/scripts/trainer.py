@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import lc3.hooks.transformers
 from experiments.scripts.gpt import Text
 from experiments.scripts.report import Report, options
+from lc3.hooks import local_sgd
 
 LENGTH, BATCH = 64, 16
 
@@ -71,6 +72,8 @@ def main() -> None:
     callback = None
     if given.form == "ddp":
         callback = lc3.hooks.transformers.attach(trainer)
+    elif given.form == "local_sgd":
+        callback = lc3.hooks.transformers.attach(trainer, attach=local_sgd.attach)
     trainer.train()
     for entry in trainer.state.log_history:
         if "grad_norm" in entry:
