@@ -1,0 +1,132 @@
+"""Training loops as people write them, beside the same loop without lc3.
+
+For ``test_loops``: each function runs on every rank of a group.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+
+from lc3.hooks import ddp
+from tests.ddp_cases import hash_of
+
+STEPS, BATCH = 100, 32
+RATE = 3e-3
+
+
+class Net(nn.Module):
+    """A perceptron with a norm, which learns what another one says."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(
+            nn.Linear(64, 96), nn.LayerNorm(96), nn.Tanh(), nn.Linear(96, 16)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.layers(x))
+
+
+class Loop(NamedTuple):
+    """What differs between two people's loops.
+
+    Attributes:
+        options: of AdamW.
+        groups: whether biases and norms have a group without weight decay.
+        schedule: makes one.
+        scales: the loss is scaled for half precision.
+        compiles: the wrapped model.
+        frozen: the first layer.
+        accumulate: backward passes a step.
+        clip: global norm; none if 0.
+    """
+
+    options: tuple[tuple[str, Any], ...] = ()
+    groups: bool = False
+    schedule: Callable[[Any], LRScheduler] | None = None
+    scales: bool = False
+    compiles: bool = False
+    frozen: bool = False
+    accumulate: int = 1
+    clip: float = 0.0
+
+
+def one_cycle(optimizer: Any) -> LRScheduler:
+    return OneCycleLR(optimizer, 3 * RATE, total_steps=STEPS)
+
+
+def cosine(optimizer: Any) -> LRScheduler:
+    return CosineAnnealingLR(optimizer, STEPS)
+
+
+LOOPS = {
+    "fused": Loop((("fused", True),)),
+    "foreach": Loop((("foreach", True),)),
+    "amsgrad": Loop((("amsgrad", True),)),
+    "groups": Loop((("weight_decay", 0.1),), groups=True),
+    "one cycle": Loop(schedule=one_cycle),  # cycles beta1, too
+    "cosine, clipping": Loop(schedule=cosine, clip=1.0),
+    "scaler": Loop(scales=True, clip=1.0),
+    "fused, scaler": Loop((("fused", True),), scales=True),
+    "compiled": Loop(compiles=True),
+    "frozen backbone": Loop(frozen=True),
+    "accumulation, clipping": Loop(accumulate=3, clip=0.5),
+}
+
+
+def trained(
+    rank: int, world: int, name: str, attach: bool
+) -> tuple[float, str, list[float]]:
+    """Return the loss at the end, a hash of the model, norms that a script sees."""
+    loop = LOOPS[name]
+    teacher, net = Net(1), Net(2)
+    net.layers[0].requires_grad_(not loop.frozen)
+    used = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for _, p in used]}]
+    if loop.groups:
+        groups = [
+            {"params": [p for _, p in used if p.dim() > 1]},
+            {"params": [p for _, p in used if p.dim() == 1], "weight_decay": 0.0},
+        ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, **dict(loop.options))
+    before = optimizer.state_dict()["param_groups"]
+    model: Any = DistributedDataParallel(net)
+    state = ddp.attach(model, optimizer) if attach else None
+    assert optimizer.state_dict()["param_groups"] == before
+    wrapped = model
+    if loop.compiles:
+        model = torch.compile(model, backend="eager")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=loop.scales)
+    schedule = None if loop.schedule is None else loop.schedule(optimizer)
+    generator = torch.Generator().manual_seed(rank)
+    norms = []
+    for step in range(STEPS):
+        for part in range(loop.accumulate):
+            last = part == loop.accumulate - 1
+            with nullcontext() if last else wrapped.no_sync():
+                x = torch.randn(BATCH, 64, generator=generator)
+                loss = (model(x) - teacher(x).detach()).square().mean()
+                loss = loss / loop.accumulate
+                scaler.scale(loss).backward()
+        scaler.unscale_(optimizer) if loop.clip and loop.scales else None
+        if loop.clip:
+            norm = nn.utils.clip_grad_norm_(net.parameters(), loop.clip)
+            norms += [float(norm)] if step % 10 == 0 else []
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step()
+    if state is not None:
+        assert state.meter.steps == STEPS
+        state.close()
+    x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        end = float((net(x) - teacher(x)).square().mean())
+    return end, hash_of(net), norms

@@ -1,0 +1,23 @@
+"""AdamW in loops as people write them: lc3's line beside the loop without it."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests import loop_cases
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.timeout(240)
+Pools = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize("name", loop_cases.LOOPS)
+def test_a_loop_trains_as_without_lc3(ranks: Pools, name: str) -> None:
+    plain, coded = (
+        ranks(2).run(loop_cases.trained, name, attach) for attach in (False, True)
+    )
+    assert len({hash_of for _, hash_of, _ in coded}) == 1
+    loss, expected = coded[0][0], plain[0][0]
+    assert loss < 1.12 * expected
+    for norm, without in zip(coded[0][2][:3], plain[0][2][:3], strict=True):
+        assert norm == pytest.approx(without, rel=0.2)  # an estimate, and two models
