@@ -49,7 +49,7 @@ def go_on_from_own(state: local_sgd.State) -> None:
     """
 
     def start_again() -> None:
-        for name, flat in state._flat.items():
+        for name, flat in state._model.flats().items():
             flat.copy_(state.owners.replica[name])
             residual = state.engine.residuals.sent.get(name)
             if residual is not None:

@@ -28,8 +28,8 @@ from lc3.checkpoint import Parts, load, of_rank, save
 from lc3.config import Config
 from lc3.engine import NO_HALVES
 from lc3.errors import AttachError, ConfigError, StateError
+from lc3.model import flat_view, named_parameters
 from lc3.moments import Moments
-from lc3.owners import flat_view
 from lc3.session import session_for
 from lc3.sketch import SUMS, Sketch, squares
 
@@ -151,6 +151,12 @@ class State:
         self.meter = self.session.meter
         self.engine = self.session.engine
         self._group = model.process_group
+        self._module = model.module
+        self._frozen = [
+            (name, parameter)
+            for name, parameter in named_parameters(model.module)
+            if not parameter.requires_grad and name not in model.parameters_to_ignore
+        ]
         self._said: set[str] = set()
         self._wide: list[Tensor] = []
         self._scaler = None
@@ -377,6 +383,13 @@ class State:
         A scaler multiplies the loss, and changes by what. Powers of two are exact.
         """
         self._seen.clear()
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise AttachError(
+                    f"parameter {name!r} was frozen when DistributedDataParallel "
+                    "wrapped the model, so nobody exchanges its gradient; wrap the "
+                    "module again, on every rank, and attach to that"
+                )
         if self._applied is not None:
             self._coded, self._others = {}, {}
             self._applied.drop()
@@ -460,7 +473,7 @@ class State:
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
-        self.session.check_replicas()
+        self.session.check_replicas(self._module)
 
     def sync(self) -> None:
         """Do nothing: replicas are equal after every step, unlike with local steps."""

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ExchangeError
-from lc3.owners import flat_view
+from lc3.model import flat_view
 from lc3.session import Session
 
 try:

@@ -9,9 +9,11 @@ That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which send
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,13 @@ from torch.optim import Adam, Optimizer
 from lc3.applied import unwrapped
 from lc3.checkpoint import Parts, load, of_rank, save
 from lc3.config import Config
-from lc3.errors import AttachError, ConfigError, StateError
-from lc3.owners import Owners, flat_view
+from lc3.errors import AttachError, ConfigError, DivergedError, StateError
+from lc3.model import Model, named_parameters, together
+from lc3.owners import Owners
 from lc3.residual import arena_like
+from lc3.says import Says, loaded_alike
 from lc3.session import check_form, check_owners, session_beside
+from lc3.steps import Counting, Given
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,11 @@ FOR_TWO = Config(
 
 # Where PyTorch's optimizers keep a first moment.
 MOMENTA = ("exp_avg", "momentum_buffer")
+
+_BUFFERS_EVERY = 8  # exchanges: statistics are for evaluation
+_MOST_IN_A_ROW = 10  # exchanges that go on without a rank
+Choose = Callable[[Sequence[Optimizer]], dict[str, float]]
+_ATTACHED: WeakKeyDictionary[nn.Module, "State"] = WeakKeyDictionary()
 
 
 def attach(
@@ -112,8 +122,10 @@ def attach(
         "momentum_decay": momentum_decay,
     }
     knobs = {knob: 1.0 if value is None else value for knob, value in given.items()}
+    choose: Choose | None = None
     if not outer_momentum and all(value is None for value in given.values()):
-        knobs = chosen_for(optimizers, config, every, delay)
+        choose = partial(chosen_for, config=config, every=every, delay=delay)
+        knobs = choose(optimizers)
     return State(
         model,
         optimizers,
@@ -122,6 +134,7 @@ def attach(
         outer_momentum=outer_momentum,
         delay=delay,
         group=group,
+        choose=choose,
         **knobs,
     )
 
@@ -161,6 +174,8 @@ class State:
         momentum_decay: the same.
         steps: of the optimizer so far.
         exchanges: so far.
+        left_out: exchanges so far without this rank, since what it had moved was not
+            finite.
     """
 
     def __init__(
@@ -176,11 +191,13 @@ class State:
         momentum_decay: float,
         delay: int,
         group: dist.ProcessGroup | None,
+        choose: "Choose | None" = None,
     ) -> None:
         decays = {"residual_decay": residual_decay, "momentum_decay": momentum_decay}
         _check(optimizers, every, outer_lr, outer_momentum, decays, delay)
         model, wrapper = _without_ddp(model)
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        _check_alone(model)
+        trained = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
         if not dist.is_initialized() or dist.group.WORLD is None:
             raise AttachError("call torch.distributed.init_process_group first")
         facts = {
@@ -189,6 +206,7 @@ class State:
             "outer_momentum": float(outer_momentum),
             **{knob: float(value) for knob, value in decays.items()},
             "delay": delay,
+            "buffers": [name for name, _ in model.named_buffers()],
         }
         self._session = session_beside(
             trained, config, dist.group.WORLD, group, facts=facts
@@ -196,21 +214,14 @@ class State:
         self.config = config
         self.meter = self._session.meter
         self.engine = self._session.engine
-        self._model = model
         self._every, self._delay = every, delay
         self.outer_lr, self._outer_momentum = outer_lr, outer_momentum
         self.residual_decay, self.momentum_decay = residual_decay, momentum_decay
-        self._optimizers = optimizers
-        self._flat = {
-            name: flat_view(p.detach()) for p, name in self._session.names.items()
-        }
-        exchange = self.engine.exchange
-        for tensor in [*self._flat.values(), *_float_buffers(model)]:
-            data = tensor.contiguous().view(-1).view(torch.uint8).cpu()
-            first = exchange.all_gather(data if exchange.rank == 0 else data[:0])[0]
-            tensor.view(-1).copy_(first.clone().view(tensor.dtype))
-        replica = arena_like(self._flat)
-        for name, flat in self._flat.items():
+        self._model = Model(model, list(self._session.names.values()))
+        flats = self._model.flats()
+        self._model.copy_from_first(self.engine.exchange)
+        replica = arena_like(flats)
+        for name, flat in flats.items():
             replica[name].copy_(flat)
         self.owners = Owners(self.engine, replica)
         self._velocity = {
@@ -218,17 +229,39 @@ class State:
             for name, master in self.owners.masters.items()
             if outer_momentum
         }
-        self._moved = arena_like(self._flat)
+        self._moved = arena_like(flats)
         self._seen = {name: flat.clone() for name, flat in replica.items() if delay}
         self._pending: torch.futures.Future[Tensor] | None = None
-        self._buffers = torch.empty(0)
+        self._buffers: dict[str, Tensor] = {}
         self.steps = self.exchanges = self._unsent = 0
-        self._handle = optimizers[-1].register_step_post_hook(self._after_step)
+        self.left_out = self._left_out_in_a_row = 0
+        self._said: list[Says] = []
+        self._given = Given(self._model)
+        self._choose = choose
+        self._counting = Counting(optimizers, self._model, self._before, self._after)
+        _ATTACHED[model] = self
         self._wrapped = ExitStack()
         if wrapper is not None:
             self._wrapped.enter_context(wrapper.no_sync())
+        self._model.mark_buffers()
+        self._forget_what_was_given()
 
-    def _after_step(self, *_: object) -> None:
+    def _before(self, *, new: bool) -> None:
+        """Look at the parameters that an optimizer is about to step."""
+        if self.engine.exchange.world > 1:
+            self._given.look(self.owners.replica, fresh=self._fresh, new=new)
+
+    def _after(self, *, counts: bool, replaced: bool) -> None:
+        """Take in that an optimizer has stepped."""
+        self._model.mark()
+        self._fresh = False
+        if not counts:
+            return
+        if self._choose is not None and replaced:
+            knobs = self._choose(self._counting.optimizers)
+            self.outer_lr = knobs["outer_lr"]
+            self.residual_decay = knobs["residual_decay"]
+            self.momentum_decay = knobs["momentum_decay"]
         self.steps += 1
         self.meter.at_step(self.steps)
         self._unsent += 1
@@ -251,11 +284,23 @@ class State:
         """
         if self.engine.exchange.world == 1:
             return
+        self._before(new=True)
         if self._pending is not None:
             self._finish()
         self._start()
         if self._delay == 0:
             self._finish()
+
+    def rebase(self) -> None:
+        """Go on from what rank 0's model holds now, and owe nothing; collective.
+
+        For weights that were loaded, or changed in any other way, on one rank only.
+        What all ranks load alike is noticed without it.
+        """
+        self._drain()
+        self._model.copy_from_first(self.engine.exchange)
+        self._go_on_from(self._model.flats(), forget=True)
+        self._forget_what_was_given()
 
     def sync(self) -> None:
         """Exchange now and make every replica equal to the masters, exactly.
@@ -265,12 +310,14 @@ class State:
         """
         if self.engine.exchange.world == 1:
             return
+        self._before(new=True)
         if self._pending is not None:
             self._finish()
-        self._start()
+        self._start(with_buffers=True)
         self._finish()
         self._session.lane.submit(self._flush).wait()
         self._copy_replica()
+        self._forget_what_was_given()
 
     @contextmanager
     def shared_model(self) -> Iterator[None]:
@@ -282,77 +329,240 @@ class State:
         """
         if self._pending is not None:
             self._pending.wait()
-        own = {name: flat.clone() for name, flat in self._flat.items()}
+        own = {name: flat.clone() for name, flat in self._model.flats().items()}
         if self.engine.exchange.world > 1:
             self._copy_replica()
         try:
             yield
         finally:
-            for name, flat in self._flat.items():
+            for name, flat in self._model.flats().items():
                 flat.copy_(own[name])
+            if not self._given.base:
+                self._model.mark()
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
-        self._session.check_replicas()
+        self._session.check_replicas(self._model.module, self.steps)
 
-    def _start(self) -> None:
-        for name, flat in self._flat.items():
+    def _start(self, *, with_buffers: bool = False) -> None:
+        """Begin an exchange of what the parameters, and some buffers, hold now."""
+        flats = self._model.flats()
+        for name, flat in flats.items():
             torch.sub(self.owners.replica[name], flat, out=self._moved[name])
             if self._delay:
                 self._seen[name].copy_(flat)
-        self._buffers = _flat_buffers(self._model)
+        changed = (False,) * len(self._model.float_buffers())
+        if with_buffers or self.exchanges % _BUFFERS_EVERY == _BUFFERS_EVERY - 1:
+            changed = tuple(self._model.changed_buffers())
+        buffers = self._model.float_buffers()
+        self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        mine = Says(
+            finite=_finite(self._moved.values()),
+            written=bool(self._given.base),
+            far=self._given.far,
+            base=together(self._given.base) if self._given.base else 0,
+            buffers_finite=_finite(
+                b for b, c in zip(buffers.values(), changed, strict=True) if c
+            ),
+            buffers=changed,
+        )
         self._unsent_then, self._unsent = self._unsent, 0
-        self._pending = self._session.lane.submit(self._exchange)
+        self._pending = self._session.lane.submit(partial(self._exchange, mine))
 
     def _finish(self) -> None:
+        """Take over what an exchange has brought."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
         with self.meter.stage("wait"):
             averaged = pending.wait()
-        if self._delay == 0:
+        mine = self._said[self.engine.exchange.rank]
+        self._take_buffers(averaged, mine)
+        if self._delay == 0 or not mine.finite:
             self._copy_replica()
         else:  # what this rank moved while the exchange was under way is kept
-            averaged += _flat_buffers(self._model) - self._buffers
-            for name, flat in self._flat.items():
-                flat += (self.owners.replica[name] - self._seen[name]).to(flat.dtype)
-        buffers = _float_buffers(self._model)
-        parts = torch.split(averaged, [buffer.numel() for buffer in buffers])
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.copy_(part.view(buffer.shape))
-        self._decay_momenta()
+            for name, flat in self._model.flats().items():
+                late = self.owners.replica[name] - self._seen[name]
+                if self._given.base:
+                    self._given.late[name] = late
+                flat += late.to(flat.dtype)
+            self._model.mark()
+        if mine.finite:
+            self._left_out_in_a_row = 0
+            self._decay_momenta()
+        else:
+            self._recover()
+        if self._delay == 0:
+            self._forget_what_was_given()
+
+    def _drain(self) -> None:
+        """Wait for an exchange that is under way, and take over nothing."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+    def _recover(self) -> None:
+        """Forget what a rank with values that are not finite has in its optimizers."""
+        self.left_out += 1
+        self._left_out_in_a_row += 1
+        repaired = 0
+        for optimizer in self._counting.optimizers:
+            for parameter, kept in list(optimizer.state.items()):
+                held = [v for v in kept.values() if isinstance(v, Tensor)]
+                if not _finite(held):
+                    optimizer.state.pop(parameter)
+                    repaired += 1
+        said = (
+            f"after {self.steps} steps what rank {self.engine.exchange.rank} has moved "
+            "is not finite; the others went on without it, it has their model now, and "
+            f"the optimizer forgot its state of {repaired} parameters"
+        )
+        if self._left_out_in_a_row < _MOST_IN_A_ROW:
+            log.warning("lc3: %s", said)
+            return
+        error = DivergedError(
+            f"{said}; that was the {_MOST_IN_A_ROW}th exchange in a row: look at this "
+            "rank's data and learning rate"
+        )
+
+        def tell() -> Tensor:
+            self.engine.tell(error, self.exchanges, 0)
+            return torch.empty(0)
+
+        self._session.lane.submit(tell).wait()
+        raise error
 
     def _copy_replica(self) -> None:
-        for name, flat in self._flat.items():
+        for name, flat in self._model.flats().items():
             flat.copy_(self.owners.replica[name])
+        self._model.mark()
 
-    def _exchange(self) -> Tensor:
+    def _forget_what_was_given(self) -> None:
+        """Begin to look anew at what is done to parameters."""
+        self._fresh = self._pending is None and self._delay == 0
+        self._model.mark()
+        self._given.clear()
+
+    def _go_on_from(self, base: Mapping[str, Tensor], *, forget: bool) -> None:
+        """Let all ranks share ``base``, which they all have alike.
+
+        Args:
+            base: by name [numel].
+            forget: whether what is owed is owed no longer.
+        """
+        if not self.engine.direct:
+            for piece in self.owners.owned:
+                part = slice(piece.start, piece.stop)
+                shared, master = (
+                    self.owners.replica[piece.name],
+                    self.owners.master(piece),
+                )
+                ahead = 0 if forget else master - shared[part]
+                master.copy_(base[piece.name][part]).add_(ahead)
+        for name, flat in base.items():
+            self.owners.replica[name].copy_(flat)
+        if forget:
+            for residual in self.engine.residuals.buffers():
+                residual.zero_()
+            for velocity in self._velocity.values():
+                velocity.zero_()
+
+    def _exchange(self, mine: Says) -> Tensor:
         """Push what was moved, change the masters, pull. Runs on the lane.
 
         Returns:
-            The mean over ranks of all float buffers, float32[*].
+            The mean over ranks of the buffers that have changed: see ``_mean_buffers``.
         """
-        owners, step = self.owners, self.exchanges
+        owners, step, exchange = self.owners, self.exchanges, self.engine.exchange
         self.meter.buckets += 1
-        elements = sum(flat.numel() for flat in self._flat.values())
+        elements = sum(moved.numel() for moved in self._moved.values())
         with self.engine.exchanging(elements, step, 0):
-            owners.push(self._moved, step, 0)
-            for piece in owners.owned:
-                mean = owners.mean(piece)
-                if mean.isfinite().all():
-                    master = owners.master(piece)
-                    self._outer_step(piece.name, piece.offset, master, mean)
-            owners.pull(self._moved, step, 0)
-            self._forget()
-            if self._buffers.numel():
-                averaged = self.engine.mean(self._buffers, step, 1)
-            else:
-                averaged = self._buffers
-        world = self.engine.exchange.world
+            said = self.engine.share(mine.to_bytes(), step, 2)
+            count = len(mine.buffers)
+            everybody = self._said = [Says.from_bytes(one, count) for one in said]
+            alike = loaded_alike(everybody)
+            self._given.told(alike=alike)
+            if alike:
+                self._rebase_here()
+            counted = sum(said.finite for said in everybody)
+            if not mine.finite:
+                for moved in self._moved.values():
+                    moved.zero_()  # says nothing, and keeps its residual
+            if counted:
+                owners.push(self._moved, step, 0)
+                self._move_masters(exchange.world / counted)
+                owners.pull(self._moved, step, 0)
+                self._forget()
+            averaged = self._mean_buffers(mine, step)
         # ``exchanging`` has counted one all-reduce; every step would have had one.
         others = self._unsent_then - 1
+        world = exchange.world
         self.meter.dense_bytes += others * 8 * elements * (world - 1) / world
         self.exchanges += 1
         return averaged
+
+    def _rebase_here(self) -> None:
+        """Let what all ranks were given be what they have moved from."""
+        base = self._given.base
+        forget = self._given.whole or self._given.far
+        for name, flat in base.items():
+            self._moved[name].add_(flat - self.owners.replica[name])
+            if name in self._given.late:
+                self._moved[name].add_(self._given.late[name])
+        self._go_on_from(base, forget=forget)
+        log.info("lc3: all ranks were given other parameters; they go on from these")
+
+    def _move_masters(self, weight: float) -> None:
+        """Make the outer step.
+
+        Args:
+            weight: of a mean over all ranks, of which some have said nothing.
+        """
+        for piece in self.owners.owned:
+            mean = self.owners.mean(piece)
+            if weight != 1:
+                mean *= weight
+            if mean.isfinite().all():
+                master = self.owners.master(piece)
+                self._outer_step(piece.name, piece.offset, master, mean)
+
+    def _due_buffers(self) -> list[str]:
+        """Return the names of buffers that have changed on some rank."""
+        changed = zip(*(said.buffers for said in self._said), strict=True)
+        names = self._model.float_buffers()
+        return [n for n, some in zip(names, changed, strict=True) if any(some)]
+
+    def _mean_buffers(self, mine: Says, step: int) -> Tensor:
+        """Return the mean of the buffers that have changed, over ranks where finite.
+
+        Returns:
+            float64[*], or float32 if no buffer is float64: one after the other. Of no
+            elements if there is nothing to take over.
+        """
+        flat = [self._buffers[name].reshape(-1) for name in self._due_buffers()]
+        counted = sum(said.buffers_finite for said in self._said)
+        if not flat or not counted:
+            return torch.empty(0)
+        wide = any(part.dtype == torch.float64 for part in flat)
+        dtype = torch.float64 if wide else torch.float32
+        values = torch.cat([part.to(dtype) for part in flat])
+        if not mine.buffers_finite:
+            values.zero_()
+        mean = self.engine.mean(values, step, 1)
+        return mean if counted == len(self._said) else mean * len(self._said) / counted
+
+    def _take_buffers(self, averaged: Tensor, mine: Says) -> None:
+        """Write means to buffers; keep what this rank has changed meanwhile."""
+        if averaged.numel():
+            now = self._model.float_buffers()
+            names = self._due_buffers()
+            sizes = [now[name].numel() for name in names]
+            for name, part in zip(names, averaged.split(sizes), strict=True):
+                wanted = part.view(now[name].shape)
+                if self._delay and mine.buffers_finite:
+                    wanted = wanted + (now[name] - self._buffers[name])
+                now[name].copy_(wanted)
+        if mine.buffers and (averaged.numel() or any(mine.buffers)):
+            self._model.mark_buffers()
 
     def _outer_step(self, name: str, offset: int, master: Tensor, mean: Tensor) -> None:
         update = mean
@@ -378,7 +588,8 @@ class State:
     def _decay_momenta(self) -> None:
         if self.momentum_decay == 1:
             return
-        states = [s for optimizer in self._optimizers for s in optimizer.state.values()]
+        optimizers = self._counting.optimizers
+        states = [s for optimizer in optimizers for s in optimizer.state.values()]
         kept = [state[key] for state in states for key in MOMENTA if key in state]
         momenta = [moment for moment in kept if isinstance(moment, Tensor)]
         if not momenta and self._unsent_then:  # a rank without data has none yet
@@ -407,6 +618,8 @@ class State:
         return save("local_sgd", self.engine.plan, rank, self._parts())
 
     def _parts(self) -> Parts:
+        if self.engine.exchange.world == 1:  # its model is what others go on from
+            self._go_on_from(self._model.flats(), forget=False)
         shares: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
         if self._velocity:
             shares["velocity"] = self._velocity
@@ -430,6 +643,7 @@ class State:
         Raises:
             StateError: it does not fit; nothing was changed.
         """
+        self._drain()
         mine = self._parts()
         rank = self.engine.exchange.rank
         found = load(state, "local_sgd", self.engine.plan, rank, mine)
@@ -438,6 +652,8 @@ class State:
         self.steps = int(found.counters["steps"])
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)
+        self._unsent = 0
+        self._forget_what_was_given()
 
     def gather_state(self) -> list[dict[str, Any]]:
         """Return every rank's ``state_dict()`` on rank 0, none elsewhere; collective.
@@ -464,7 +680,8 @@ class State:
 
         A model that DistributedDataParallel wraps exchanges its gradients again.
         """
-        self._handle.remove()
+        self._counting.close()
+        _ATTACHED.pop(self._model.module, None)
         self._wrapped.close()
         self._session.close()
 
@@ -522,11 +739,19 @@ def _check(
             raise ConfigError(f"{knob}={decay!r} must be in [0, 1]; 1 forgets nothing")
 
 
-def _float_buffers(model: nn.Module) -> list[Tensor]:
-    return [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    found = [t.isfinite().all() for t in tensors if t.is_floating_point()]
+    return not found or bool(torch.stack(found).all())
 
 
-def _flat_buffers(model: nn.Module) -> Tensor:
-    """Return a copy of all float buffers, float32[*]."""
-    flat = [buffer.reshape(-1).float() for buffer in _float_buffers(model)]
-    return torch.cat(flat) if flat else torch.empty(0)
+def _check_alone(model: nn.Module) -> None:
+    if model in _ATTACHED:
+        raise AttachError(
+            "local steps are attached to this model already; close() that state first"
+        )
+    for name, parameter in named_parameters(model):
+        if parameter.requires_grad and parameter.dtype == torch.float64:
+            raise AttachError(
+                f"parameter {name!r} is float64, and local steps keep float32 masters; "
+                "use model.float(), or hooks.ddp, which passes float64 through"
+            )

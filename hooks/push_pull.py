@@ -9,6 +9,7 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -24,11 +25,15 @@ from torch.optim import Optimizer
 from lc3.applied import ACCUMULATES, smallest
 from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config
-from lc3.errors import AttachError, ConfigError, StateError
-from lc3.owners import Owners, flat_view
+from lc3.errors import AttachError, ConfigError, ReplicasDiffer, StateError
+from lc3.model import flat_view, together
+from lc3.owners import Owners
 from lc3.residual import arena_like
 from lc3.session import check_form, check_owners, session_for
 
+log = logging.getLogger(__name__)
+
+_LOADED = 0.01  # of the parameters' norm: what changes them more forgets what is owed
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Groups = list[dict[str, Any]]
 
@@ -113,18 +118,21 @@ class PushPull(Optimizer):
         scaler: GradScaler | None,
         group: dist.ProcessGroup | None,
     ) -> None:
+        self._module = model.module
         self.session = session_for(model, config, group)
         self.meter, self.engine = self.session.meter, self.session.engine
         try:
             names = self.session.names
             self._parameters = {name: parameter for parameter, name in names.items()}
             groups = _groups(params, self._parameters)
-            flat = {n: flat_view(p.detach()) for n, p in self._parameters.items()}
-            self._flat = {n: f for n, f in flat.items() if f.dtype != torch.float32}
+            flat = self._flats()
             replica = {
                 n: f.float() for n, f in flat.items()
             }  # float32: the model's own
             self.owners = Owners(self.engine, replica)
+            self._shared = {
+                piece.name: self._own(piece.name).clone() for piece in self.owners.owned
+            }
             self._masters = {
                 name: Parameter(self._shaped(name, master))
                 for name, master in self.owners.masters.items()
@@ -142,6 +150,18 @@ class PushPull(Optimizer):
                     for options in groups
                 ]
             )
+            options = {
+                f"optimizer's {key} of group {number}": repr(value)
+                for number, group in enumerate(self.inner.param_groups)
+                for key, value in group.items()
+                if key != "params"
+            }
+            facts = {
+                "max_norm": max_norm,
+                "optimizer": type(self.inner).__name__,
+                **options,
+            }
+            self.session.agree_on(facts)
         except BaseException:
             self.session.close()
             raise
@@ -156,8 +176,19 @@ class PushPull(Optimizer):
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._overflowed = False
+        self._loaded = False
         self.grad_norm = math.nan
         self.skipped = 0
+
+    def _flats(self) -> dict[str, Tensor]:
+        """Return views of the parameters' memory, wherever it is by now."""
+        return {n: flat_view(p.detach()) for n, p in self._parameters.items()}
+
+    def _own(self, name: str) -> Tensor:
+        """Return this rank's share of a parameter of the model: a view, or a copy."""
+        (slice_,) = self.engine.plan.slices_of([name], self.engine.exchange.rank)
+        flat = flat_view(self._parameters[name].detach())
+        return flat[slice_.start : slice_.stop].float()
 
     def _shaped(self, name: str, values: Tensor) -> Tensor:
         """Return a share as its parameter's shape if it is all of it, in that order."""
@@ -236,7 +267,8 @@ class PushPull(Optimizer):
         if not self._pushed:
             raise AttachError(
                 "step() without a synchronised backward pass since the last one; a "
-                "pass under no_sync() pushes nothing"
+                "pass under no_sync() pushes nothing, and a model whose dtype was "
+                "changed after it was wrapped has to be wrapped again"
             )
         self._pushed.clear()
         for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
@@ -259,9 +291,23 @@ class PushPull(Optimizer):
             master.grad = None  # its memory is the pull's from here on
         with self.meter.stage("wait"):
             self.session.lane.submit(self._pull).wait()
-        for name, flat in self._flat.items():
-            flat.copy_(self.owners.replica[name])
+        self._copy_replica()
         return loss
+
+    def _copy_replica(self) -> None:
+        """Let parameters be the replica."""
+        for name, flat in self._flats().items():
+            replica = self.owners.replica[name]
+            if flat.data_ptr() != replica.data_ptr():
+                flat.copy_(replica)
+            if flat.dtype == torch.float32:
+                self.owners.replica[name] = flat
+        self._remember()
+
+    def _remember(self) -> None:
+        """Remember what this rank's share of the parameters holds."""
+        for name, shared in self._shared.items():
+            shared.copy_(self._own(name))
 
     def _factors(self) -> dict[str, float]:
         """Return what the script has multiplied gradients by, where there are any.
@@ -308,15 +354,79 @@ class PushPull(Optimizer):
         super().add_param_group(param_group)
 
     def _find_norm(self) -> None:
-        """Let all ranks know the norm of the mean gradient, finite or not."""
+        """Let all ranks know the norm of the mean gradient, finite or not.
+
+        And whether parameters hold what the last pull has left: each rank looks at its
+        own share.
+        """
         means = self.engine.means.values()
-        mine = torch.tensor([sum(float(m.double().square().sum()) for m in means)])
+        square = sum(float(m.double().square().sum()) for m in means)
+        if self._loaded:  # a state that belongs to this model
+            self._loaded = False
+            self._remember()
+        written = any(
+            not torch.equal(self._own(name), shared)
+            for name, shared in self._shared.items()
+        )
         step, bucket = self.meter.steps - 1, _NORM_BUCKET
         with self.engine.exchanging(0, step, bucket):
-            everybody = self.engine.share(mine.double(), step, bucket)
-        squares = [float(data.clone().view(torch.float64)) for data in everybody]
+            everybody = self._numbers([square, written], step, bucket)
+        if any(written for _, written in everybody):
+            self._take_over()
+        squares = [square for square, _ in everybody]
         total = math.sqrt(sum(squares)) if sum(squares) >= 0 else math.nan
         self.grad_norm = total / self._scale
+
+    def _numbers(
+        self, mine: Sequence[float], step: int, bucket: int
+    ) -> list[list[float]]:
+        """Return every rank's numbers."""
+        shared = self.engine.share(
+            torch.tensor(mine, dtype=torch.float64), step, bucket
+        )
+        return [data.clone().view(torch.float64).tolist() for data in shared]
+
+    def _take_over(self) -> None:
+        """Let masters be what all ranks have written to their parameters.
+
+        Raises:
+            ReplicasDiffer: not all ranks hold the same.
+        """
+        flats = self._flats()
+        moved = whole = 0.0
+        for name, shared in self._shared.items():
+            moved += float((self._own(name) - shared).norm()) ** 2
+            whole += float(shared.norm()) ** 2
+        tag = self.engine.aside()
+        with self.engine.exchanging(0, *tag):
+            everybody = self._numbers([together(flats), moved, whole], *tag)
+            sums = [numbers[0] for numbers in everybody]
+            if len(set(sums)) > 1:
+                usual = max(sums, key=sums.count)
+                others = [r for r, value in enumerate(sums) if value != usual]
+                raise ReplicasDiffer(
+                    "parameters were changed outside of step() since the last one, "
+                    f"and ranks {others} hold others than the rest; load weights on "
+                    "every rank, before the next backward pass"
+                )
+        _, moved, whole = map(sum, zip(*everybody, strict=True))
+        forget = not moved <= _LOADED**2 * whole
+        for name, shared in self._shared.items():
+            now, master = self._own(name), self.owners.masters[name]
+            if forget:
+                master.copy_(now)
+            else:
+                master.add_(now - shared)
+            shared.copy_(now)
+        if forget:
+            for residual in self.engine.residuals.sent.values():
+                residual.zero_()
+        for name, flat in flats.items():
+            if flat.dtype == torch.float32:
+                self.owners.replica[name] = flat
+            else:
+                self.owners.replica[name].copy_(flat)
+        log.info("lc3: all ranks were given other parameters; they go on from these")
 
     def _pull(self) -> Tensor:
         step, bucket = self.meter.steps - 1, _PULL_BUCKET
@@ -345,7 +455,7 @@ class PushPull(Optimizer):
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
-        self.session.check_replicas()
+        self.session.check_replicas(self._module)
 
     def _parts(self) -> Parts:
         """Return what is kept; optimizer state by parameter, not by its number."""
@@ -370,7 +480,13 @@ class PushPull(Optimizer):
             },
             self.engine.residuals.sent,
             shares,
-            {"replica": {n: self.owners.replica[n] for n in self._flat}},
+            {
+                "replica": {
+                    name: self.owners.replica[name]
+                    for name, parameter in self._parameters.items()
+                    if parameter.dtype != torch.float32  # else the model's own
+                }
+            },
             scalars,
         )
 
@@ -407,6 +523,7 @@ class PushPull(Optimizer):
         self._scale = float(found.counters["scale"])
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
+        self._loaded = True
 
     def _load_optimizer(self, found: Parts, groups: Groups) -> None:
         states: dict[str, dict[str, Any]] = {

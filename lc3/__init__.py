@@ -7,6 +7,7 @@ from lc3.config import Config
 from lc3.errors import (
     AttachError,
     ConfigError,
+    DivergedError,
     ExchangeError,
     FormatError,
     InputError,
@@ -22,6 +23,7 @@ __all__ = [
     "AttachError",
     "Config",
     "ConfigError",
+    "DivergedError",
     "ExchangeError",
     "FormatError",
     "InputError",

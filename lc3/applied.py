@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
 
 from lc3.errors import AttachError
+from lc3.model import flat_view
 from lc3.moments import Moments
-from lc3.owners import flat_view
 from lc3.residual import Residuals
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@
     ├── FormatError    (ValueError)    received bytes are not what is due in format 1
     ├── PlanMismatch   (RuntimeError)  ranks disagree on what they are training
     ├── ReplicasDiffer (RuntimeError)  ranks hold different parameters
+    ├── DivergedError  (RuntimeError)  a rank's training is not finite, again and again
     ├── StateError     (ValueError)    a state_dict does not fit this run
     ├── ExchangeError  (RuntimeError)  a dead rank, a cut link, a timeout
     └── PeerError      (RuntimeError)  another rank failed inside lc3 and said so
@@ -41,6 +42,10 @@ class PlanMismatch(Lc3Error, RuntimeError):  # noqa: N818  # reads as what it is
 
 class ReplicasDiffer(Lc3Error, RuntimeError):  # noqa: N818  # reads as what it is
     """Ranks that should hold the same parameters do not."""
+
+
+class DivergedError(Lc3Error, RuntimeError):
+    """What a rank has trained is not finite, in too many exchanges in a row."""
 
 
 class StateError(Lc3Error, ValueError):

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lc3.engine import Engine
-from lc3.errors import AttachError
 from lc3.format import is_nan_frame
 from lc3.plan import Piece
 
@@ -33,7 +32,7 @@ class Owners:
         replica: see above.
     """
 
-    def __init__(self, engine: Engine, replica: Mapping[str, Tensor]) -> None:
+    def __init__(self, engine: Engine, replica: dict[str, Tensor]) -> None:
         self.engine = engine
         self.replica = replica
         self.pieces = engine.pieces(replica)
@@ -151,22 +150,3 @@ class Owners:
             return
         for name, flat in self.export().items():
             self.replica[name].copy_(flat)
-
-
-def flat_view(parameter: Tensor) -> Tensor:
-    """Return a view of all elements in memory order.
-
-    Raises:
-        AttachError: they do not lie in one block of memory.
-    """
-    view = parameter.as_strided((parameter.numel(),), (1,))
-    by_stride = sorted(zip(parameter.stride(), parameter.shape, strict=True))
-    expected = 1
-    for stride, size in by_stride:
-        if size != 1 and stride != expected:
-            raise AttachError(
-                f"a parameter of shape {list(parameter.shape)} has strides "
-                f"{parameter.stride()}; make it contiguous before attach"
-            )
-        expected *= size
-    return view

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
@@ -30,6 +30,7 @@ from lc3.exchange import Divisible, Exchange, GroupExchange
 from lc3.handshake import agree, threads_for
 from lc3.lane import Lane
 from lc3.meter import Meter
+from lc3.model import named_parameters
 from lc3.plan import Plan, make_plan
 from lc3.two_levels import Nodes, TwoLevels, nodes_of
 from lc3.version import __version__
@@ -153,42 +154,74 @@ class Session:
             Variable._execution_engine.queue_callback(partial(self.wait, future))
         return future
 
+    def agree_on(self, facts: Mapping[str, object]) -> None:
+        """Compare what else has to be the same on every rank; collective.
+
+        Raises:
+            PlanMismatch: ranks differ; the same sentence on every rank.
+        """
+        shapes = [(name, list(p.shape)) for p, name in self.names.items()]
+        exchange = self.engine.exchange
+        agree(exchange, __version__, self.config, shapes, lambda: None, facts)
+
     def wait(self, future: torch.futures.Future[Tensor]) -> None:
         """Wait for a job of the lane, on the training's clock."""
         with self.meter.stage("wait"):
             future.wait()
 
-    def check_replicas(self) -> None:
-        """Compare a checksum of every parameter over the ranks; collective.
+    def check_replicas(self, module: nn.Module, step: int | None = None) -> None:
+        """Compare checksums of what must be alike over the ranks; collective.
 
-        Four bytes a parameter travel. For every few hundred steps of a run whose code
-        is not trusted to keep replicas alike: a parameter changed on one rank only, an
+        All parameters, frozen ones and those that were added since attach, too, and
+        buffers of whole numbers and bits; those with statistics are each rank's own.
+        Four bytes a tensor travel. For every few hundred steps of a run whose code is
+        not trusted to keep replicas alike: a parameter changed on one rank only, an
         optimizer that is not deterministic, broken memory.
 
+        Args:
+            module: that holds them.
+            step: the number of the last one. Default: this session's.
+
         Raises:
-            ReplicasDiffer: the same on every rank; names the first parameter and what
-                ranks hold.
+            ReplicasDiffer: the same on every rank; names the first tensor and the ranks
+                that hold another than most.
         """
+        kept = {
+            **{f"parameter {name!r}": p for name, p in named_parameters(module)},
+            **{
+                f"buffer {name!r}": b
+                for name, b in module.named_buffers()
+                if not b.is_floating_point() and not b.is_complex()
+            },
+        }
+        at = self.step if step is None else step
 
         def compare() -> Tensor:
             mine = [
-                zlib.crc32(_bytes_of(p))  # type: ignore[arg-type]  # a buffer since 3.12
-                for p in self.names
+                zlib.crc32(_bytes_of(tensor))  # type: ignore[arg-type]  # since 3.12
+                for tensor in kept.values()
             ]
-            sums_here = torch.tensor(mine, dtype=torch.int64)
-            step, bucket = self.engine.aside()
-            with self.engine.exchanging(0, step, bucket):
-                shared = self.engine.share(sums_here, step, bucket)
+            names_here = zlib.crc32(",".join(kept).encode())
+            sums_here = torch.tensor([names_here, *mine], dtype=torch.int64)
+            tag = self.engine.aside()
+            with self.engine.exchanging(0, *tag):
+                shared = self.engine.share(sums_here, *tag)
             everybody = [data.clone().view(torch.int64).tolist() for data in shared]
+            if len({sums[0] for sums in everybody}) > 1:
+                raise ReplicasDiffer(
+                    f"ranks hold parameters of different names after {at} steps; build "
+                    "and change the model alike everywhere"
+                )
             sums = zip(*everybody, strict=True)
-            for name, held in zip(self.names.values(), sums, strict=True):
+            next(sums)
+            for name, held in zip(kept, sums, strict=True):
                 if len(set(held)) > 1:
                     usual = max(held, key=held.count)
                     others = [r for r, value in enumerate(held) if value != usual]
                     raise ReplicasDiffer(
-                        f"parameter {name!r} is another on the ranks {others} than on "
-                        f"the others after {self.step} steps; load a checkpoint from "
-                        "before, and look at what changes parameters on one rank only"
+                        f"{name} differs on the ranks {others} after {at} steps; load "
+                        "a checkpoint from before, and look at what changes it on "
+                        "some ranks only"
                     )
             return sums_here
 
@@ -315,7 +348,7 @@ def session_for(
         )
     trained = [
         (name, parameter)
-        for name, parameter in model.module.named_parameters()
+        for name, parameter in named_parameters(model.module)
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
     return session_beside(

@@ -24,8 +24,8 @@ from lc3.codec import Encoded, cpu
 from lc3.coder import Coder
 from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
+from lc3.model import flat_view
 from lc3.moments import matrix_of
-from lc3.owners import flat_view
 from lc3.two_levels import nodes_of
 from tests.oracle import ForOptimizers, Oracle, TwoLevels
 

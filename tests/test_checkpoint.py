@@ -93,7 +93,7 @@ def test_ranks_with_other_numbers_of_local_steps(ranks: Pools) -> None:
 @pytest.mark.parametrize("hook", checkpoint_cases.HOOKS)
 def test_a_bit_that_differs_is_found(ranks: Pools, hook: str) -> None:
     for said in ranks(3).run(checkpoint_cases.a_replica_drifts, hook):
-        assert said.startswith("parameter '2.weight' is another on the ranks [1]")
+        assert said.startswith("parameter '2.weight' differs on the ranks [1]")
 
 
 def test_a_state_comes_back() -> None:

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "errors": set(),
     "version": set(),
-    "frameworks": {"errors"},
+    "frameworks": {"config", "errors", "meter"},
+    "model": {"errors", "exchange"},
+    "says": {"errors"},
+    "steps": {"errors", "model"},
     "format": {"errors"},
     "config": {"errors"},
     "budget": {"config"},
@@ -24,7 +27,7 @@ BELOW = {
     "meter": set(),
     "moments": set(),
     "sketch": set(),
-    "applied": {"errors", "moments", "owners", "residual"},
+    "applied": {"errors", "model", "moments", "residual"},
     "monitor": {"meter"},
     "message": {
         *("codec", "config", "entropy", "errors", "format", "plan", "rans"),
@@ -33,7 +36,7 @@ BELOW = {
     "coder": {"codec", "workers"},
     "lane": {"errors"},
     "handshake": {"config", "errors", "exchange", "workers"},
-    "owners": {"engine", "errors", "format", "plan"},
+    "owners": {"engine", "format", "plan"},
     "two_levels": {
         *("auto", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),
     },
@@ -49,7 +52,7 @@ BELOW = {
             "handshake",
             "lane",
         ),
-        *("meter", "plan", "rans", "two_levels", "version"),
+        *("meter", "model", "plan", "rans", "two_levels", "version"),
     },
     "measure": {
         *("codec", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),

@@ -1,0 +1,219 @@
+"""A module as it is now: between its training steps people do things to it.
+
+They load weights, unfreeze layers, swap averaged weights in and out, move memory,
+replace buffers. So parameters are looked up by name whenever they are exchanged.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lc3.errors import AttachError
+from lc3.exchange import Exchange
+
+_MESSAGE_BYTES = 1 << 26
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield parameters by the names that they have without ``torch.compile``."""
+    for name, parameter in module.named_parameters():
+        yield name.replace("_orig_mod.", ""), parameter
+
+
+class Model:
+    """The parameters that ranks exchange, and the buffers beside them.
+
+    Args:
+        module: that is trained.
+        names: of its parameters that ranks exchange.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self.module = module
+        self._names = names
+        self._known = set(names)
+        self._marked: list[nn.Parameter] = []
+        self._marks: list[tuple[int, int]] = []
+        self._buffer_sums: dict[str, int] = {}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return them as they are now, by name, in the order of attach.
+
+        Raises:
+            AttachError: one is gone, or others can be trained since then.
+        """
+        now = dict(named_parameters(self.module))
+        for name in self._names:
+            if name not in now:
+                raise AttachError(
+                    f"parameter {name!r} is no longer in the model; close the state, "
+                    "and attach again"
+                )
+        for name, parameter in now.items():
+            if parameter.requires_grad and name not in self._known:
+                raise AttachError(
+                    f"parameter {name!r} can be trained since attach, and nobody "
+                    "exchanges it; close the state, and attach again, on every rank"
+                )
+        return {name: now[name] for name in self._names}
+
+    def flats(self) -> dict[str, Tensor]:
+        """Return views of them in memory order, by name: [numel] of their dtypes.
+
+        Raises:
+            AttachError: see ``parameters``; or one is not in one block of memory.
+        """
+        return {name: flat_view(p.detach()) for name, p in self.parameters().items()}
+
+    def mark(self) -> None:
+        """Take what parameters hold now for what training made of them."""
+        self._marked = list(self.parameters().values())
+        self._marks = [(p.data_ptr(), p._version) for p in self._marked]
+
+    def touched(self, *, look_up: bool = False) -> bool:
+        """Return whether parameters were written, or moved, since ``mark``.
+
+        What ``parameter.data`` was used to write to is not seen.
+
+        Args:
+            look_up: whether the module may hold other parameters by now.
+        """
+        if look_up:
+            now = self.parameters().values()
+            if any(a is not b for a, b in zip(now, self._marked, strict=True)):
+                return True
+        return any(
+            (p.data_ptr(), p._version) != mark
+            for p, mark in zip(self._marked, self._marks, strict=True)
+        )
+
+    def float_buffers(self) -> dict[str, Tensor]:
+        """Return buffers with statistics, tables and masks, by name.
+
+        Not those that were expanded, to which nobody can write.
+        """
+        return {
+            name: buffer
+            for name, buffer in self.module.named_buffers()
+            if buffer.is_floating_point() and buffer.numel() and not _expanded(buffer)
+        }
+
+    def mark_buffers(self) -> None:
+        """Take what float buffers hold now for what all ranks have seen."""
+        buffers = self.float_buffers()
+        sums = checksums(buffers.values()).tolist()
+        self._buffer_sums = dict(zip(buffers, sums, strict=True))
+
+    def changed_buffers(self) -> list[bool]:
+        """Return which float buffers do not hold what ``mark_buffers`` has seen."""
+        buffers = self.float_buffers()
+        sums = checksums(buffers.values()).tolist()
+        pairs = zip(buffers, sums, strict=True)
+        return [self._buffer_sums.get(name) != value for name, value in pairs]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers, frozen and of whole numbers, too."""
+        parameters = dict(self.module.named_parameters())
+        return {**parameters, **dict(self.module.named_buffers())}
+
+    def copy_from_first(self, exchange: Exchange) -> None:
+        """Give all ranks what the first one holds, where they differ; collective.
+
+        Parameters and buffers of every dtype, bit for bit.
+
+        Raises:
+            AttachError: ranks differ in a tensor that cannot be written.
+        """
+        if exchange.world == 1:
+            return
+        tensors = [t.detach() for t in self.tensors().values() if t.numel()]
+        mine = zlib.crc32(b"")
+        for tensor in tensors:
+            mine = zlib.crc32(_bytes_of(tensor).numpy(), mine)  # type: ignore[arg-type]
+        said = exchange.all_gather(torch.tensor([mine]).view(torch.uint8))
+        if len({bytes(one.numpy()) for one in said}) == 1:
+            return
+        for some in _portions(tensors):
+            parts = [_bytes_of(tensor) for tensor in some]
+            whole = torch.cat(parts)
+            first = exchange.all_gather(whole if exchange.rank == 0 else whole[:0])[0]
+            sizes = [part.numel() for part in parts]
+            wanted = torch.split(first, sizes)
+            for tensor, part, data in zip(some, parts, wanted, strict=True):
+                if not torch.equal(part, data):
+                    _write(tensor, data)
+
+
+def flat_view(parameter: Tensor) -> Tensor:
+    """Return a view of all elements in memory order.
+
+    Raises:
+        AttachError: they do not lie in one block of memory.
+    """
+    view = parameter.as_strided((parameter.numel(),), (1,))
+    by_stride = sorted(zip(parameter.stride(), parameter.shape, strict=True))
+    expected = 1
+    for stride, size in by_stride:
+        if size != 1 and stride != expected:
+            raise AttachError(
+                f"a parameter of shape {list(parameter.shape)} has strides "
+                f"{parameter.stride()}; make it contiguous before attach"
+            )
+        expected *= size
+    return view
+
+
+def checksums(tensors: Iterable[Tensor]) -> Tensor:
+    """Return int64[n]: sums of the bits of tensors, where they are; no host waits."""
+    sums = [_words(tensor).sum(dtype=torch.int64) for tensor in tensors]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def together(sums: Mapping[str, Tensor]) -> int:
+    """Return one number for what all tensors hold, the same for the same bits."""
+    listed = checksums(sums.values()).tolist()
+    text = ",".join(map(str, listed)).encode()
+    return zlib.crc32(text)
+
+
+def _expanded(tensor: Tensor) -> bool:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and not stride for size, stride in sizes)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    at = flat.storage_offset() * flat.element_size()
+    if flat.nbytes % 8 == 0 and at % 8 == 0 and flat.element_size() < 8:
+        return flat.view(torch.int64)
+    return flat.view(_BITS[flat.element_size()])
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's elements in the order of its shape, uint8[*], on the CPU."""
+    return tensor.contiguous().view(-1).view(torch.uint8).cpu()
+
+
+def _write(tensor: Tensor, data: Tensor) -> None:
+    try:
+        tensor.copy_(data.clone().view(tensor.dtype).view(tensor.shape))
+    except RuntimeError as error:
+        raise AttachError(
+            f"a tensor of shape {list(tensor.shape)} differs between the ranks and "
+            f"cannot be written ({error}); make it the same everywhere before attach"
+        ) from error
+
+
+def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in lists of at most a message's bytes, or of one."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        if some and sum(t.nbytes for t in some) + tensor.nbytes > _MESSAGE_BYTES:
+            yield some
+            some = []
+        some.append(tensor)
+    if some:
+        yield some

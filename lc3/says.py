@@ -1,0 +1,77 @@
+"""What every rank says of itself before local steps are exchanged.
+
+One small round, so that all ranks treat this exchange alike: whose moves count, from
+where they are counted, and which buffers come along.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lc3.errors import ReplicasDiffer
+
+_HEAD = struct.Struct("<BI")
+
+
+@dataclass(frozen=True)
+class Says:
+    """What one rank says.
+
+    Attributes:
+        finite: whether what it has moved is.
+        written: whether something else than an optimizer wrote to its parameters.
+        far: whether that brought them far away.
+        base: a checksum of what they held then; 0 if nothing was written.
+        buffers_finite: whether its changed buffers are.
+        buffers: which of its float buffers have changed.
+    """
+
+    finite: bool = True
+    written: bool = False
+    far: bool = False
+    base: int = 0
+    buffers_finite: bool = True
+    buffers: tuple[bool, ...] = ()
+
+    def to_bytes(self) -> Tensor:
+        """Return uint8[*]."""
+        bits = [self.finite, self.written, self.far, self.buffers_finite]
+        head = _HEAD.pack(sum(bit << i for i, bit in enumerate(bits)), self.base)
+        packed = np.packbits(np.array(self.buffers, dtype=bool))
+        return torch.frombuffer(bytearray(head + packed.tobytes()), dtype=torch.uint8)
+
+    @classmethod
+    def from_bytes(cls, data: Tensor, buffers: int) -> Self:
+        """Return what a rank with as many buffers has said."""
+        raw = data.clone().numpy()
+        bits, base = _HEAD.unpack(raw[: _HEAD.size].tobytes())
+        unpacked = np.unpackbits(raw[_HEAD.size :], count=buffers)
+        finite, written, far, buffers_finite = (bool(bits >> i & 1) for i in range(4))
+        changed = tuple(map(bool, unpacked))
+        return cls(finite, written, far, base, buffers_finite, changed)
+
+
+def loaded_alike(everybody: Sequence[Says]) -> bool:
+    """Return whether all ranks were given the same parameters.
+
+    What some ranks only were given, or each its own, counts as what they have moved: a
+    script may clamp weights after every step.
+
+    Raises:
+        ReplicasDiffer: it is too far for that.
+    """
+    bases = {said.base for said in everybody}
+    if len(bases) == 1 and all(said.written for said in everybody):
+        return True
+    if far := [rank for rank, said in enumerate(everybody) if said.far]:
+        raise ReplicasDiffer(
+            f"parameters of the ranks {far} were written outside of optimizer.step(), "
+            "and are far from what the ranks shared, and not the same on all ranks; "
+            "load weights on every rank, or on one and call state.rebase() on all"
+        )
+    return False
