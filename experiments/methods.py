@@ -187,7 +187,7 @@ def wrapped(
     model = DistributedDataParallel(module, bucket_cap_mb=bucket_cap_mb or own)
     # Statistics of batch norms are averaged where they are used, in evaluation, not
     # sent from rank 0 before every step.
-    model.broadcast_buffers = False
+    model.broadcast_buffers = model.forward_sync_buffers = False
     return model
 
 

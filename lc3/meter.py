@@ -13,6 +13,7 @@ from torch.autograd import profiler
 
 log = logging.getLogger(__name__)
 
+_SOON, _LITTLE = 10, 2.0  # steps, and a ratio that is hardly worth it
 _NORMS_EVERY = 100  # steps; the two norms read all of the memory twice more
 
 
@@ -104,6 +105,7 @@ class Meter:
     pull: Direction = field(default_factory=Direction)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     log_every: int | None = None
+    _said: bool = False
     _norms_of: int = -1  # the step that the squares belong to
     _gradient_square: float = 0.0
     _residual_square: float = 0.0
@@ -138,8 +140,19 @@ class Meter:
                 self.steps // self.log_every
             )
             self.steps = steps
+            little = not self._said and steps > _SOON and self.ratio < _LITTLE
+            self._said = self._said or little
         if due:
             log.info("%s", self.line())
+        if little:
+            log.warning(
+                "lc3 sends only %.1f times fewer bytes than float32 would have after "
+                "%d steps: small tensors, buffers and what is not coded travel as they "
+                "are; python -m lc3 measure says what it brings, and without lc3 there "
+                "is less to compute",
+                self.ratio,
+                steps,
+            )
 
     def norms_due(self, step: int) -> bool:
         """Whether the norms of this step are wanted: every hundredth one's."""

@@ -18,9 +18,11 @@ from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from lc3 import rans
 from lc3.auto import Auto, measure
+from lc3.buffers import Buffers, send_buffers
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
 from lc3.config import Config
@@ -163,6 +165,25 @@ class Session:
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
         exchange = self.engine.exchange
         agree(exchange, __version__, self.config, shapes, lambda: None, facts)
+
+    def any_rank(self, mine: Sequence[bool]) -> list[bool]:
+        """Return where some rank says yes; collective."""
+        found: list[bool] = []
+
+        def ask() -> Tensor:
+            tag = self.engine.aside()
+            with self.engine.exchanging(0, *tag):
+                said = self.engine.share(torch.tensor(mine, dtype=torch.bool), *tag)
+            everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
+            found.extend(everybody.any(0).tolist())
+            return torch.empty(0)
+
+        self.lane.submit(ask).wait()
+        return found
+
+    def count_buffers(self, sent_bytes: int) -> None:
+        """Count what DDP sends of buffers."""
+        self.meter.add(sent_bytes, 0.0, 1)
 
     def wait(self, future: torch.futures.Future[Tensor]) -> None:
         """Wait for a job of the lane, on the training's clock."""
@@ -351,9 +372,14 @@ def session_for(
         for name, parameter in named_parameters(model.module)
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
-    return session_beside(
+    session = session_beside(
         trained, config, model.process_group, group, mesh, facts, extras
     )
+    if session.engine.exchange.world > 1 and not hasattr(model, "buffer_hook"):
+        before = _BufferCommHookLocation.PRE_FORWARD
+        state = Buffers(model, session.any_rank, session.count_buffers)
+        model._register_buffer_comm_hook(state, send_buffers, before)
+    return session
 
 
 def check_form(config: Config, hook: str) -> None:

@@ -510,3 +510,49 @@ def unfrozen_under_ddp(rank: int, world: int) -> tuple[str, str]:
     checked = said_by(state.check_replicas)
     state.close()
     return said, checked
+
+
+class Buffered(nn.Module):
+    """A norm with statistics, a mask, and a counter of passes that moves a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.norm = nn.BatchNorm1d(16)
+        self.mask: Tensor
+        self.mean: Tensor
+        self.register_buffer("mask", torch.ones(256, 256).tril())
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean += x.mean()
+        return torch.as_tensor(self.norm(self.net(x)) + self.mean[0])
+
+
+def ddp_sends_buffers_that_change(
+    rank: int, world: int, hook: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float, int]:
+    """Return buffers after training and at the next evaluation, ratio, their bytes."""
+    module = Buffered()
+    model = DistributedDataParallel(module)
+    optimizer: Any
+    if hook == "push_pull":
+        optimizer = push_pull.attach(model, partial(torch.optim.SGD, lr=0.1))
+        state = optimizer
+    else:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        state = ddp.attach(model) if hook == "ddp" else None
+    train(model, optimizer, rank, 20)
+    trained = {n: b.clone() for n, b in module.named_buffers()}
+    model.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.ones(2, 64))
+    evaluated = {n: b.clone() for n, b in module.named_buffers()}
+    if state is None:
+        return trained, evaluated, 0.0, 0
+    sent = model.buffer_hook.buffer_comm_hook_state.sent_bytes
+    ratio = state.meter.ratio
+    state.close()
+    return trained, evaluated, ratio, sent

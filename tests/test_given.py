@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from tests import given_cases
 from tests.ranks import Ranks
@@ -183,3 +184,22 @@ def test_ddp_says_what_it_does_not_exchange(ranks: Pools) -> None:
     for said, checked in ranks(2).run(given_cases.unfrozen_under_ddp):
         assert said.startswith("AttachError: parameter '0.weight' was frozen when")
         assert checked.startswith("ReplicasDiffer: parameter '0.weight' differs on")
+
+
+@pytest.mark.parametrize("hook", ["ddp", "push_pull"])
+def test_buffers_are_those_of_ddp_and_are_sent_if_they_change(
+    ranks: Pools, hook: str
+) -> None:
+    plain = ranks(2).run(given_cases.ddp_sends_buffers_that_change, "none")
+    coded = ranks(2).run(given_cases.ddp_sends_buffers_that_change, hook)
+    for rank, (trained, evaluated, _, sent) in enumerate(coded):
+        expected, at_evaluation = plain[rank][:2]
+        assert torch.equal(trained["mean"], expected["mean"])
+        assert torch.equal(evaluated["mean"], at_evaluation["mean"])
+        for name in ("norm.running_mean", "norm.running_var"):
+            # Training differs, so it is rank 0's, not that of the other run.
+            assert torch.equal(evaluated[name], coded[0][0][name])
+        # The mask before two passes, the mean before 21: DDP leaves the second of an
+        # evaluation out. Statistics once.
+        mask, mean, statistics = 256 * 256 * 4, 4 * 4, 2 * 16 * 4 + 8
+        assert sent == (2 * mask + 21 * mean + statistics) // 2

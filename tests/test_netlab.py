@@ -29,17 +29,17 @@ PER_MESSAGE = 450
 DUE = Moments({}, {}, torch.device("cpu")).due  # steps that share second moments
 MESSAGES = {  # of a step, where they are not one of a push and one of a pull
     "push-pull s=1.00": 3,
-    "2 local steps": 2 / 2,
-    "local H=8": 2 / 8,
-    "local H=16": 2 / 16,
-    "local H=32": 2 / 32,
+    "2 local steps": 3 / 2,  # a small one first
+    "local H=8": 3 / 8,
+    "local H=16": 3 / 16,
+    "local H=32": 3 / 32,
     **{
         f"preconditioned s=1.00{stage}": 2 + 2 * sum(map(DUE, range(32))) / 32
         for stage in ("", ", rans")
     },
     "preconditioned s=1.00, direct": 1 + 2 * sum(map(DUE, range(32))) / 32,
     **{f"3LC s={s:.2f}, direct": 1 for s in (1.0, 1.5, 1.75, 1.9)},
-    **{f"local H=8{density}, direct": 1 / 8 for density in ("", ", density 5 %")},
+    **{f"local H=8{density}, direct": 2 / 8 for density in ("", ", density 5 %")},
     "float32": 6,
     "fp16": 6,
     "auto": 6,

@@ -13,6 +13,7 @@ BELOW = {
     "frameworks": {"config", "errors", "meter"},
     "model": {"errors", "exchange"},
     "says": {"errors"},
+    "buffers": {"model"},
     "steps": {"errors", "model"},
     "format": {"errors"},
     "config": {"errors"},
@@ -43,6 +44,7 @@ BELOW = {
     "session": {
         *(
             "auto",
+            "buffers",
             "codec",
             "coder",
             "config",
