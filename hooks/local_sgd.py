@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from lc3.applied import unwrapped
 from lc3.checkpoint import Parts, load, of_rank, save
@@ -144,20 +144,29 @@ def chosen_for(
 ) -> dict[str, float]:
     """Return the three knobs that ``attach`` takes when none of them is given.
 
-    ``outer_lr`` 2, ``residual_decay`` 0.8 and ``momentum_decay`` 0.5 (without owners
-    1.5, 0.9 and 0.8) where they were measured to help: Adam or AdamW trains everything,
-    a density of 0.3 or less is sent in every 8th step or more rarely, and nothing is
-    delayed. Else 1 each. What they bring, and where: docs/results.md, "Momentum between
-    exchanges".
+    What was measured to help where a density of 0.3 or less is sent in every 8th step
+    or more rarely and nothing is delayed; else 1 each. Where Adam or AdamW trains
+    everything ``outer_lr`` 2, ``residual_decay`` 0.8 and ``momentum_decay`` 0.5
+    (without owners 1.5, 0.9 and 0.8): what they bring, and where, see docs/results.md,
+    "Momentum between exchanges". Without owners and momentum, with SGD: ``outer_lr``
+    1.25, since what waits in residuals is a momentum that is not there otherwise.
     """
-    adam = bool(optimizers) and all(isinstance(o, Adam) for o in optimizers)
     sparse = config.density is not None and config.density <= 0.3
     rare = isinstance(every, int) and every >= 8 and not delay
-    if adam and sparse and rare and config.exchange == "direct":
-        return {"outer_lr": 1.5, "residual_decay": 0.9, "momentum_decay": 0.8}
-    if adam and sparse and rare:
-        return {"outer_lr": 2.0, "residual_decay": 0.8, "momentum_decay": 0.5}
-    return {"outer_lr": 1.0, "residual_decay": 1.0, "momentum_decay": 1.0}
+    chosen = (1.0, 1.0, 1.0)
+    if optimizers and sparse and rare:
+        direct = config.exchange == "direct"
+        if all(isinstance(one, Adam) for one in optimizers):
+            chosen = (1.5, 0.9, 0.8) if direct else (2.0, 0.8, 0.5)
+        elif direct and all(map(_without_momentum, optimizers)):
+            chosen = (1.25, 1.0, 1.0)
+    names = "outer_lr", "residual_decay", "momentum_decay"
+    return dict(zip(names, chosen, strict=True))
+
+
+def _without_momentum(optimizer: Optimizer) -> bool:
+    groups = optimizer.param_groups
+    return isinstance(optimizer, SGD) and not any(g["momentum"] for g in groups)
 
 
 class State:

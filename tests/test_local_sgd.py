@@ -92,6 +92,10 @@ def test_attach_chooses_for_the_optimizers_when_nothing_is_said(ranks: Pools) ->
         (["AdamW", "SGD"], 0.1, 8, 0, NEUTRAL),
         (["Muon", "AdamW"], 0.1, 16, 0, NEUTRAL),
         ([], 0.1, 8, 0, NEUTRAL),
+        (["SGD"], 0.1, 8, 0, NEUTRAL),
+        (["AdamW", "direct"], 0.1, 8, 0, (1.5, 0.9, 0.8)),
+        (["SGD", "direct"], 0.1, 8, 0, (1.25, 1.0, 1.0)),
+        (["SGD", "momentum", "direct"], 0.1, 8, 0, NEUTRAL),
     ],
 )
 def test_what_is_chosen(
@@ -101,11 +105,16 @@ def test_what_is_chosen(
     delay: int,
     chosen: tuple[float, ...],
 ) -> None:
+    given = {"momentum": 0.9} if "momentum" in kinds else {}
     optimizers = [
-        getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1)
+        getattr(torch.optim, kind)(
+            [torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **given
+        )
         for kind in kinds
+        if kind not in ("momentum", "direct")
     ]
-    config = lc3.Config(density=density)
+    exchange = "direct" if "direct" in kinds else "owners"
+    config = lc3.Config(density=density, exchange=exchange)
     knobs = local_sgd.chosen_for(optimizers, config, every, delay)
     assert tuple(knobs.values()) == chosen
 
