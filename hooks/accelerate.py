@@ -7,19 +7,23 @@ Accelerate's own list of communication hooks is closed; what ``prepare`` returns
 DistributedDataParallel that takes any.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config
 from lc3.errors import AttachError
 from lc3.frameworks import Attach, State, require
 from lc3.hooks import ddp
+
+log = logging.getLogger(__name__)
 
 _LEAST = "0.30"
 
@@ -37,9 +41,10 @@ def attach(
     ``accelerator.clip_grad_norm_``, ``accelerator.accumulate`` and mixed precision work
     as without lc3.
 
-    What every rank has not sent yet becomes a part of ``accelerator.save_state`` and
-    ``load_state``: with as many ranks a run goes on bit for bit, with others it keeps
-    the mean. Local steps are brought together before they are saved.
+    ``accelerator.save_state`` and ``load_state`` save and load what every rank has not
+    sent yet, in a file ``lc3_0.pt`` for the first model: with as many ranks a run goes
+    on bit for bit, with others it keeps the mean. Without the file, as from a run without lc3, nothing is owed. Local steps
+    are brought together before they are saved.
 
     Args:
         accelerator: that prepared it.
@@ -69,22 +74,25 @@ def attach(
         optimizer = list(accelerator._optimizers)  # there is no public list
     state = attach(inner, optimizer, config)
 
-    def before_saving(*_: object) -> None:
+    models: list[nn.Module] = accelerator._models  # there is no public list
+    file = f"lc3_{[one is model for one in models].index(True)}.pt"
+
+    def save(_: object, __: object, folder: str) -> None:
         state.sync()
+        ranks = state.gather_state()
+        if ranks:
+            save_checkpoint(ranks, Path(folder) / file)
 
-    accelerator.register_save_state_pre_hook(before_saving)
-    accelerator.register_for_checkpointing(_OfAllRanks(state))
+    def load(_: object, folder: str) -> None:
+        path = Path(folder) / file
+        if path.exists():
+            state.load_gathered(load_checkpoint(path))
+        else:
+            log.warning(
+                "lc3: %s is not there, as where lc3 was not attached; nothing is owed",
+                path,
+            )
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
     return state
-
-
-class _OfAllRanks:
-    """What Accelerate saves from its first process, and loads in every one."""
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ranks": self._state.gather_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._state.load_gathered(state["ranks"])

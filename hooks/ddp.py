@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -100,7 +101,7 @@ def attach(
         group=group,
         mesh=mesh,
     )
-    model.register_comm_hook(state, lc3_hook)
+    state.session.link_to(model, partial(lc3_hook, state))
     return state
 
 
@@ -445,7 +446,9 @@ class State:
         old ones must outlive until the pull has arrived, then for the mean.
         """
         if not self._wide or self._wide[0].numel() < buffer.numel():
-            self._wide = [torch.empty(buffer.numel(), device=buffer.device)]
+            self._wide = [
+                torch.empty(buffer.numel(), device=buffer.device, dtype=torch.float32)
+            ]
         return self._wide[0][: buffer.numel()]
 
     def _say_once(self, what: str) -> None:
@@ -466,7 +469,7 @@ class State:
         def ask() -> Tensor:
             self._settle()
             owed.update(self.engine.pending())
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
 
         self.session.lane.submit(ask).wait()
         return owed
@@ -495,13 +498,16 @@ class State:
         owed = self.pending()
         if self._moments is not None:
             self._moments.multiply({n: o for n, o in owed.items() if o.numel()})
+        for parameter, name in self.session.names.items():
+            if name not in owed or not owed[name].any():
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+            flat_view(parameter.grad).add_(owed[name].to(parameter.dtype))
         for buffer in self.engine.residuals.buffers():
             buffer.zero_()
-        for parameter, name in self.session.names.items():
-            if name in owed:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                flat_view(parameter.grad).add_(owed[name].to(parameter.dtype))
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals
@@ -572,7 +578,7 @@ class State:
         self.load_state_dict(of_rank(states, exchange.rank, exchange.world))
 
     def close(self) -> None:
-        """End the lane and the group it made. The model can no longer run backward."""
+        """End the lane and the group it made; gradients travel as without lc3 then."""
         if self._applied is not None:
             self._applied.close()
         for watched in self._watched:

@@ -211,7 +211,7 @@ class State:
                 ordered = torch.empty_like(parameter)
                 flat_view(ordered).copy_(mean)
                 grad.copy_(ordered)
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
 
         return self.session.lane.submit(job)
 

@@ -435,7 +435,7 @@ class State:
 
         def tell() -> Tensor:
             self.engine.tell(error, self.exchanges, 0)
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
 
         self._session.lane.submit(tell).wait()
         raise error
@@ -550,7 +550,7 @@ class State:
         flat = [self._buffers[name].reshape(-1) for name in self._due_buffers()]
         counted = sum(said.buffers_finite for said in self._said)
         if not flat or not counted:
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
         wide = any(part.dtype == torch.float64 for part in flat)
         dtype = torch.float64 if wide else torch.float32
         values = torch.cat([part.to(dtype) for part in flat])
@@ -611,7 +611,7 @@ class State:
 
     def _flush(self) -> Tensor:
         self.owners.flush()
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank has to keep: tensors, strings and integers only.

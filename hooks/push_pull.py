@@ -12,6 +12,7 @@ the classes themselves.
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -72,12 +73,13 @@ def attach(
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
     check_form(config, "push_pull")
     check_owners(config, "hooks.push_pull")
     optimizer = PushPull(model, make_optimizer, config, params, max_norm, scaler, group)
-    model.register_comm_hook(optimizer, push_pull_hook)
+    optimizer.session.link_to(model, partial(push_pull_hook, optimizer))
     return optimizer
 
 
@@ -437,7 +439,7 @@ class PushPull(Optimizer):
             elements = sum(value.numel() for value in self._values.values())
             with self.engine.exchanging(elements, step, bucket, hops=1):
                 self.owners.pull(self._values, step, bucket)
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
 
     def export(self) -> dict[str, Tensor]:
         """Return every parameter's exact master, float32 of its shape; collective."""
@@ -445,7 +447,7 @@ class PushPull(Optimizer):
 
         def gather() -> Tensor:
             result.update(self.owners.export())
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
 
         self.session.lane.submit(gather).wait()
         return {
@@ -557,7 +559,7 @@ class PushPull(Optimizer):
         return next(name for name, m in self._masters.items() if m is master)
 
     def close(self) -> None:
-        """End the lane and the group it made. The model can no longer run backward."""
+        """End the lane and the group it made; gradients travel as without lc3 then."""
         self._watched.remove()
         self.session.close()
 

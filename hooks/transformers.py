@@ -5,6 +5,7 @@ lc3.hooks.transformers.attach(trainer)
 trainer.train()
 """
 
+import logging
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +23,11 @@ from transformers import (
 
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config
-from lc3.errors import AttachError, StateError
+from lc3.errors import AttachError
 from lc3.frameworks import Attach, State, figures, require
 from lc3.hooks import ddp
+
+log = logging.getLogger(__name__)
 
 _LEAST = "4.46"
 
@@ -101,11 +104,12 @@ class LC3Callback(TrainerCallback):
         if state.global_step:
             path = _path(args, state)
             if not path.exists():
-                raise StateError(
-                    f"training resumes at step {state.global_step}, but {path} with "
-                    "lc3's residuals is not there; resume from a checkpoint in "
-                    "output_dir that was saved with lc3 attached"
+                log.warning(
+                    "lc3: %s is not there, as where lc3 was not attached; training "
+                    "resumes with nothing owed",
+                    path,
                 )
+                return
             self.state.load_gathered(load_checkpoint(path))
 
     def on_step_end(

@@ -104,8 +104,8 @@ def _sent(elements: int, world: int, direct: bool) -> float:
 def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, float]:
     """Return seconds an element to encode into a message, and to check and add it."""
     generator = torch.Generator().manual_seed(0)
-    x = 0.2 * torch.rand(_ELEMENTS, generator=generator)
-    x[torch.rand(_ELEMENTS, generator=generator) < _DENSITY] = 1.0
+    x = 0.2 * torch.rand(_ELEMENTS, generator=generator, dtype=torch.float32)
+    x[torch.rand(_ELEMENTS, generator=generator, dtype=torch.float32) < _DENSITY] = 1.0
     room = torch.empty(codec.max_frame_bytes(_ELEMENTS), dtype=torch.uint8)
     residual, values, work = torch.zeros_like(x), torch.zeros_like(x), x.clone()
     piece, tag = Piece("", 0, _ELEMENTS, 0, coded=True), Tag(0, 0, 0, 0)
@@ -131,7 +131,7 @@ def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, 
 
 def cast_cost() -> float:
     """Return seconds an element to bfloat16, divided by the world size, and back."""
-    x = torch.rand(_ELEMENTS)
+    x = torch.rand(_ELEMENTS, dtype=torch.float32)
     return (
         median(_seconds(lambda: x.copy_(x.bfloat16().div_(2))) for _ in range(_REPEATS))
         / _ELEMENTS
@@ -146,7 +146,7 @@ def link_costs(exchange: Exchange) -> tuple[float, float, float, float]:
         exchange.all_gather(torch.zeros(max(1, sent // others), dtype=torch.uint8))
 
     def reduce(size: int) -> None:
-        exchange.all_reduce(torch.zeros(max(1, size // 4)))
+        exchange.all_reduce(torch.zeros(max(1, size // 4), dtype=torch.float32))
 
     round_s, byte_s = _line(exchange, gather)
     reduce_s, reduce_byte_s = _line(exchange, reduce)

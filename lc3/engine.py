@@ -193,11 +193,11 @@ class Engine:
             grad.copy_(part)
         for piece in chain.from_iterable(self.pieces(owing)):
             if grads[piece.name].isfinite().all():
-                self.residuals.keep_sent(piece, torch.zeros(()))
+                self.residuals.keep_sent(piece, torch.zeros((), dtype=torch.float32))
                 self.owing.discard(piece.name)
         for piece in owned:
             if piece.name not in self.owing:
-                self.residuals.keep_owned(piece, torch.zeros(()))
+                self.residuals.keep_owned(piece, torch.zeros((), dtype=torch.float32))
 
     def push_and_pull(
         self,
@@ -362,7 +362,7 @@ class Engine:
         total, *others = [data.clone().view(dtype).to(wide) for data in arrived]
         for other in others:
             total += other
-        total /= torch.tensor(float(self.exchange.world))
+        total /= torch.tensor(float(self.exchange.world), dtype=torch.float32)
         return total.to(dtype)
 
     def _sparse_mean(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
@@ -479,7 +479,9 @@ class Engine:
     def _divide(self, sums: Iterable[Tensor]) -> None:
         """Make sums over the ranks means, in place."""
         # On the device: CUDA multiplies by 1/W when W is a number on the host.
-        world = torch.tensor(float(self.exchange.world), device=self.coder.device)
+        world = torch.tensor(
+            float(self.exchange.world), device=self.coder.device, dtype=torch.float32
+        )
         for total in sums:
             total /= world
 
@@ -605,9 +607,12 @@ class Engine:
         mine = self.plan.slices_of(names, self.exchange.rank)
         parts = [shares[slice_.name].reshape(-1) for slice_ in mine]
         device = self.coder.device
-        message = torch.cat([torch.empty(0, device=device), *parts])
+        message = torch.cat(
+            [torch.empty(0, device=device, dtype=torch.float32), *parts]
+        )
         whole = {
-            name: torch.zeros(self.plan.numel[name], device=device) for name in names
+            name: torch.zeros(self.plan.numel[name], device=device, dtype=torch.float32)
+            for name in names
         }
         step, bucket = self.aside()
         with self.exchanging(0, step, bucket):
@@ -660,12 +665,19 @@ class Engine:
         By coded parameter float32[numel], the same on every rank: the mean over ranks
         of what their pushes did not carry yet, plus what pulls did not.
         """
-        owed = self.gather(self.residuals.owned, self.plan.coded)
+        names = [name for name in self.plan.numel if name in self.plan.coded]
+        owed = self.gather(self.residuals.owned, names)
+        if not names:
+            return owed
+        sizes = [self.plan.numel[name] for name in names]
         step, bucket = self.aside()
         with self.exchanging(0, step, bucket):
-            for name, sent in self.residuals.sent.items():
-                total = self.mean(sent, step, bucket).mul_(self.exchange.world)
-                owed[name] += total.div_(self.senders)
+            sent = torch.cat([self.residuals.sent[name] for name in names])
+            total = self.mean(sent, step, bucket).mul_(self.exchange.world)
+        for name, part in zip(
+            names, total.div_(self.senders).split(sizes), strict=True
+        ):
+            owed[name] += part
         return owed
 
     def close(self) -> None:
@@ -835,7 +847,7 @@ def _square(values: Iterable[Tensor]) -> float:
 
 def _sum(chunks: Sequence[Tensor]) -> Tensor:
     """Return the sum of raw pieces, in rank order: float sums depend on it."""
-    total = torch.zeros(chunks[0].numel() // 4)
+    total = torch.zeros(chunks[0].numel() // 4, dtype=torch.float32)
     for chunk in chunks:
         total += _floats(chunk)
     return total

@@ -6,7 +6,7 @@ group, and ``LoopbackExchange``, N ranks as N threads of one process.
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
@@ -134,8 +134,9 @@ class GroupExchange:
         Args:
             destroy: end the group, too; of a group that was made for this exchange.
         """
-        if destroy:
-            dist.destroy_process_group(self._group)
+        if destroy and dist.is_initialized():
+            with suppress(ValueError):  # it has gone with all the others already
+                dist.destroy_process_group(self._group)
         self._held.clear()
 
     @property
@@ -169,7 +170,9 @@ class GroupExchange:
         for peer, room in rooms.items():
             message = messages[peer]
             if id(message) not in prefixed:
-                size = torch.tensor([message.numel()]).view(torch.uint8)
+                size = torch.tensor([message.numel()], dtype=torch.int64).view(
+                    torch.uint8
+                )
                 prefixed[id(message)] = torch.cat([size, message])
             parts = torch.split(prefixed[id(message)], _parts(message.numel(), room))
             sending += [self._send(part, peer) for part in parts]

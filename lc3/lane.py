@@ -88,10 +88,7 @@ class Lane:
             AttachError: the lane is closed.
         """
         if not self._stop.alive:
-            raise AttachError(
-                "this model's lc3 state is closed; wrap the module in a new "
-                "DistributedDataParallel and attach to that"
-            )
+            raise AttachError("this model's lc3 state is closed; attach again")
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=self._devices
         )

@@ -133,7 +133,9 @@ class Model:
         mine = zlib.crc32(b"")
         for tensor in tensors:
             mine = zlib.crc32(_bytes_of(tensor).numpy(), mine)  # type: ignore[arg-type]
-        said = exchange.all_gather(torch.tensor([mine]).view(torch.uint8))
+        said = exchange.all_gather(
+            torch.tensor([mine], dtype=torch.int64).view(torch.uint8)
+        )
         if len({bytes(one.numpy()) for one in said}) == 1:
             return
         for some in _portions(tensors):

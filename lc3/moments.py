@@ -50,7 +50,7 @@ class Moments:
         # Adam's own steps are no larger, of a gradient that comes out of nothing.
         self._most = {name: 1 / sqrt(1 - beta2[name]) for name in shapes}
         self.kept = {
-            name: torch.zeros(grid.numbers + 1, device=device)
+            name: torch.zeros(grid.numbers + 1, device=device, dtype=torch.float32)
             for name, grid in self._grids.items()
         }
         self._before: dict[str, Tensor] = {}
@@ -80,7 +80,7 @@ class Moments:
         ``settle`` says afterwards how much of the gradients was applied.
         """
         sizes = [self.kept[name].numel() - 1 for name in names]
-        one = torch.ones(1, device=shared.device)
+        one = torch.ones(1, device=shared.device, dtype=torch.float32)
         for name, mean in zip(names, torch.split(shared, sizes), strict=True):
             if mean.isfinite().all():
                 self._before[name] = self.kept[name].clone()
@@ -127,7 +127,9 @@ class Moments:
     def of_elements(self, name: str) -> Tensor:
         """Return the second moment of every element of a parameter: float32[numel]."""
         grid = self._grids[name]
-        moment = torch.ones(grid.numel, device=self.kept[name].device)
+        moment = torch.ones(
+            grid.numel, device=self.kept[name].device, dtype=torch.float32
+        )
         grid.scale(moment, [root.square() for root in self._roots(name)])
         return moment
 
@@ -205,7 +207,7 @@ class _Grid:
     @staticmethod
     def _sizes(n: int) -> Tensor:
         """Return how many of ``n`` rows or columns are in each block."""
-        return torch.arange(n, 0, -BLOCK).clamp(max=BLOCK).float()
+        return torch.arange(n, 0, -BLOCK, dtype=torch.int64).clamp(max=BLOCK).float()
 
 
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:

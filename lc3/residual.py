@@ -102,7 +102,9 @@ def arena(sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
 
     Kernels that work on many of them at once then need one address.
     """
-    return torch.split(torch.zeros(sum(sizes), device=device), list(sizes))
+    return torch.split(
+        torch.zeros(sum(sizes), device=device, dtype=torch.float32), list(sizes)
+    )
 
 
 def arena_like(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,11 +18,10 @@ from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from lc3 import rans
 from lc3.auto import Auto, measure
-from lc3.buffers import Buffers, send_buffers
+from lc3.buffers import Buffers
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
 from lc3.config import Config
@@ -31,6 +30,7 @@ from lc3.errors import AttachError, ConfigError, ReplicasDiffer
 from lc3.exchange import Divisible, Exchange, GroupExchange
 from lc3.handshake import agree, threads_for
 from lc3.lane import Lane
+from lc3.link import Link, Run, buffers_are_free, link_of, link_to
 from lc3.meter import Meter
 from lc3.model import named_parameters
 from lc3.plan import Plan, make_plan
@@ -92,6 +92,7 @@ class Session:
         self.config = config
         self.meter = Meter(log_every=None if exchange.rank else config.log_every)
         self._leave = leave
+        self._link: Link | None = None
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
         world = exchange.world
 
@@ -166,6 +167,13 @@ class Session:
         exchange = self.engine.exchange
         agree(exchange, __version__, self.config, shapes, lambda: None, facts)
 
+    def link_to(self, model: DistributedDataParallel, run: Run) -> None:
+        """Let buckets of ``model`` go to ``run`` until this is closed."""
+        buffers = None
+        if self.engine.exchange.world > 1 and buffers_are_free(model):
+            buffers = Buffers(model, self.any_rank, self.count_buffers)
+        self._link = link_to(model, run, buffers)
+
     def any_rank(self, mine: Sequence[bool]) -> list[bool]:
         """Return where some rank says yes; collective."""
         found: list[bool] = []
@@ -176,7 +184,7 @@ class Session:
                 said = self.engine.share(torch.tensor(mine, dtype=torch.bool), *tag)
             everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
             found.extend(everybody.any(0).tolist())
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
 
         self.lane.submit(ask).wait()
         return found
@@ -259,7 +267,7 @@ class Session:
                 file = io.BytesIO(bytes(saved.numpy()))
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
                 gathered.append(loaded)
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
 
         self.lane.submit(collect).wait()
         return gathered
@@ -297,7 +305,13 @@ class Session:
         return tag
 
     def close(self) -> None:
-        """End the lane, the threads, and the group it made. Again: does nothing."""
+        """End the lane, the threads, and the group it made. Again: does nothing.
+
+        A model that was linked exchanges its gradients as without lc3.
+        """
+        if self._link is not None:
+            self._link.close()
+            self._link = None
         if self.lane.close(_CLOSE_TIMEOUT_S):
             self.engine.close()
             self._leave()
@@ -359,27 +373,15 @@ def session_for(
             'with torch._dynamo.config.optimize_ddp = "python_reducer" DDP gives hooks '
             'no buckets; set it to "ddp_optimizer" before the model is wrapped'
         )
-    if model._comm_hooks:
-        hook, state = model._comm_hooks[0]
-        raise AttachError(
-            "lc3 is already attached to this model"
-            if type(state).__module__.startswith("lc3.")
-            else f"the model already has the communication hook {hook.__name__}; "
-            "DDP takes one only, so wrap the module again without it"
-        )
+    link_of(model)
     trained = [
         (name, parameter)
         for name, parameter in named_parameters(model.module)
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
-    session = session_beside(
+    return session_beside(
         trained, config, model.process_group, group, mesh, facts, extras
     )
-    if session.engine.exchange.world > 1 and not hasattr(model, "buffer_hook"):
-        before = _BufferCommHookLocation.PRE_FORWARD
-        state = Buffers(model, session.any_rank, session.count_buffers)
-        model._register_buffer_comm_hook(state, send_buffers, before)
-    return session
 
 
 def check_form(config: Config, hook: str) -> None:

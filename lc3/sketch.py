@@ -41,7 +41,9 @@ class Sketch:
         rows = n // _SIGNS
         at = (step * 7919 + self._place[name] * 15485863) % _SIGNS
         signs = self._signs[at : at + _SIGNS]
-        signed = torch.empty(-(-n // SUMS) * SUMS, device=gradient.device)
+        signed = torch.empty(
+            -(-n // SUMS) * SUMS, device=gradient.device, dtype=torch.float32
+        )
         whole = rows * _SIGNS
         if rows:
             row = gradient[:whole].view(rows, _SIGNS)
@@ -57,7 +59,7 @@ class Sketch:
             float32[SUMS + 1]. Added up in the model's order of parameters.
         """
         names = sorted(self._sums, key=self._place.__getitem__)
-        nothing = torch.zeros(SUMS, device=self._signs.device)
+        nothing = torch.zeros(SUMS, device=self._signs.device, dtype=torch.float32)
         sums = torch.stack([nothing, *(self._sums[name] for name in names)]).sum(0)
         self._sums = {}
         return torch.cat([sums, sums.square().sum()[None]])

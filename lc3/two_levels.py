@@ -191,7 +191,7 @@ def _cut(values: Mapping[str, Tensor], part: Sequence[Piece]) -> Tensor:
     """Return the values of some pieces in a row, float32[*]."""
     cuts = [values[piece.name][piece.start : piece.stop] for piece in part]
     device = next(iter(values.values())).device
-    return torch.cat([torch.empty(0, device=device), *cuts])
+    return torch.cat([torch.empty(0, device=device, dtype=torch.float32), *cuts])
 
 
 def _paste(values: Mapping[str, Tensor], part: Sequence[Piece], row: Tensor) -> None:

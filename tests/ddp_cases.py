@@ -312,9 +312,6 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
     said = []
     if what == "frozen when attached":
         model.module[0].weight.requires_grad_(True)
-    if what == "closed":
-        state.close()
-        state.close()
     for step in range(3):
         if what == "encode fails" and step == 1 and rank == world - 1:
             state.engine.coder = Coder(Broken())
@@ -328,6 +325,42 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
                 break
     state.close()
     return said
+
+
+def closes_and_goes_on(rank: int, world: int) -> tuple[bool, bool, int]:
+    """Attach, close, go on as plain DDP, attach again; copy the model meanwhile.
+
+    Whether gradients without lc3 are plain DDP's, and the copy is a model; how many
+    steps the second state has seen.
+    """
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    model, plain = map(DistributedDataParallel, nets)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(rank))
+
+    def passes(wrapped: DistributedDataParallel) -> list[Tensor]:
+        wrapped.zero_grad()
+        wrapped(x).square().sum().backward()
+        return [p.grad.clone() for p in wrapped.parameters() if p.grad is not None]
+
+    state = ddp.attach(model, config=CONFIG)
+    passes(model)
+    copied = copy.deepcopy(model)
+    passes(plain)
+    state.close()
+    state.close()
+    pairs = zip(passes(model), passes(plain), strict=True)
+    same = all(torch.equal(a, b) for a, b in pairs)
+    state = ddp.attach(model, config=CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        passes(model)
+        optimizer.step()
+    state.check_replicas()
+    steps = state.meter.steps
+    state.close()
+    return same, isinstance(copied, DistributedDataParallel), steps
 
 
 class Broken:

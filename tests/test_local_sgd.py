@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_what_is_chosen(
         for kind in kinds
         if kind not in ("momentum", "direct")
     ]
-    exchange = "direct" if "direct" in kinds else "owners"
+    exchange: Any = "direct" if "direct" in kinds else "owners"
     config = lc3.Config(density=density, exchange=exchange)
     knobs = local_sgd.chosen_for(optimizers, config, every, delay)
     assert tuple(knobs.values()) == chosen

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.record import RESULTS, read_csv, stamped, write_csv
+from experiments.report import insert
 
 # Forms of each script, and whether a higher score is better.
 FORMS = "plain", "ddp", "local_sgd"
@@ -27,6 +28,13 @@ SCRIPTS: dict[str, tuple[tuple[str, ...], bool]] = {
     "trainer": (FORMS, False),
     "accelerator": (FORMS, True),
     "lightning_transformer": (FORMS, False),
+}
+TITLES = {
+    "nanogpt": "nanoGPT: AdamW, cosine, clipping; test loss",
+    "mingpt": "minGPT: AdamW, clipping; test loss",
+    "trainer": "HF Trainer: AdamW, cosine, clipping; test loss",
+    "accelerator": "Accelerate: AdamW, clipping; test accuracy",
+    "lightning_transformer": "Lightning: SGD, clipping; training loss",
 }
 COLUMNS = "script", "form", "seed", "steps", "score", "train_loss", "ratio", "norm_gap"
 
@@ -60,31 +68,47 @@ def norm_gap(norms: Sequence[float], plain: Sequence[float]) -> float:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Return the comparison as a Markdown table, means over seeds."""
+    """Return the comparison as a Markdown table, means over the seeds of both."""
     lines = [
-        "| script | form | seeds | fewer bytes | score | beside the script as it is |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| script | lines | seeds | fewer bytes | as it is | with lines | difference |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for script, (forms, _) in SCRIPTS.items():
-        of = {
-            form: [r for r in rows if (r["script"], r["form"]) == (script, form)]
-            for form in forms
-        }
-        for form, mine in of.items():
-            seeds = {r["seed"] for r in mine}
-            plain = [r for r in of["plain"] if r["seed"] in seeds]
-            if not mine or not plain:
+    scores = {
+        (row["script"], row["form"], row["seed"]): float(row["score"]) for row in rows
+    }
+    for script, (forms, is_share) in SCRIPTS.items():
+        for form in forms[1:]:
+            mine = [r for r in rows if (r["script"], r["form"]) == (script, form)]
+            pairs = [
+                (scores[script, "plain", r["seed"]], float(r["score"]))
+                for r in mine
+                if (script, "plain", r["seed"]) in scores
+            ]
+            if not pairs:
                 continue
-            mean, base = (
-                statistics.mean(float(r["score"]) for r in some)
-                for some in (mine, plain)
-            )
+            plain, coded = map(statistics.mean, zip(*pairs, strict=True))
             ratio = statistics.mean(float(r["ratio"]) for r in mine)
+            gaps = sorted(100 * (theirs / own - 1) for own, theirs in pairs)
+            digits = "{:.2%}" if is_share else "{:.4f}"
             lines.append(
-                f"| {script} | {form} | {len(mine)} | {ratio:.0f} × | {mean:.4f} "
-                f"| {100 * (mean / base - 1):+.2f} % |"
+                f"| {TITLES[script]} | `{form}` | {len(pairs)} | {ratio:.0f} × "
+                f"| {digits.format(plain)} | {digits.format(coded)} "
+                f"| {100 * (coded / plain - 1):+.1f} % "
+                f"({gaps[0]:+.1f} … {gaps[-1]:+.1f}) |"
             )
     return "\n".join(lines)
+
+
+def page_block(rows: Sequence[dict[str, str]]) -> str:
+    """Return the table, and what it was measured with, for a page."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    row = rows[-1]
+    return (
+        f"{table(rows)}\n\n2 ranks on one machine, {row['machine']}, {row['cores']} "
+        f"cores; means of the seeds, and of each seed's difference the lowest and the "
+        f"highest. lc3 {row['lc3']} at commit {commits}, torch {row['torch']}, Python "
+        f"{row['python']}.\n"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="default: each script's")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--out", type=Path, default=RESULTS / "scripts.csv")
+    parser.add_argument("--docs", type=Path, help="a page with a block for the table")
     options = parser.parse_args(arguments)
     if not options.text.is_file():
         parser.error(f"{options.text} is no file; give any text of a megabyte or so")
@@ -119,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write_csv(options.out, rows)
                 print(f"{script}, {form}, seed {seed}: {figures['score']:.4f}")
     print(table(rows))
+    if options.docs is not None:
+        page = options.docs.read_text()
+        options.docs.write_text(insert(page, "scripts", page_block(rows)))
 
 
 if __name__ == "__main__":

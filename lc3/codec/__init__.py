@@ -138,10 +138,10 @@ def _kernels_or_operators(device: torch.device) -> Codec:
 def warm_up(codec: Codec, device: torch.device | str = "cpu") -> None:
     """Run every path of ``codec`` once, so that nothing compiles during a step."""
     out = torch.empty(max_frame_bytes(400), dtype=torch.uint8, device=device)
-    spike = torch.zeros(400, device=device)
+    spike = torch.zeros(400, device=device, dtype=torch.float32)
     spike[7] = 1
     full = torch.full_like(spike, torch.nan)
-    for x in (spike, torch.arange(400.0, device=device), full):
+    for x in (spike, torch.arange(400.0, device=device, dtype=torch.float32), full):
         ways = product(
             (None, torch.zeros_like(x)), (None, 0.1), (None, x.half(), x.bfloat16())
         )

@@ -69,7 +69,9 @@ def unusable(device: torch.device) -> str:
     """
     if not cuda.is_available():
         return "numba-cuda finds no driver; numba -s says what it looked for"
-    x = torch.ones(5, device="cpu" if _config.ENABLE_CUDASIM else device)
+    x = torch.ones(
+        5, device="cpu" if _config.ENABLE_CUDASIM else device, dtype=torch.float32
+    )
     try:
         encode(x, 1.0, torch.empty(max_frame_bytes(5), dtype=torch.uint8))
     except Exception as error:  # noqa: BLE001  # whatever its compiler raises
@@ -482,7 +484,9 @@ class Batch:
         density: float | None,
     ) -> list[tuple[Tensor, int]]:
         """See ``lc3.coder.Coder.encode``."""
-        found: list[tuple[Tensor, int]] = [(torch.empty(0), 0)] * len(values)
+        found: list[tuple[Tensor, int]] = [
+            (torch.empty(0, dtype=torch.float32), 0)
+        ] * len(values)
         groups = list(_by_storage(values, residuals).values())
         for some in groups:
             with _current(self._device):
@@ -559,7 +563,7 @@ class Batch:
         sizes = [sample.numel() for sample in samples]
         known = torch.cat([peaks, flags.float(), *samples]).cpu()
         count = len(values)
-        chosen = torch.zeros(2, count)
+        chosen = torch.zeros(2, count, dtype=torch.float32)
         parts = torch.split(known[2 * count :], sizes)
         for i, sample in enumerate(parts):
             largest = np.float32(known[i].item())

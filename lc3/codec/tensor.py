@@ -124,7 +124,7 @@ def _fold(quartic: Tensor) -> Tensor:
     last byte of a run, and every fourteenth, speaks for those before it.
     """
     zero = quartic == ZERO_BYTE
-    at = torch.arange(quartic.numel(), device=quartic.device)
+    at = torch.arange(quartic.numel(), device=quartic.device, dtype=torch.int64)
     last = torch.where(zero, -1, at).cummax(0).values
     place = at - last
     ends = torch.ones_like(zero)
@@ -148,8 +148,8 @@ def _nonzero_digits(body: Tensor, length: int) -> tuple[Tensor, Tensor]:
     literal = (body < RUN_BASE) & (body != ZERO_BYTE)
     starts = (steps.cumsum(0) - steps)[literal]
     bytes_ = body[literal].long()
-    offsets = torch.arange(5, device=body.device) * length
-    powers = torch.tensor(_POWERS, device=body.device)
+    offsets = torch.arange(5, device=body.device, dtype=torch.int64) * length
+    powers = torch.tensor(_POWERS, device=body.device, dtype=torch.int64)
     places = starts[:, None] + offsets
     digits = bytes_[:, None] // powers % 3 - 1
     some = digits != 0

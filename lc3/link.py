@@ -1,0 +1,100 @@
+"""DDP's one communication hook, which leads to a state as long as it is attached.
+
+DDP takes a hook once, for good. So the hook of a model is a link: closed, it leads to
+the plain all-reduce that DDP does without a hook, and a new state may take it.
+
+No ``from __future__ import annotations`` here: DDP compares the hook's annotations with
+the classes themselves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _BufferCommHookLocation
+
+from lc3.buffers import Buffers, send_buffers
+from lc3.errors import AttachError
+
+Run = Callable[[dist.GradBucket], torch.futures.Future[torch.Tensor]]
+
+
+class Link:
+    """Where a model's buckets and buffers go.
+
+    A copy of the model has no hook, so that a copy of this leads nowhere either.
+
+    Attributes:
+        run: takes a bucket; ``None``: nobody is attached.
+        buffers: decides which buffers are sent; ``None``: there are none to send.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.run: Run | None = None
+        self.buffers: Buffers | None = None
+        self.group = group
+
+    def close(self) -> None:
+        """Let buckets and buffers travel as they do without lc3."""
+        self.run = None
+        if self.buffers is not None:
+            self.buffers.sends_all = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Link":
+        return Link(self.group)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a DistributedDataParallel with lc3 attached cannot be pickled; save "
+            "model.module.state_dict()"
+        )
+
+
+def linked_hook(
+    link: Link, bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """Do with a bucket what the attached state does, or what DDP does."""
+    if link.run is None:
+        return allreduce_hook(link.group, bucket)
+    return link.run(bucket)
+
+
+def link_of(model: DistributedDataParallel) -> Link | None:
+    """Return the link that a closed state has left, if there is one.
+
+    Raises:
+        AttachError: the model has another hook, or lc3 is attached to it.
+    """
+    if not model._comm_hooks:
+        return None
+    hook, state = model._comm_hooks[0]
+    if isinstance(state, Link) and state.run is None:
+        return state
+    raise AttachError(
+        "lc3 is already attached to this model; close() that state first"
+        if type(state).__module__.startswith("lc3.")
+        else f"the model already has the communication hook {hook.__name__}; "
+        "DDP takes one only, so wrap the module again without it"
+    )
+
+
+def buffers_are_free(model: DistributedDataParallel) -> bool:
+    """Return whether nobody else has a hook for a model's buffers."""
+    hook = getattr(model, "buffer_hook", None)
+    return hook is None or isinstance(hook.buffer_comm_hook_state, Buffers)
+
+
+def link_to(model: DistributedDataParallel, run: Run, buffers: Buffers | None) -> Link:
+    """Let a model's buckets go to ``run``, and its buffers through ``buffers``."""
+    link = link_of(model)
+    if link is None:
+        link = Link(model.process_group)
+        model.register_comm_hook(link, linked_hook)
+    link.run, link.buffers = run, buffers
+    if buffers is not None:
+        before = _BufferCommHookLocation.PRE_FORWARD
+        model._register_buffer_comm_hook(buffers, send_buffers, before)
+    return link
