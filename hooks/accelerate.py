@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from accelerate import Accelerator
 from torch import nn
@@ -26,6 +27,7 @@ from lc3.hooks import ddp
 log = logging.getLogger(__name__)
 
 _LEAST = "0.30"
+_ATTACHED: WeakKeyDictionary[Accelerator, int] = WeakKeyDictionary()
 
 
 def attach(
@@ -42,9 +44,10 @@ def attach(
     as without lc3.
 
     ``accelerator.save_state`` and ``load_state`` save and load what every rank has not
-    sent yet, in a file ``lc3_0.pt`` for the first model: with as many ranks a run goes
-    on bit for bit, with others it keeps the mean. Without the file, as from a run without lc3, nothing is owed. Local steps
-    are brought together before they are saved.
+    sent yet, in ``lc3_0.pt``, ``lc3_1.pt`` and so on in the order of attaching: with as
+    many ranks a run goes on bit for bit, with others it keeps the mean. Without the
+    file, as from a run without lc3, nothing is owed. Local steps are brought together
+    before they are saved.
 
     Args:
         accelerator: that prepared it.
@@ -74,8 +77,8 @@ def attach(
         optimizer = list(accelerator._optimizers)  # there is no public list
     state = attach(inner, optimizer, config)
 
-    models: list[nn.Module] = accelerator._models  # there is no public list
-    file = f"lc3_{[one is model for one in models].index(True)}.pt"
+    number = _ATTACHED[accelerator] = _ATTACHED.get(accelerator, -1) + 1
+    file = f"lc3_{number}.pt"
 
     def save(_: object, __: object, folder: str) -> None:
         state.sync()

@@ -64,7 +64,10 @@ class LC3(Callback):
         if trainer.world_size == 1:
             log.info("lc3: one rank, so nothing to compress")
             return
+        if self.state is not None:  # of a fit that was interrupted
+            self.state.close()
         model = trainer.strategy.model
+        model = getattr(model, "_orig_mod", model)  # compiled
         if not isinstance(model, DistributedDataParallel):
             raise AttachError(
                 f"lc3 needs Trainer(strategy='ddp'), this one has "

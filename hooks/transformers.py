@@ -94,7 +94,10 @@ class LC3Callback(TrainerCallback):
         """Attach: the model is wrapped by now; go on from a checkpoint's residuals."""
         if args.world_size == 1:
             return
+        if self.state is not None:  # of a training that was interrupted
+            self.state.close()
         model = self._trainer.model_wrapped
+        model = getattr(model, "_orig_mod", model)  # compiled
         if not isinstance(model, DistributedDataParallel):
             raise AttachError(
                 f"lc3 needs a Trainer that trains with DistributedDataParallel; its "
