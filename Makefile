@@ -43,6 +43,7 @@ endif
 fuzz: $(READY)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 tests/test_codec.py tests/test_plan.py tests/test_engine.py
 	$(BIN)/python -m tests.fuzz --mutations 10000000
+	$(BIN)/python -m tests.state_fuzz --count 100000
 
 # 20 000 steps with faults beside the oracle, 200 overflows under a GradScaler, 100 failing
 # stages, 30 workers killed, 4 → 3 → 4 ranks: most of an hour.

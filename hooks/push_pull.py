@@ -9,6 +9,7 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -513,15 +514,25 @@ class PushPull(Optimizer):
         mine = self._parts()
         rank = self.engine.exchange.rank
         found = load(state, "push_pull", self.engine.plan, rank, mine)
-        groups = found.scalars.pop("")
+        groups = found.scalars.pop("", None)
+        if not isinstance(groups, list):
+            raise StateError("the state has no parameter groups; is it changed?")
         if len(groups) != len(self.inner.param_groups):
             raise StateError(
                 f"the state has {len(groups)} parameter groups, this optimizer "
                 f"{len(self.inner.param_groups)}"
             )
+        before = copy.deepcopy(self.inner.state_dict())
+        try:
+            self._load_optimizer(found, groups)
+        except Exception as error:
+            self.inner.load_state_dict(before)
+            raise StateError(
+                f"the optimizer's state does not fit this {type(self.inner).__name__} "
+                f"({type(error).__name__}: {error}); nothing was changed"
+            ) from error
         mine.shares = {"masters": self.owners.masters}
         mine.copy_from(found)
-        self._load_optimizer(found, groups)
         self._scale = float(found.counters["scale"])
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))

@@ -1,6 +1,6 @@
 """lc3: 3LC gradient compression for PyTorch, for training over slow links."""
 
-from lc3.checkpoint import load_checkpoint, save_checkpoint
+from lc3.checkpoint import PerRank, load_checkpoint, save_checkpoint
 from lc3.checkpoint import merge as merge_states
 from lc3.codec import decode, encode
 from lc3.config import Config
@@ -29,6 +29,7 @@ __all__ = [
     "InputError",
     "Lc3Error",
     "PeerError",
+    "PerRank",
     "PlanMismatch",
     "ReplicasDiffer",
     "StateError",

@@ -8,13 +8,18 @@ ranks can load: masters and optimizer state stay exact, and what was not sent ye
 kept as the mean over ranks, so that its sum is the same up to one division.
 """
 
+import math
 import os
 import re
+import secrets
+import socket
+import stat
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +27,12 @@ from torch import Tensor
 from lc3.errors import StateError
 from lc3.plan import Plan, Slice
 
-FORMAT = 2
+FORMAT = 3
 OPTIONAL = "optimizer."  # shares that a fresh run does not have yet begin like this
 Named = dict[str, Tensor]
 _KEYS = {
     *("format", "hook", "rank", "world", "plan", "numel", "counters", "sent"),
-    *("starts", "shares", "whole", "scalars"),
+    *("starts", "shares", "whole", "scalars", "checksum"),
 }
 
 
@@ -73,18 +78,62 @@ def save_checkpoint(value: object, path: str | os.PathLike[str]) -> None:
     A crash, a kill or a full disk on the way leaves an earlier file as it was.
 
     Raises:
+        StateError: ``load_checkpoint`` would refuse it; nothing is written.
         OSError: it cannot be written.
     """
     whole = Path(path)
-    unfinished = whole.with_name(f".{whole.name}.{os.getpid()}")
+    _remove_left_overs(whole)
+    host, pid = _host(), os.getpid()
+    unfinished = whole.with_name(f".{whole.name}.{host}.{pid}.{secrets.token_hex(4)}")
     try:
-        with unfinished.open("wb") as file:
-            torch.save(value, file)
+        with unfinished.open("xb") as file:  # nobody else's, and no link
+            try:
+                torch.save(value, file)
+            except RuntimeError as error:
+                raise OSError(
+                    f"{path} cannot be written ({error}); is the disk full?"
+                ) from error
             file.flush()
             os.fsync(file.fileno())
+        try:
+            torch.load(unfinished, map_location="meta", weights_only=True)
+        except Exception as error:
+            raise StateError(
+                f"{path} would hold more than tensors, numbers, strings and containers "
+                f"of them{_named(error)}, which load_checkpoint refuses; save numbers "
+                "as float(x), settings as a dict, and state_dict()s"
+            ) from error
         unfinished.replace(whole)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def _remove_left_overs(whole: Path) -> None:
+    """Remove what processes of this machine have left that were killed."""
+    for path in whole.parent.glob(f".{whole.name}.{_host()}.*.*"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and _is_dead(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _named(error: Exception) -> str:
+    """Return what a file holds that is refused, in brackets, if it is said."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f" ({found[1]})" if found else ""
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
@@ -97,17 +146,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
             numbers, strings and containers of them.
         OSError: there is none, or it cannot be read.
     """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise StateError(f"{path} is no regular file")
     with Path(path).open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on old pickles; what is wrong raises
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             if type(error).__name__ == "UnpicklingError":
-                found = re.search(r"GLOBAL (\S+)", str(error))
-                named = f" ({found[1]})" if found else ""
                 reason = (
-                    f"holds more than tensors and numbers{named}, or is no checkpoint, "
-                    "and loading it could run foreign code; save state_dict()s"
+                    f"holds more than tensors and numbers{_named(error)}, or is no "
+                    "checkpoint, and loading it could run foreign code; save "
+                    "state_dict()s"
                 )
             else:
                 size = Path(path).stat().st_size
@@ -120,26 +170,72 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 def save(hook: str, plan: Plan, rank: int, parts: Parts) -> dict[str, Any]:
     """Return copies of ``parts`` as this rank's state."""
-    return {
-        "format": FORMAT,
-        "hook": hook,
-        "rank": rank,
-        "world": plan.world,
-        "plan": plan.fingerprint,
-        "numel": dict(plan.numel),
-        "starts": {s.name: s.start for s in _slices(plan, rank)},
-        "counters": dict(parts.counters),
-        "sent": {name: t.clone() for name, t in parts.sent.items()},
-        "shares": {
-            kind: {name: t.reshape(-1).clone() for name, t in named.items()}
-            for kind, named in parts.shares.items()
-        },
-        "whole": {
-            kind: {name: t.clone() for name, t in named.items()}
-            for kind, named in parts.whole.items()
-        },
-        "scalars": dict(parts.scalars),
-    }
+    return with_checksum(
+        {
+            "format": FORMAT,
+            "hook": hook,
+            "rank": rank,
+            "world": plan.world,
+            "plan": plan.fingerprint,
+            "numel": dict(plan.numel),
+            "starts": {s.name: s.start for s in _slices(plan, rank)},
+            "counters": dict(parts.counters),
+            "sent": {name: t.clone() for name, t in parts.sent.items()},
+            "shares": {
+                kind: {name: t.reshape(-1).clone() for name, t in named.items()}
+                for kind, named in parts.shares.items()
+            },
+            "whole": {
+                kind: {name: t.clone() for name, t in named.items()}
+                for kind, named in parts.whole.items()
+            },
+            "scalars": dict(parts.scalars),
+        }
+    )
+
+
+class Stateful(Protocol):
+    """What has a state to save: every lc3 state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from it."""
+
+
+class PerRank:
+    """A state for ``torch.distributed.checkpoint``, which keeps one value of each key.
+
+    ``dcp.save({"model": model, "lc3": lc3.PerRank(state)}, checkpoint_id=path)``, and
+    ``dcp.load`` with as many ranks.
+
+    Args:
+        state: of this rank.
+    """
+
+    def __init__(self, state: Stateful) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state under a key of its own."""
+        mine = self._state.state_dict()
+        return {f"rank {mine['rank']} of {mine['world']}": mine}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned.
+
+        Raises:
+            StateError: this rank's is not there, or does not fit; nothing was changed.
+        """
+        mine = self._state.state_dict()
+        key = f"rank {mine['rank']} of {mine['world']}"
+        if key not in state:
+            raise StateError(
+                f"there is no state of {key!r}, only of {sorted(state)}; load with as "
+                "many ranks as have saved it"
+            )
+        self._state.load_state_dict(state[key])
 
 
 def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -154,10 +250,14 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not states:
         raise StateError("there are no states to merge")
+    if isinstance(states, Mapping) or not isinstance(states, Sequence):
+        raise StateError(
+            f"the states of all ranks have to be a list, not a {type(states).__name__}"
+        )
     for state in states:
-        _check_keys(state)
+        _check_state(state)
     first = states[0]
-    if first["rank"] is None:
+    if any(state["rank"] is None for state in states):
         raise StateError("this state was merged already; load it as it is")
     world = first["world"]
     by_rank = {state["rank"]: state for state in states}
@@ -179,7 +279,9 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     scalars: dict[str, Any] = {}
     for state in reversed(ordered):
         scalars.update(state["scalars"])
-    return {
+    for kind in ("sent", "shares", "whole"):
+        _alike(ordered, kind)
+    merged = {
         **ordered[0],
         **dict.fromkeys(("rank", "world", "plan")),
         "starts": {},
@@ -190,6 +292,7 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "shares": {kind: _joined(ordered, kind, first["numel"]) for kind in kinds},
         "scalars": scalars,
     }
+    return with_checksum(merged)
 
 
 def of_rank(
@@ -215,13 +318,47 @@ def _joined(
 ) -> Named:
     """Return whole parameters from every rank's shares; 0 where no rank has any."""
     whole: Named = {}
+    covered: dict[str, int] = {}
     for state in states:
         for name, share in state["shares"].get(kind, {}).items():
             start = state["starts"][name]
             if name not in whole:
                 whole[name] = torch.zeros(numel[name], dtype=share.dtype)
+            if share.dtype != whole[name].dtype:
+                raise StateError(
+                    f"{kind} of {name!r} is {share.dtype} on rank {state['rank']} and "
+                    f"{whole[name].dtype} on another"
+                )
             whole[name][start : start + share.numel()] = share.reshape(-1)
+            covered[name] = covered.get(name, 0) + share.numel()
+    if not kind.startswith(OPTIONAL):
+        for name, count in covered.items():
+            if count != numel[name]:
+                raise StateError(
+                    f"{kind} of {name!r} are there for {count} of {numel[name]} "
+                    "elements; a rank's share is missing"
+                )
     return whole
+
+
+def _alike(states: Sequence[Mapping[str, Any]], kind: str) -> None:
+    """Raise ``StateError`` if ranks keep things of different names."""
+    for state in states:
+        if kind == "shares":
+            same = {k for k in state[kind] if not k.startswith(OPTIONAL)} == {
+                k for k in states[0][kind] if not k.startswith(OPTIONAL)
+            }
+        elif kind == "sent":
+            same = set(state[kind]) == set(states[0][kind])
+        else:
+            same = {k: set(v) for k, v in state[kind].items()} == {
+                k: set(v) for k, v in states[0][kind].items()
+            }
+        if not same:
+            raise StateError(
+                f"rank {state['rank']} keeps {kind} of other names than rank "
+                f"{states[0]['rank']}; are they of one run?"
+            )
 
 
 def load(
@@ -240,7 +377,7 @@ def load(
     Raises:
         StateError: it does not fit.
     """
-    _check_keys(state)
+    _check_state(state)
     merged = state["rank"] is None
     expected: dict[str, object] = {"hook": hook}
     if not merged:
@@ -259,6 +396,13 @@ def load(
     shares = state["shares"]
     if merged:
         slices = {s.name: s for s in _slices(plan, rank)}
+        for kind, named in shares.items():
+            for name, tensor in named.items():
+                if tensor.numel() != plan.numel.get(name):
+                    raise StateError(
+                        f"{kind} of {name!r} has {tensor.numel()} elements, expected "
+                        f"{plan.numel.get(name)}"
+                    )
         shares = {
             kind: {
                 name: whole[slices[name].start : slices[name].stop]
@@ -311,8 +455,6 @@ def _check_tensors(kind: str, theirs: Named, ours: Named) -> None:
                 f"{kind} of {name!r} is {value.dtype}[{value.numel()}], expected "
                 f"{tensor.dtype}[{tensor.numel()}]"
             )
-        if not value.isfinite().all():
-            raise StateError(f"{kind} of {name!r} holds inf or nan; discard it")
 
 
 def _check_keys(state: Mapping[str, Any]) -> None:
@@ -321,16 +463,122 @@ def _check_keys(state: Mapping[str, Any]) -> None:
         raise StateError(
             f"a state with the keys {keys} is not what an lc3 state_dict() returned"
         )
-    if state["format"] != FORMAT:
+    if not isinstance(state["format"], int) or state["format"] != FORMAT:
         raise StateError(
             f"the state has format {state['format']!r}, this lc3 reads {FORMAT}; "
             "continue with the version of lc3 that saved it"
         )
     if set(state) != _KEYS:
         raise StateError(
-            f"the state has {sorted(set(state) ^ _KEYS)} too many or too few; is it "
-            "cut off, or changed?"
+            f"the state has {sorted(map(str, set(state) ^ _KEYS))} too many or too "
+            "few; is it cut off, or changed?"
         )
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "hook": (str,),
+    "rank": (int, type(None)),
+    "world": (int, type(None)),
+    "plan": (int, type(None)),
+    **dict.fromkeys(("numel", "starts", "counters"), (Mapping,)),
+    **dict.fromkeys(("sent", "shares", "whole", "scalars"), (Mapping,)),
+    "checksum": (int,),
+}
+
+
+def _check_state(state: Any) -> None:
+    """Raise ``StateError`` if a state is not what ``save`` or ``merge`` returned."""
+    _check_keys(state)
+    for key, types in _TYPES.items():
+        value = state[key]
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise StateError(
+                f"the state's {key} is a {type(value).__name__}; is it changed?"
+            )
+    merged = state["rank"] is None
+    if not merged and not 0 <= state["rank"] < (state["world"] or 0):
+        raise StateError(
+            f"the state is of rank {state['rank']} of {state['world']}; is it changed?"
+        )
+    for key in ("numel", "starts", "counters"):
+        for name, value in state[key].items():
+            kinds = (int, float) if key == "counters" else (int,)
+            number = isinstance(value, kinds) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise StateError(
+                    f"the state's {key} of {name!r} is {value!r}; is it changed?"
+                )
+    if not state["counters"].get("scale", 1) or not state["counters"].get("senders", 1):
+        raise StateError("the state has a scale of 0, or no senders; is it changed?")
+    _check_named("sent", state["sent"], state["numel"], whole=True)
+    for side in ("shares", "whole"):
+        for kind, named in state[side].items():
+            if not isinstance(named, Mapping):
+                raise StateError(
+                    f"the state's {kind} is a {type(named).__name__}; is it changed?"
+                )
+            _check_named(str(kind), named, state["numel"], whole=side == "whole")
+    starts, numel = state["starts"], state["numel"]
+    for kind, named in () if merged else state["shares"].items():
+        for name, tensor in named.items():
+            end = int(starts.get(name, numel[name])) + tensor.numel()
+            if end > numel[name]:
+                raise StateError(
+                    f"the share in {kind!r} of {name!r} ends at {end} of {numel[name]}"
+                )
+    if _checksum(state) != state["checksum"]:
+        raise StateError(
+            "the state's checksum is wrong: a bit has flipped, or it was changed, or "
+            "torch.distributed.checkpoint has mixed several ranks' under one key (give "
+            "it lc3.PerRank(state)); take an earlier checkpoint"
+        )
+
+
+def _check_named(
+    kind: str, named: Mapping[str, Any], numel: Mapping[str, int], *, whole: bool
+) -> None:
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise StateError(
+                f"{kind} of {name!r} is a {type(tensor).__name__}, not a dense tensor"
+            )
+        if name not in numel:
+            raise StateError(f"{kind} of {name!r}, which is no parameter of the state")
+        if whole and tensor.numel() != numel[name]:
+            raise StateError(
+                f"{kind} of {name!r} has {tensor.numel()} elements of {numel[name]}"
+            )
+        if not tensor.isfinite().all():
+            raise StateError(f"{kind} of {name!r} holds inf or nan; discard it")
+
+
+def with_checksum(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with its checksum."""
+    return {**state, "checksum": _checksum(state)}
+
+
+def _checksum(state: Mapping[str, Any]) -> int:
+    """Return CRC-32 of all that a state holds, in the order of its keys."""
+    found = 0
+    for key in sorted(_KEYS - {"checksum"}):
+        found = _crc(state[key], found)
+    return found
+
+
+def _crc(value: Any, found: int) -> int:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            found = _crc(value[key], zlib.crc32(str(key).encode(), found))
+        return found
+    if isinstance(value, list | tuple):
+        for one in value:
+            found = _crc(one, found)
+        return zlib.crc32(str(len(value)).encode(), found)
+    if isinstance(value, Tensor):
+        flat = value.detach().to_dense().reshape(-1).contiguous().cpu()
+        data = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        return zlib.crc32(data, found)  # type: ignore[arg-type]  # since 3.12
+    return zlib.crc32(repr(value).encode(), found)
 
 
 def _difference(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
+from lc3.checkpoint import PerRank
 from lc3.config import Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
@@ -156,8 +157,7 @@ def through_dcp(rank: int, world: int, folder: str) -> bool:
     """Save and load with torch.distributed.checkpoint, a part of it for each rank."""
     run = Run("ddp")
     run.train(rank, range(5))
-    mine = f"lc3-{rank}"
-    dcp.save({mine: run.state.state_dict()}, checkpoint_id=folder)
+    dcp.save({"lc3": PerRank(run.state)}, checkpoint_id=folder)
     run.train(rank, range(5, 8))
     straight = hash_of(run.net)
     run.state.close()
@@ -165,9 +165,7 @@ def through_dcp(rank: int, world: int, folder: str) -> bool:
     run.train(rank, range(5))  # the model itself; the residuals are overwritten
     for buffer in run.state.engine.residuals.buffers():
         buffer.zero_()
-    wanted = {mine: run.state.state_dict()}
-    dcp.load(wanted, checkpoint_id=folder)
-    run.state.load_state_dict(wanted[mine])
+    dcp.load({"lc3": PerRank(run.state)}, checkpoint_id=folder)
     run.train(rank, range(5, 8))
     run.state.close()
     return hash_of(run.net) == straight

@@ -1,11 +1,15 @@
 """Nothing is lost: across restarts, other numbers of ranks, and a scaler's skips."""
 
+import argparse
 import io
+import os
 import pickle
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -14,7 +18,7 @@ from lc3 import checkpoint
 from lc3.checkpoint import Parts
 from lc3.engine import Engine
 from lc3.exchange import Loopback
-from tests import checkpoint_cases
+from tests import checkpoint_cases, state_fuzz
 from tests.ranks import Ranks
 from tests.test_engine import SMALL, engine_of, run
 
@@ -114,12 +118,15 @@ WRONG_SENT = {"a": torch.zeros(2000), "c": torch.zeros(2700)}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 1}, "has format 1, this lc3 reads 2"),
+        ({"format": 1}, "has format 1, this lc3 reads 3"),
         ({"hook": "push_pull"}, "saved with hook 'push_pull', this run has 'ddp'"),
         ({"rank": 0}, "saved with rank 0, this run has 1"),
         ({"world": 3}, "saved with world 3, this run has 2"),
         ({"plan": 1}, "saved with plan 1,"),
-        ({"numel": {"a": 5}}, "a model with 5 elements of 'a', this run's has 2000"),
+        (
+            {"numel": {"a": 5}, "sent": {}, "shares": {}, "starts": {}},
+            "a model with 5 elements of 'a', this run's has 2000",
+        ),
         ({"extra": 1}, r"\['extra'\] too many or too few"),
         ({"counters": {}}, "the state counts .* this run"),
         ({"shares": {}}, r"has shares \[\], this run \['owned'\]"),
@@ -136,8 +143,9 @@ def test_a_state_that_does_not_fit_changes_nothing(
     before = [buffer.clone() for buffer in engine.residuals.buffers()]
     mine = parts_of(engine)
     state = checkpoint.save("ddp", engine.plan, 1, mine)
+    changed = checkpoint.with_checksum({**state, **change})
     with pytest.raises(lc3.StateError, match=words):
-        checkpoint.load({**state, **change}, "ddp", engine.plan, 1, mine)
+        checkpoint.load(changed, "ddp", engine.plan, 1, mine)
     for old, new in zip(before, engine.residuals.buffers(), strict=True):
         assert torch.equal(old, new)
 
@@ -149,7 +157,10 @@ def test_a_state_that_does_not_fit_changes_nothing(
         (lambda both: both[:1], r"1 states of the ranks \[0\].* had 2 ranks"),
         (lambda both: [both[0], both[0]], r"2 states of the ranks \[0\]"),
         (
-            lambda both: [both[0], {**both[1], "counters": {"step": 4}}],
+            lambda both: [
+                both[0],
+                checkpoint.with_checksum({**both[1], "counters": {"step": 4}}),
+            ],
             r"rank 1 has counters \{'step': 4\}, rank 0",
         ),
         (lambda both: [lc3.merge_states(both)], "merged already"),
@@ -226,3 +237,66 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     with pytest.raises(FileNotFoundError):
         lc3.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_flipped_bit_is_found() -> None:
+    engine = run(2, 3, SMALL)[1]
+    state = checkpoint.save("ddp", engine.plan, 1, parts_of(engine))
+    state["sent"]["a"].view(torch.int32)[7] ^= 1 << 30
+    with pytest.raises(lc3.StateError, match="checksum is wrong: a bit has flipped"):
+        checkpoint.load(state, "ddp", engine.plan, 1, parts_of(engine))
+
+
+@pytest.mark.parametrize("target", ["load", "merge"])
+def test_a_state_that_was_changed_is_a_state_error(target: str) -> None:
+    """``make fuzz`` tries more of them."""
+    assert state_fuzz.campaign(target, limit=400, seed=1) == 400
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    lc3.save_checkpoint({"lr": 0.1}, path)
+    refused = [
+        numpy.float64(0.5),
+        argparse.Namespace(lr=1),
+        Path("x"),
+        lc3.Config(),
+    ]
+    for value in refused:
+        with pytest.raises(lc3.StateError, match="load_checkpoint refuses"):
+            lc3.save_checkpoint({"value": value}, path)
+    assert lc3.load_checkpoint(path) == {"lr": 0.1}
+    assert [one.name for one in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_files_of_killed_processes_go_and_links_are_not_followed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "state.pt"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / f".state.pt.{checkpoint._host()}.{dead.pid}.00"
+    alive = tmp_path / f".state.pt.{checkpoint._host()}.{os.getpid()}.00"
+    for one in (left, alive):
+        one.write_bytes(b"half")
+    lc3.save_checkpoint({"lr": 0.1}, path)
+    assert not left.exists()
+    assert alive.exists()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(lc3.StateError, match="is no regular file"):
+        lc3.load_checkpoint(pipe)
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: Any) -> None:
+    def save(value: object, file: Any) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    path = tmp_path / "state.pt"
+    lc3.save_checkpoint({"lr": 0.1}, path)
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="is the disk full"):
+        lc3.save_checkpoint({"lr": 0.2}, path)
+    monkeypatch.undo()
+    assert lc3.load_checkpoint(path) == {"lr": 0.1}
+    assert len(list(tmp_path.iterdir())) == 1
