@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lc3.errors import ExchangeError
+from lc3.errors import ExchangeError, FormatError
 
 if not dist.is_initialized():
     # DDP imports this with its first model. The default group is the default argument
@@ -23,6 +23,7 @@ if not dist.is_initialized():
     import torch.distributed.nn.functional
 
 _SIZE_BYTES = 8
+MOST_BYTES = 1 << 26  # of a message, but for what a plan is about
 _ROOM_BYTES, _ROOMS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 
 
@@ -35,12 +36,14 @@ class Exchange(Protocol):
         sent_bytes: bytes given to the transport for other ranks so far, the sizes that
             announce them included. A rank's message to itself is never sent.
         rounds: times this rank has waited for a message of every other.
+        most_bytes: of a message; a longer one is refused before there is room for it.
     """
 
     rank: int
     world: int
     sent_bytes: int
     rounds: int
+    most_bytes: int
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
@@ -110,6 +113,7 @@ class GroupExchange:
         self.rank = self._members.index(dist.get_rank(group))
         self.world = len(self._members)
         self.sent_bytes = self.rounds = 0
+        self.most_bytes = MOST_BYTES
         self._held = [group]
         self._device = device
         self._peers = [r for r in range(self.world) if r != self.rank]
@@ -122,6 +126,7 @@ class GroupExchange:
         ranks = [self._members[member] for member in members]
         part = GroupExchange(self._group, self._device, ranks)
         part._held = self._held
+        part.most_bytes = self.most_bytes
         return part
 
     def leave(self, *, destroy: bool) -> None:
@@ -180,6 +185,7 @@ class GroupExchange:
         for peer, room in rooms.items():
             self._wait(receiving[peer], timeout_s)
             numel = int(room[:_SIZE_BYTES].view(torch.int64))
+            self._check_size(peer, numel)
             first, *rest = _parts(numel, room)
             arrived[peer] = torch.empty(numel, dtype=torch.uint8)
             here = first - _SIZE_BYTES
@@ -202,12 +208,21 @@ class GroupExchange:
         sizes = torch.empty_like(announced)
         self._wait(self._start(sizes, announced), timeout_s)
         incoming = sizes.tolist()
+        for peer in self._peers:
+            self._check_size(peer, incoming[self._members[peer]])
         received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
         self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
         parts = torch.split(received.cpu(), incoming)
         arrived = [parts[member] for member in self._members]
         arrived[self.rank] = messages[self.rank]
         return arrived
+
+    def _check_size(self, peer: int, numel: int) -> None:
+        if not 0 <= numel <= self.most_bytes:
+            raise FormatError(
+                f"rank {peer} announces a message of {numel} bytes; for this model "
+                f"{self.most_bytes} are the most: is it a rank of this job?"
+            )
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """See ``Exchange.all_gather``."""
@@ -294,6 +309,7 @@ class LoopbackExchange:
         self.rank = rank
         self.world = world
         self.sent_bytes = self.rounds = 0
+        self.most_bytes = MOST_BYTES
         self._loopback = loopback
 
     def among(self, members: Sequence[int]) -> "LoopbackExchange":
@@ -330,7 +346,7 @@ class LoopbackExchange:
 def _transport_errors() -> Iterator[None]:
     try:
         yield
-    except ExchangeError:
+    except (ExchangeError, FormatError):
         raise
     except (RuntimeError, ValueError) as error:
         raise ExchangeError(

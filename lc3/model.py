@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lc3.errors import AttachError
 from lc3.exchange import Exchange
 
-_MESSAGE_BYTES = 1 << 26
+_MESSAGE_BYTES = 1 << 25
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -141,7 +141,12 @@ class Model:
         for some in _portions(tensors):
             parts = [_bytes_of(tensor) for tensor in some]
             whole = torch.cat(parts)
-            first = exchange.all_gather(whole if exchange.rank == 0 else whole[:0])[0]
+            first = torch.cat(
+                [
+                    exchange.all_gather(part if exchange.rank == 0 else part[:0])[0]
+                    for part in whole.split(_MESSAGE_BYTES)
+                ]
+            )
             sizes = [part.numel() for part in parts]
             wanted = torch.split(first, sizes)
             for tensor, part, data in zip(some, parts, wanted, strict=True):

@@ -117,6 +117,8 @@ class Session:
             coder, plan, nodes = agree(
                 exchange, __version__, config, shapes, build, facts
             )
+            # The longest are whole states: residuals, masters, an optimizer's.
+            exchange.most_bytes += 64 * sum(plan.numel.values())
             shared = coder, self.meter
             if len(nodes) == world:
                 self.engine = Engine(plan, config, exchange, *shared)

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import Config, Lc3Error
 from lc3.checkpoint import merge
+from lc3.exchange import GroupExchange
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
 
@@ -556,3 +558,14 @@ def ddp_sends_buffers_that_change(
     ratio = state.meter.ratio
     state.close()
     return trained, evaluated, ratio, sent
+
+
+def a_long_message(rank: int, world: int) -> str:
+    """Rank 1 sends more than rank 0 expects of anybody."""
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
+    exchange = GroupExchange(group, torch.device("cpu"))
+    if rank == 0:
+        exchange.most_bytes = 1000
+    message = torch.zeros(5000 if rank else 10, dtype=torch.uint8)
+    return said_by(lambda: exchange.all_gather(message))

@@ -20,7 +20,7 @@ from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.coder import Coder
 from lc3.config import ENTROPY_STAGES, EntropyStage, Topology
 from lc3.engine import Engine
-from lc3.exchange import Exchange, Loopback
+from lc3.exchange import MOST_BYTES, Exchange, Loopback
 from lc3.format import HEADER_BYTES
 from lc3.handshake import agree
 from lc3.meter import Meter
@@ -524,6 +524,7 @@ def test_a_damaged_message_stops_every_rank() -> None:
             self.inner = exchange
             self.rank, self.world = exchange.rank, exchange.world
             self.calls = self.sent_bytes = self.rounds = 0
+            self.most_bytes = MOST_BYTES
 
         def all_to_all(
             self, messages: Sequence[Tensor], timeout_s: float | None = None

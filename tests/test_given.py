@@ -203,3 +203,9 @@ def test_buffers_are_those_of_ddp_and_are_sent_if_they_change(
         # evaluation out. Statistics once.
         mask, mean, statistics = 256 * 256 * 4, 4 * 4, 2 * 16 * 4 + 8
         assert sent == (2 * mask + 21 * mean + statistics) // 2
+
+
+def test_a_message_longer_than_any_is_refused(ranks: Pools) -> None:
+    refused, sent = ranks(2).run(given_cases.a_long_message)
+    assert refused.startswith("FormatError: rank 1 announces a message of 5000 bytes")
+    assert sent == "nothing"
