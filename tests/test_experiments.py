@@ -236,7 +236,8 @@ def test_a_rank_may_go_on_from_its_own_model() -> None:
     flat = {"raw": torch.full((2,), 9.0), "coded": torch.full((2,), 9.0)}
     residual = torch.tensor([0.5, -1.0])
     state = SimpleNamespace(
-        _flat=flat,
+        _model=SimpleNamespace(flats=lambda: flat),
+        _given=SimpleNamespace(),
         owners=SimpleNamespace(replica={n: torch.tensor([1.0, 2.0]) for n in flat}),
         engine=SimpleNamespace(residuals=SimpleNamespace(sent={"coded": residual})),
     )
