@@ -29,13 +29,16 @@ class Model:
     Args:
         module: that is trained.
         names: of its parameters that ranks exchange.
+
+    Attributes:
+        last_seen: the parameters by name, when somebody last looked them up.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         self.module = module
         self._names = names
         self._known = set(names)
-        self._marked: list[nn.Parameter] = []
+        self.last_seen: dict[str, nn.Parameter] = {}
         self._marks: list[tuple[int, int]] = []
         self._buffer_sums: dict[str, int] = {}
 
@@ -58,7 +61,8 @@ class Model:
                     f"parameter {name!r} can be trained since attach, and nobody "
                     "exchanges it; close the state, and attach again, on every rank"
                 )
-        return {name: now[name] for name in self._names}
+        self.last_seen = {name: now[name] for name in self._names}
+        return self.last_seen
 
     def flats(self) -> dict[str, Tensor]:
         """Return views of them in memory order, by name: [numel] of their dtypes.
@@ -69,9 +73,13 @@ class Model:
         return {name: flat_view(p.detach()) for name, p in self.parameters().items()}
 
     def mark(self) -> None:
-        """Take what parameters hold now for what training made of them."""
-        self._marked = list(self.parameters().values())
-        self._marks = [(p.data_ptr(), p._version) for p in self._marked]
+        """Take what parameters hold now for what training made of them.
+
+        Looks at those that were seen last: a walk through a module takes longer than a
+        small step.
+        """
+        now = self.last_seen.values()
+        self._marks = [(p.data_ptr(), p._version) for p in now]
 
     def touched(self, *, look_up: bool = False) -> bool:
         """Return whether parameters were written, or moved, since ``mark``.
@@ -81,13 +89,13 @@ class Model:
         Args:
             look_up: whether the module may hold other parameters by now.
         """
-        if look_up:
-            now = self.parameters().values()
-            if any(a is not b for a, b in zip(now, self._marked, strict=True)):
-                return True
+        before = self.last_seen
+        now = self.parameters() if look_up else before
+        if any(now[name] is not before[name] for name in now):
+            return True
         return any(
             (p.data_ptr(), p._version) != mark
-            for p, mark in zip(self._marked, self._marks, strict=True)
+            for p, mark in zip(now.values(), self._marks, strict=True)
         )
 
     def float_buffers(self) -> dict[str, Tensor]:

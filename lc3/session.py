@@ -1,5 +1,6 @@
 """What every hook needs for one model: names, a group of its own, an engine, a lane."""
 
+import atexit
 import io
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -38,7 +40,17 @@ from lc3.two_levels import Nodes, TwoLevels, nodes_of
 from lc3.version import __version__
 
 _CPU = torch.device("cpu")
-_CLOSE_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S, _EXIT_TIMEOUT_S = 10.0, 2.0
+
+
+_OPEN: "WeakSet[Session]" = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for session in list(_OPEN):
+        with suppress(Exception):
+            session.close(_EXIT_TIMEOUT_S)
 
 
 # Works on a bucket: its flat buffer, its parameters' names, step, number; returns what
@@ -133,6 +145,7 @@ class Session:
             raise
         self.lane = Lane(f"lc3-rank{exchange.rank}", coder.device)
         self.begin_step(0)
+        _OPEN.add(self)
 
     def on_bucket(
         self, bucket: dist.GradBucket, job: BucketJob, native: Native | None = None
@@ -306,15 +319,20 @@ class Session:
             self.begin_step(self.step + 1)
         return tag
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """End the lane, the threads, and the group it made. Again: does nothing.
 
-        A model that was linked exchanges its gradients as without lc3.
+        A model that was linked exchanges its gradients as without lc3. Called at exit
+        by itself: threads of a group that is still there then may abort the process.
+
+        Args:
+            timeout_s: for what the lane is doing.
         """
         if self._link is not None:
             self._link.close()
             self._link = None
-        if self.lane.close(_CLOSE_TIMEOUT_S):
+        _OPEN.discard(self)
+        if self.lane.close(timeout_s):
             self.engine.close()
             self._leave()
 

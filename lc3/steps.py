@@ -87,7 +87,7 @@ class Counting:
             return
         del self._under_way[self._under_way.index(optimizer) :]
         if not self._under_way:
-            anchor = self._model.parameters()[self._anchor]
+            anchor = self._model.last_seen[self._anchor]
             counts = any(parameter is anchor for parameter in _parameters(optimizer))
             known = any(optimizer is one for one in self.optimizers)
             replaced = counts and not known
