@@ -274,7 +274,7 @@ class State:
         halves = parts if narrow else NO_HALVES
         if self._applied is None or self._sketch is None:
             self.engine.all_reduce(grads, step, bucket, halves)
-            return buffer.copy_(flat) if narrow else buffer
+            return _narrowed(flat, buffer) if narrow else buffer
         for name, grad in grads.items():
             if grad.numel():
                 self._sketch.add(name, grad, step)
@@ -323,7 +323,7 @@ class State:
     def _keep(self, buffer: Tensor, flat: Tensor, grads: Mapping[str, Tensor]) -> None:
         """Let a bucket's buffer be what arrived, and remember where it is."""
         if buffer is not flat:
-            buffer.copy_(flat)
+            _narrowed(flat, buffer)
         parts = torch.split(buffer, [grad.numel() for grad in grads.values()])
         for name, part in zip(grads, parts, strict=True):
             coded = name in self.engine.plan.coded
@@ -635,6 +635,15 @@ def _least_suited(optimizers: Sequence[Optimizer]) -> Optimizer:
 
 def _coded(buffer: Tensor) -> bool:
     return buffer.layout == torch.strided and buffer.dtype in _CODED_DTYPES
+
+
+def _narrowed(wide: Tensor, into: Tensor) -> Tensor:
+    """Write float32 to a narrower type; what is too large becomes its largest.
+
+    What 3LC decodes can be s times the largest gradient.
+    """
+    most = torch.finfo(into.dtype).max
+    return into.copy_(wide.clamp_(-most, most))
 
 
 def _finite(values: Tensor) -> bool:

@@ -569,3 +569,15 @@ def a_long_message(rank: int, world: int) -> str:
         exchange.most_bytes = 1000
     message = torch.zeros(5000 if rank else 10, dtype=torch.uint8)
     return said_by(lambda: exchange.all_gather(message))
+
+
+def large_halves(rank: int, world: int) -> bool:
+    """float16 gradients near the largest, at s = 1.75: whether all stay finite."""
+    model = DistributedDataParallel(nn.Linear(64, 64, bias=False).half())
+    config = Config(sparsity=1.75, min_numel=1, min_ndim=0)
+    state = ddp.attach(model, config=config)
+    weight = model.module.weight
+    (model(torch.ones(1, 64).half()).float() * 60_000.0).sum().backward()
+    state.close()
+    assert weight.grad is not None
+    return bool(weight.grad.isfinite().all())

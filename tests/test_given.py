@@ -209,3 +209,7 @@ def test_a_message_longer_than_any_is_refused(ranks: Pools) -> None:
     refused, sent = ranks(2).run(given_cases.a_long_message)
     assert refused.startswith("FormatError: rank 1 announces a message of 5000 bytes")
     assert sent == "nothing"
+
+
+def test_large_float16_gradients_stay_finite(ranks: Pools) -> None:
+    assert all(ranks(2).run(given_cases.large_halves))
