@@ -246,6 +246,7 @@ class State:
         self.left_out = self._left_out_in_a_row = 0
         self._said: list[Says] = []
         self._given = Given(self._model)
+        self._loaded = False
         self._choose = choose
         self._counting = Counting(optimizers, self._model, self._before, self._after)
         _ATTACHED[model] = self
@@ -257,7 +258,12 @@ class State:
 
     def _before(self, *, new: bool) -> None:
         """Look at the parameters that an optimizer is about to step."""
-        if self.engine.exchange.world > 1:
+        if self._loaded:  # this rank's own model, before or after the state
+            self._loaded = False
+            self._model.parameters()
+            self._model.mark()
+            self._fresh = False
+        elif self.engine.exchange.world > 1:
             self._given.look(self.owners.replica, fresh=self._fresh, new=new)
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
@@ -616,7 +622,8 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank has to keep: tensors, strings and integers only.
 
-        Call it right after an exchange or ``sync``; every rank saves its own.
+        Every rank saves its own, and its own model and optimizer beside it: between
+        two exchanges they differ. Right after ``sync`` one rank's model is all ranks'.
 
         Raises:
             StateError: an exchange is under way.
@@ -646,8 +653,9 @@ class State:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict`` of this rank, or from merged ones.
 
-        The model is loaded beside it: on every rank its own, or on more ranks than
-        before any of them. The optimizer inside is each rank's own affair.
+        The model is loaded after ``attach``, before this or after it: on every rank its
+        own, or, after ``sync``, on other numbers of ranks any of them. The optimizer
+        inside is each rank's own affair.
 
         Raises:
             StateError: it does not fit; nothing was changed.
@@ -663,6 +671,7 @@ class State:
         self.engine.budget.load(found.counters)
         self._unsent = 0
         self._forget_what_was_given()
+        self._loaded = True
 
     def gather_state(self) -> list[dict[str, Any]]:
         """Return every rank's ``state_dict()`` on rank 0, none elsewhere; collective.

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lc3.errors import AttachError
 from lc3.model import flat_view
@@ -89,10 +90,12 @@ class Applied:
         self._given: dict[str, Given] = {}
         self._squares = (0.0, 0.0)
         self._said = False
+        self._clip: float | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step)
             for optimizer in optimizers
         ]
+        self._handles.append(register_optimizer_step_post_hook(self._after_any))
         # Gradients that are added to what was handed out would be of two sizes.
         self._first = smallest(names)
         self._handed: Tensor | None = None
@@ -164,6 +167,7 @@ class Applied:
             own_square: mean over ranks of the squared norms of their gradients.
         """
         self._squares = square, own_square
+        self._clip = None
         self.norm = math.sqrt(square) if square >= 0 else math.nan
         exact = _norms(others.values())
         norms = _norms(coded.values())
@@ -199,6 +203,18 @@ class Applied:
             return args, {**kwargs, "closure": then_apply}
         return (args[0], then_apply, *args[2:]), kwargs
 
+    def _after_any(self, optimizer: Optimizer, *_: Any) -> None:
+        """Raise ``AttachError`` if an optimizer has stepped that nobody knows."""
+        for group in optimizer.param_groups if self._given else ():
+            for parameter in group["params"]:
+                name = self._names.get(parameter)
+                if name in self._given and parameter.grad is not None:
+                    raise AttachError(
+                        f"a {type(optimizer).__name__} has stepped parameter {name!r}, "
+                        "and it is not the optimizer that attach was given; close() "
+                        "the state, and attach(model, optimizer) with the new one"
+                    )
+
     @torch.no_grad()
     def apply(self, optimizer: Optimizer) -> None:
         """Give gradients their own size, as the optimizer is about to apply them."""
@@ -224,7 +240,15 @@ class Applied:
             return
         clip = 1.0
         if self._max_norm is not None:
-            clip = min(1.0, self._max_norm / (norm / scale + 1e-6))
+            if self._clip is None:  # of what other optimizers step, too
+                others = [
+                    parameter.grad
+                    for parameter, name in self._names.items()
+                    if name in self._given and parameter.grad is not None
+                ]
+                total = math.hypot(norm, *_norms(others)) / scale
+                self._clip = min(1.0, self._max_norm / (total + 1e-6))
+            clip = self._clip
         whole = _snap(norm / norm_given) if norm_given else 1.0
         shares: dict[str, float] = {}
         factors: dict[str, float] = {}
@@ -278,13 +302,17 @@ class Applied:
                     self._warn(optimizer)
                     return
                 steps = float(state.get("step", group.get("step", 0))) + 1
-                square = flat_view(parameter.grad).float()
+                square = flat_view(parameter.grad).float() / scale
+                target = moments.of_elements(name) * self.noise
                 decay = group.get("weight_decay", 0)
                 if decay and not _decoupled(optimizer, group):
-                    square = square.add(flat_view(parameter.detach()), alpha=decay)
-                square = (square / scale).square_() if scale != 1 else square.square()
-                square *= 1 - beta2
-                target = moments.of_elements(name) * self.noise * (1 - beta2**steps)
+                    # A part of the gradient for Adam, so of its second moment, too.
+                    decayed = flat_view(parameter.detach()).float() * decay
+                    target = target.add(decayed.square())
+                    square = square.neg() if group.get("maximize") else square
+                    square = square.add(decayed)
+                square = square.square_().mul_(1 - beta2)
+                target = target * (1 - beta2**steps)
                 target = torch.maximum(target, 1e-5 * square)
                 target.sub_(square).div_(beta2)
                 if type(moment) is not Tensor or moment.dtype != torch.float32:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lc3.model import checksums
 
-_FIRST, _EVERY = 3, 100  # forward passes
+_FIRST, _EVERY = 3, 10  # forward passes
 
 
 class Buffers:
@@ -23,7 +23,7 @@ class Buffers:
 
     Statistics of norms are sent before the first pass of an evaluation, other buffers
     before every pass if they change from one to the next. Those that have not changed
-    in the first three passes are looked at again in every hundredth, and sent if they
+    in the first three passes are looked at again in every tenth, and sent if they
     have changed on some rank.
 
     Args:
@@ -57,11 +57,13 @@ class Buffers:
         """Return the names of the buffers that are sent before this pass."""
         statistics = _statistics(self._model.module)
         others = [name for name in buffers if name not in statistics]
-        training = self._model.training
+        training = self._model.training and self._model.module.training
         send = [name for name in others if name in self._moving]
         if not training:
             if self._trained:
                 self._trained = False
+                changed = self._changed(buffers, others)
+                send = sorted(changed.union(send), key=others.index)
                 send += [name for name in buffers if name in statistics]
             return send
         self._trained = True
@@ -70,13 +72,19 @@ class Buffers:
             return send
         if not others or self._passes < _FIRST:
             return others
-        sums = dict(
-            zip(others, checksums(buffers[n] for n in others).tolist(), strict=True)
-        )
-        mine = [self._sums.get(name, value) != value for name, value in sums.items()]
-        changed = self._any_rank(mine)
-        self._moving = {name for name, one in zip(others, changed, strict=True) if one}
+        self._moving = self._changed(buffers, others)
         return sorted(self._moving.union(send), key=others.index)
+
+    def _changed(self, buffers: Mapping[str, Tensor], names: list[str]) -> set[str]:
+        """Return which buffers have changed on some rank since they were looked at."""
+        if not names:
+            return set()
+        sums = checksums(buffers[name] for name in names).tolist()
+        now = dict(zip(names, sums, strict=True))
+        mine = [self._sums.get(name, value) != value for name, value in now.items()]
+        self._sums.update(now)
+        pairs = zip(names, self._any_rank(mine), strict=True)
+        return {name for name, one in pairs if one}
 
     def send(self, buffers: Mapping[str, Tensor]) -> None:
         """Give all ranks what rank 0 has of the buffers that are due."""

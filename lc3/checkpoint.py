@@ -30,6 +30,7 @@ from lc3.plan import Plan, Slice
 FORMAT = 3
 OPTIONAL = "optimizer."  # shares that a fresh run does not have yet begin like this
 Named = dict[str, Tensor]
+_COUNTS = {"step", "steps", "exchanges", "scale", "senders"}
 _KEYS = {
     *("format", "hook", "rank", "world", "plan", "numel", "counters", "sent"),
     *("starts", "shares", "whole", "scalars", "checksum"),
@@ -504,7 +505,8 @@ def _check_state(state: Any) -> None:
         for name, value in state[key].items():
             kinds = (int, float) if key == "counters" else (int,)
             number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
+            least = -math.inf if key == "counters" and name not in _COUNTS else 0
+            if not number or not math.isfinite(value) or value < least:
                 raise StateError(
                     f"the state's {key} of {name!r} is {value!r}; is it changed?"
                 )
@@ -517,7 +519,7 @@ def _check_state(state: Any) -> None:
                 raise StateError(
                     f"the state's {kind} is a {type(named).__name__}; is it changed?"
                 )
-            _check_named(str(kind), named, state["numel"], whole=side == "whole")
+            _check_named(str(kind), named, state["numel"], whole=False)
     starts, numel = state["starts"], state["numel"]
     for kind, named in () if merged else state["shares"].items():
         for name, tensor in named.items():

@@ -239,3 +239,26 @@ def a_parameter_without_gradient(rank: int, world: int, on: int | None) -> str:
     finally:
         state.close()
     return "trained"
+
+
+def unfrozen_later(rank: int, world: int) -> str:
+    """Unfreeze a module that nobody exchanges."""
+    mesh = mesh_of(world, 1)
+    torch.manual_seed(7)
+    model = Net()
+    model.first.requires_grad_(False)
+    shard: Any = fully_shard
+    for layer in (model.first, model.middle, model.last, model.spare):
+        shard(layer, mesh=mesh["in"])
+    shard(model, mesh=mesh["in"])
+    state = fsdp2.attach(model, mesh, CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step_of(model, optimizer, rank, 0)
+    model.first.requires_grad_(True)
+    try:
+        step_of(model, optimizer, rank, 1)
+    except lc3.Lc3Error as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        state.close()
+    return "trained"

@@ -547,7 +547,7 @@ def ddp_sends_buffers_that_change(
         state = ddp.attach(model) if hook == "ddp" else None
     train(model, optimizer, rank, 20)
     trained = {n: b.clone() for n, b in module.named_buffers()}
-    model.eval()
+    module.eval()  # not the wrapper
     with torch.no_grad():
         for _ in range(2):
             model(torch.ones(2, 64))

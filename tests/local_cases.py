@@ -237,8 +237,13 @@ def plain_averaging_is_ddp(rank: int, world: int) -> float:
     )
 
 
-def resumes(rank: int, world: int, folder: str, budget: int | None) -> bool:
-    """Ten exchanges, or four, a checkpoint, and six more: the same bits."""
+def resumes(
+    rank: int, world: int, folder: str, budget: int | None, at: int = 12
+) -> bool:
+    """Ten exchanges, or four, a checkpoint, and six more: the same bits.
+
+    At a step between two exchanges ranks save models that differ.
+    """
     config = dataclasses.replace(CODED, budget=budget)
 
     def fresh() -> tuple[Net, torch.optim.Optimizer, local_sgd.State]:
@@ -249,7 +254,7 @@ def resumes(rank: int, world: int, folder: str, budget: int | None) -> bool:
     path = Path(f"{folder}-{rank}")
     net, optimizer, state = fresh()
     for step in range(30):
-        if step == 12:
+        if step == at:
             saved = [net.state_dict(), optimizer.state_dict(), state.state_dict()]
             torch.save(saved, path)
         train_step(net, optimizer, rank, step)
@@ -257,9 +262,10 @@ def resumes(rank: int, world: int, folder: str, budget: int | None) -> bool:
     state.close()
     net, optimizer, state = fresh()
     loaded = torch.load(path, weights_only=True)
-    for target, part in zip((net, optimizer, state), loaded, strict=True):
-        target.load_state_dict(part)  # type: ignore[attr-defined]
-    for step in range(12, 30):
+    targets = zip((net, optimizer, state), loaded, strict=True)
+    for target, part in targets if at % 2 else reversed(list(targets)):
+        target.load_state_dict(part)  # type: ignore[union-attr]
+    for step in range(at, 30):
         train_step(net, optimizer, rank, step)
     state.close()
     return hash_of(net) == straight

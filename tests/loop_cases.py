@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from lc3 import AttachError, Config
 from lc3.hooks import ddp
 from tests.ddp_cases import hash_of
 
@@ -45,6 +46,7 @@ class Loop(NamedTuple):
         frozen: the first layer.
         accumulate: backward passes a step.
         clip: global norm; none if 0.
+        kind: of optimizer.
     """
 
     options: tuple[tuple[str, Any], ...] = ()
@@ -55,6 +57,7 @@ class Loop(NamedTuple):
     frozen: bool = False
     accumulate: int = 1
     clip: float = 0.0
+    kind: Any = torch.optim.AdamW
 
 
 def one_cycle(optimizer: Any) -> LRScheduler:
@@ -74,6 +77,10 @@ LOOPS = {
     "cosine, clipping": Loop(schedule=cosine, clip=1.0),
     "scaler": Loop(scales=True, clip=1.0),
     "fused, scaler": Loop((("fused", True),), scales=True),
+    "coupled decay": Loop((("weight_decay", 0.01),), kind=torch.optim.Adam),
+    "maximize": Loop(
+        (("weight_decay", 0.01), ("maximize", True)), kind=torch.optim.Adam
+    ),
     "compiled": Loop(compiles=True),
     "frozen backbone": Loop(frozen=True),
     "accumulation, clipping": Loop(accumulate=3, clip=0.5),
@@ -94,7 +101,7 @@ def trained(
             {"params": [p for _, p in used if p.dim() > 1]},
             {"params": [p for _, p in used if p.dim() == 1], "weight_decay": 0.0},
         ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, **dict(loop.options))
+    optimizer = loop.kind(groups, lr=RATE, **dict(loop.options))
     before = optimizer.state_dict()["param_groups"]
     model: Any = DistributedDataParallel(net)
     state = ddp.attach(model, optimizer) if attach else None
@@ -113,6 +120,8 @@ def trained(
                 x = torch.randn(BATCH, 64, generator=generator)
                 loss = (model(x) - teacher(x).detach()).square().mean()
                 loss = loss / loop.accumulate
+                if dict(loop.options).get("maximize"):
+                    loss = -loss
                 scaler.scale(loss).backward()
         scaler.unscale_(optimizer) if loop.clip and loop.scales else None
         if loop.clip:
@@ -130,3 +139,46 @@ def trained(
     with torch.no_grad():
         end = float((net(x) - teacher(x)).square().mean())
     return end, hash_of(net), norms
+
+
+def another_optimizer(rank: int, world: int) -> str:
+    """Step with an optimizer that attach was not given; what is said."""
+    net = Net(2)
+    model = DistributedDataParallel(net)
+    state = ddp.attach(model, torch.optim.AdamW(net.parameters(), lr=RATE))
+    other = torch.optim.AdamW(net.parameters(), lr=RATE)
+    try:
+        for _ in range(2):
+            model(torch.randn(BATCH, 64)).square().mean().backward()
+            other.step()
+            other.zero_grad()
+    except AttachError as error:
+        return str(error)
+    finally:
+        state.close()
+    return "nothing"
+
+
+def max_norm_of_two(rank: int, world: int) -> tuple[float, float]:
+    """How far two optimizers go with one max_norm, with and without lc3."""
+    moved = []
+    for attach in (False, True):
+        net = Net(2)
+        before = [p.detach().clone() for p in net.parameters()]
+        halves = list(net.parameters())[:2], list(net.parameters())[2:]
+        optimizers = [torch.optim.SGD(half, lr=1.0) for half in halves]
+        model = DistributedDataParallel(net)
+        config = Config(raw=("*",))
+        state = None
+        if attach:
+            state = ddp.attach(model, optimizers, config, max_norm=0.1)
+        model(torch.ones(4, 64)).square().sum().backward()
+        if state is None:
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        for optimizer in optimizers:
+            optimizer.step()
+        pairs = zip(net.parameters(), before, strict=True)
+        moved.append(sum(float((p - old).norm()) ** 2 for p, old in pairs) ** 0.5)
+        if state is not None:
+            state.close()
+    return moved[0], moved[1]

@@ -77,6 +77,12 @@ def test_a_site_that_leaves_a_parameter_out_tells_the_others(ranks: Pools) -> No
     assert other.startswith("PeerError: rank 0 stopped: AttachError: FSDP reduced 256")
 
 
+def test_what_is_unfrozen_later_is_an_error(ranks: Pools) -> None:
+    for sentence in ranks(2).run(fsdp2_cases.unfrozen_later):
+        assert sentence.startswith("AttachError: parameter 'first.")
+        assert "was frozen when lc3 was attached" in sentence
+
+
 def test_the_example() -> None:
     done = subprocess.run(
         [

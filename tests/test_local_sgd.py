@@ -157,11 +157,12 @@ def test_uncoded_averaging_of_every_step_is_ddp(ranks: Pools) -> None:
         assert distance < 1e-6
 
 
-@pytest.mark.parametrize("budget", [None, 500])
+@pytest.mark.parametrize(("budget", "at"), [(None, 12), (500, 12), (None, 13)])
 def test_it_resumes_bit_for_bit(
-    ranks: Pools, tmp_path: Path, budget: int | None
+    ranks: Pools, tmp_path: Path, budget: int | None, at: int
 ) -> None:
-    assert all(ranks(2).run(local_cases.resumes, str(tmp_path / "state"), budget))
+    path = str(tmp_path / "state")
+    assert all(ranks(2).run(local_cases.resumes, path, budget, at))
 
 
 def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:

@@ -21,3 +21,13 @@ def test_a_loop_trains_as_without_lc3(ranks: Pools, name: str) -> None:
     assert loss < 1.12 * expected
     for norm, without in zip(coded[0][2][:3], plain[0][2][:3], strict=True):
         assert norm == pytest.approx(without, rel=0.2)  # an estimate, and two models
+
+
+def test_an_optimizer_that_attach_was_not_given_is_an_error(ranks: Pools) -> None:
+    for said in ranks(2).run(loop_cases.another_optimizer):
+        assert "is not the optimizer that attach was given" in said
+
+
+def test_max_norm_is_of_all_optimizers(ranks: Pools) -> None:
+    for plain, coded in ranks(2).run(loop_cases.max_norm_of_two):
+        assert coded == pytest.approx(plain, rel=0.01)
