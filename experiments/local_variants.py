@@ -58,7 +58,7 @@ def go_on_from_own(state: local_sgd.State) -> None:
 
     state._copy_replica = start_again  # type: ignore[method-assign]
     # What parameters then are is no load of other weights.
-    state._given.look = lambda *_, **__: None  # type: ignore[method-assign]
+    state._watch.look = lambda *_, **__: None  # type: ignore[method-assign]
 
 
 def average_moments(state: local_sgd.State, optimizers: Sequence[Optimizer]) -> None:

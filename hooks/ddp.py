@@ -29,7 +29,7 @@ from lc3.checkpoint import Parts, load, of_rank, save
 from lc3.config import Config
 from lc3.engine import NO_HALVES
 from lc3.errors import AttachError, ConfigError, StateError
-from lc3.model import flat_view, named_parameters
+from lc3.model import Frozen, flat_view, named_parameters
 from lc3.moments import Moments
 from lc3.session import session_for
 from lc3.sketch import SUMS, Sketch, squares
@@ -61,6 +61,8 @@ def attach(
     estimate that all ranks share), and may be clipped, scaled, or not applied at all.
     Adam and its relatives get an exchange of their own: gradients are divided by their
     second moments before they are coded, and the optimizer divides by the same.
+    Buffers, which DDP sends before every pass, are sent where they have changed: see
+    ``lc3.buffers``.
 
     Args:
         model: wrapped in DistributedDataParallel, without a hook of its own.
@@ -153,11 +155,11 @@ class State:
         self.engine = self.session.engine
         self._group = model.process_group
         self._module = model.module
-        self._frozen = [
+        self._frozen = Frozen(
             (name, parameter)
             for name, parameter in named_parameters(model.module)
-            if not parameter.requires_grad and name not in model.parameters_to_ignore
-        ]
+            if name not in model.parameters_to_ignore
+        )
         self._said: set[str] = set()
         self._wide: list[Tensor] = []
         self._scaler = None
@@ -194,7 +196,7 @@ class State:
                 self._moments,
                 max_norm,
             )
-            self._watched.append(self._applied.watch_accumulation())
+            self._watched = self._applied.watch_accumulation()
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -384,13 +386,7 @@ class State:
         A scaler multiplies the loss, and changes by what. Powers of two are exact.
         """
         self._seen.clear()
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
-                raise AttachError(
-                    f"parameter {name!r} was frozen when DistributedDataParallel "
-                    "wrapped the model, so nobody exchanges its gradient; wrap the "
-                    "module again, on every rank, and attach to that"
-                )
+        self._frozen.check("wrap the module again, and attach to that")
         if self._applied is not None:
             self._coded, self._others = {}, {}
             self._applied.drop()

@@ -26,7 +26,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError
 from lc3.exchange import GroupExchange
-from lc3.model import named_parameters
+from lc3.model import Frozen, named_parameters
 from lc3.session import Session, check_form
 
 
@@ -71,9 +71,7 @@ class State:
         sites = _sites(mesh)
         modules = _shards(model)
         named = [shard for shards in modules.values() for shard in shards]
-        self._frozen = [
-            (name, p) for name, p in named_parameters(model) if not p.requires_grad
-        ]
+        self._frozen = Frozen(named_parameters(model))
         for ranks in zip(*sites, strict=True):  # groups are made by everybody
             group = dist.new_group(list(ranks), backend="gloo", group_desc="lc3")
             if dist.get_rank() in ranks:
@@ -101,13 +99,7 @@ class State:
         sizes = [self.engine.plan.numel[name] for name in names]
         if self.engine.exchange.world == 1:
             return
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
-                raise AttachError(
-                    f"parameter {name!r} was frozen when lc3 was attached, and nobody "
-                    "exchanges its gradient between sites; close the state, and attach "
-                    "again, on every rank"
-                )
+        self._frozen.check("close the state, and attach again")
         step, bucket = self._session.next_bucket(names)
         self.meter.at_step(step + 1)
 

@@ -30,7 +30,7 @@ from lc3.owners import Owners
 from lc3.residual import arena_like
 from lc3.says import Says, loaded_alike
 from lc3.session import check_form, check_owners, session_beside
-from lc3.steps import Counting, Given
+from lc3.steps import Counting, Watch, Written
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class State:
         momentum_decay: float,
         delay: int,
         group: dist.ProcessGroup | None,
-        choose: "Choose | None" = None,
+        choose: Choose | None = None,
     ) -> None:
         decays = {"residual_decay": residual_decay, "momentum_decay": momentum_decay}
         _check(optimizers, every, outer_lr, outer_momentum, decays, delay)
@@ -245,7 +245,7 @@ class State:
         self.steps = self.exchanges = self._unsent = 0
         self.left_out = self._left_out_in_a_row = 0
         self._said: list[Says] = []
-        self._given = Given(self._model)
+        self._watch = Watch(self._model)
         self._loaded = False
         self._choose = choose
         self._counting = Counting(optimizers, self._model, self._before, self._after)
@@ -254,7 +254,7 @@ class State:
         if wrapper is not None:
             self._wrapped.enter_context(wrapper.no_sync())
         self._model.mark_buffers()
-        self._forget_what_was_given()
+        self._look_anew()
 
     def _before(self, *, new: bool) -> None:
         """Look at the parameters that an optimizer is about to step."""
@@ -264,7 +264,7 @@ class State:
             self._model.mark()
             self._fresh = False
         elif self.engine.exchange.world > 1:
-            self._given.look(self.owners.replica, fresh=self._fresh, new=new)
+            self._watch.look(self.owners.replica, fresh=self._fresh, new=new)
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
         """Take in that an optimizer has stepped."""
@@ -315,7 +315,7 @@ class State:
         self._drain()
         self._model.copy_from_first(self.engine.exchange)
         self._go_on_from(self._model.flats(), forget=True)
-        self._forget_what_was_given()
+        self._look_anew()
 
     def sync(self) -> None:
         """Exchange now and make every replica equal to the masters, exactly.
@@ -332,7 +332,7 @@ class State:
         self._finish()
         self._session.lane.submit(self._flush).wait()
         self._copy_replica()
-        self._forget_what_was_given()
+        self._look_anew()
 
     @contextmanager
     def shared_model(self) -> Iterator[None]:
@@ -352,7 +352,7 @@ class State:
         finally:
             for name, flat in self._model.flats().items():
                 flat.copy_(own[name])
-            if not self._given.base:
+            if not self._watch.written.base:
                 self._model.mark()
 
     def check_replicas(self) -> None:
@@ -366,23 +366,27 @@ class State:
             torch.sub(self.owners.replica[name], flat, out=self._moved[name])
             if self._delay:
                 self._seen[name].copy_(flat)
-        changed = (False,) * len(self._model.float_buffers())
+        buffers = self._model.float_buffers()
+        changed = (False,) * len(buffers)
+        self._buffers = {}
         if with_buffers or self.exchanges % _BUFFERS_EVERY == _BUFFERS_EVERY - 1:
             changed = tuple(self._model.changed_buffers())
-        buffers = self._model.float_buffers()
-        self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        written = self._watch.take()
         mine = Says(
             finite=_finite(self._moved.values()),
-            written=bool(self._given.base),
-            far=self._given.far,
-            base=together(self._given.base) if self._given.base else 0,
+            written=bool(written.base),
+            far=written.far,
+            base=together(written.base) if written.base else 0,
             buffers_finite=_finite(
                 b for b, c in zip(buffers.values(), changed, strict=True) if c
             ),
             buffers=changed,
         )
         self._unsent_then, self._unsent = self._unsent, 0
-        self._pending = self._session.lane.submit(partial(self._exchange, mine))
+        self._pending = self._session.lane.submit(
+            partial(self._exchange, mine, written)
+        )
 
     def _finish(self) -> None:
         """Take over what an exchange has brought."""
@@ -397,8 +401,8 @@ class State:
         else:  # what this rank moved while the exchange was under way is kept
             for name, flat in self._model.flats().items():
                 late = self.owners.replica[name] - self._seen[name]
-                if self._given.base:
-                    self._given.late[name] = late
+                if self._watch.written.base:
+                    self._watch.written.late[name] = late
                 flat += late.to(flat.dtype)
             self._model.mark()
         if mine.finite:
@@ -407,7 +411,7 @@ class State:
         else:
             self._recover()
         if self._delay == 0:
-            self._forget_what_was_given()
+            self._look_anew()
 
     def _drain(self) -> None:
         """Wait for an exchange that is under way, and take over nothing."""
@@ -451,11 +455,11 @@ class State:
             flat.copy_(self.owners.replica[name])
         self._model.mark()
 
-    def _forget_what_was_given(self) -> None:
+    def _look_anew(self) -> None:
         """Begin to look anew at what is done to parameters."""
         self._fresh = self._pending is None and self._delay == 0
         self._model.mark()
-        self._given.clear()
+        self._watch.take()
 
     def _go_on_from(self, base: Mapping[str, Tensor], *, forget: bool) -> None:
         """Let all ranks share ``base``, which they all have alike.
@@ -481,7 +485,7 @@ class State:
             for velocity in self._velocity.values():
                 velocity.zero_()
 
-    def _exchange(self, mine: Says) -> Tensor:
+    def _exchange(self, mine: Says, written: Written) -> Tensor:
         """Push what was moved, change the masters, pull. Runs on the lane.
 
         Returns:
@@ -495,9 +499,9 @@ class State:
             count = len(mine.buffers)
             everybody = self._said = [Says.from_bytes(one, count) for one in said]
             alike = loaded_alike(everybody)
-            self._given.told(alike=alike)
+            self._watch.told(written, alike=alike)
             if alike:
-                self._rebase_here()
+                self._go_on_from_written(written)
             counted = sum(said.finite for said in everybody)
             if not mine.finite:
                 for moved in self._moved.values():
@@ -515,15 +519,13 @@ class State:
         self.exchanges += 1
         return averaged
 
-    def _rebase_here(self) -> None:
+    def _go_on_from_written(self, written: Written) -> None:
         """Let what all ranks were given be what they have moved from."""
-        base = self._given.base
-        forget = self._given.whole or self._given.far
-        for name, flat in base.items():
+        for name, flat in written.base.items():
             self._moved[name].add_(flat - self.owners.replica[name])
-            if name in self._given.late:
-                self._moved[name].add_(self._given.late[name])
-        self._go_on_from(base, forget=forget)
+            if name in written.late:
+                self._moved[name].add_(written.late[name])
+        self._go_on_from(written.base, forget=written.whole or written.far)
         log.info("lc3: all ranks were given other parameters; they go on from these")
 
     def _move_masters(self, weight: float) -> None:
@@ -670,7 +672,7 @@ class State:
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)
         self._unsent = 0
-        self._forget_what_was_given()
+        self._look_anew()
         self._loaded = True
 
     def gather_state(self) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lc3.applied import ACCUMULATES, smallest
+from lc3.applied import smallest, watch_accumulation
 from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer, StateError
@@ -174,7 +174,7 @@ class PushPull(Optimizer):
         self._buffers: list[Tensor] = []
         self._stand_in = 0.0
         self._first = smallest(names)
-        self._watched = self._first.register_hook(self._check_accumulation)
+        self._watched = watch_accumulation(self._first, self._is_handed)
         self._max_norm = max_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
@@ -341,11 +341,9 @@ class PushPull(Optimizer):
             factors[name] = 1 / self._scale if untouched else ratio
         return factors
 
-    def _check_accumulation(self, _: Tensor) -> None:
-        """Raise ``AttachError`` if a gradient is added to one that was pushed."""
+    def _is_handed(self) -> bool:
         grad, pushed = self._first.grad, self._stand_in
-        if grad is not None and pushed and bool((grad == pushed).all()):
-            raise AttachError(ACCUMULATES)
+        return grad is not None and bool(pushed) and bool((grad == pushed).all())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: what is exchanged is agreed on when lc3 is attached."""
@@ -571,7 +569,8 @@ class PushPull(Optimizer):
 
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
-        self._watched.remove()
+        for watched in self._watched:
+            watched.remove()
         self.session.close()
 
     def __reduce__(self) -> NoReturn:

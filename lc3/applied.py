@@ -16,7 +16,7 @@ and they are pushed clipped.
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -107,21 +107,15 @@ class Applied:
             return 1.0
         return min(1.0, self.square / self.own_square)
 
-    def watch_accumulation(self) -> Any:
-        """Check every gradient of one parameter; return a handle to stop it."""
+    def watch_accumulation(self) -> list[Any]:
+        """Check every gradient of one parameter; return handles to stop it."""
+        return watch_accumulation(self._first, self._is_handed)
 
-        def before(_: Tensor) -> None:
-            self._check_accumulation()
-
-        return self._first.register_hook(before)
-
-    def _check_accumulation(self) -> None:
-        """Raise ``AttachError`` if a gradient is added to one that was handed out."""
+    def _is_handed(self) -> bool:
         grad, handed = self._first.grad, self._handed
         if handed is None or grad is None or grad.layout != torch.strided:
-            return
-        if torch.equal(flat_view(grad), handed):
-            raise AttachError(ACCUMULATES)
+            return False
+        return torch.equal(flat_view(grad), handed)
 
     def drop(self) -> None:
         """Undo what no optimizer has applied of the last exchange."""
@@ -401,6 +395,34 @@ class Clipping:
         self.scale = float(counters["clip_scale"])
         seen = float(counters["clip_share"]), float(counters["clip_norm"])
         self._unexplained = seen if seen[0] else None
+
+
+def watch_accumulation(parameter: Tensor, is_handed: Callable[[], bool]) -> list[Any]:
+    """Raise ``AttachError`` where a gradient is added to one that was handed out.
+
+    What ``autograd.grad`` computes is not added to anything.
+
+    Args:
+        parameter: whose gradients are looked at.
+        is_handed: returns whether ``parameter.grad`` is what was handed out.
+
+    Returns:
+        Handles to stop it.
+    """
+    was_handed = False
+
+    def before(_: Tensor) -> None:
+        nonlocal was_handed
+        was_handed = is_handed()
+
+    def after(_: Tensor) -> None:
+        if was_handed:
+            raise AttachError(ACCUMULATES)
+
+    return [
+        parameter.register_hook(before),
+        parameter.register_post_accumulate_grad_hook(after),
+    ]
 
 
 def smallest(parameters: Iterable[Tensor]) -> Tensor:

@@ -23,6 +23,26 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name.replace("_orig_mod.", ""), parameter
 
 
+class Frozen:
+    """The parameters that were not trained at attach: nobody exchanges them.
+
+    Args:
+        named: parameters by name, of which some are frozen.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
+
+    def check(self, next_step: str) -> None:
+        """Raise ``AttachError``, which says what to do, if one is trained now."""
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise AttachError(
+                    f"parameter {name!r} was frozen when lc3 was attached, and nobody "
+                    f"exchanges its gradient; {next_step}, on every rank"
+                )
+
+
 class Model:
     """The parameters that ranks exchange, and the buffers beside them.
 

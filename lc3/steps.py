@@ -7,6 +7,7 @@ else: ``Given`` keeps what they held then.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -122,29 +123,41 @@ class Counting:
             handle.remove()
 
 
-class Given:
-    """What a model's parameters were given by something else than an optimizer.
+@dataclass
+class Written:
+    """What parameters held after something else than an optimizer wrote to them.
 
     Attributes:
-        base: by name [numel], what they held before the next step; empty if nothing was
-            written since the last exchange.
+        base: by name [numel], before the next step; empty if nothing was written.
         late: by name float32[numel], what an exchange that was under way then has added
             to them since.
-        far: whether they are far from what the ranks shared.
-        whole: whether that is a load and nothing else, if all ranks have it alike: they
+        far: whether that is far from what the ranks shared.
+        whole: whether it is a load and nothing else, if all ranks have it alike: they
             held the ranks' own before.
     """
 
+    base: dict[str, Tensor] = field(default_factory=dict)
+    late: dict[str, Tensor] = field(default_factory=dict)
+    far: bool = False
+    whole: bool = False
+
+
+class Watch:
+    """Looks at a model's parameters before each step.
+
+    Attributes:
+        written: since the last exchange began.
+    """
+
     def __init__(self, model: Model) -> None:
+        self.written = Written()
         self._model = model
         self._in_a_row = 0
-        self.clear()
 
-    def clear(self) -> None:
-        """Look anew."""
-        self.base: dict[str, Tensor] = {}
-        self.late: dict[str, Tensor] = {}
-        self.far = self.whole = False
+    def take(self) -> Written:
+        """Return what was written, and look anew."""
+        written, self.written = self.written, Written()
+        return written
 
     def look(self, shared: Mapping[str, Tensor], *, fresh: bool, new: bool) -> None:
         """Keep what parameters hold, if something was written to them.
@@ -165,14 +178,15 @@ class Given:
             return
         moved = sum(float((f - shared[n]).norm()) ** 2 for n, f in flats.items())
         whole = sum(float(value.norm()) ** 2 for value in shared.values())
-        self.base = {name: flat.clone() for name, flat in flats.items()}
-        self.late = {}
-        self.far = moved > (_CHANGED if fresh else _REPLACED) ** 2 * whole
-        self.whole = not fresh
+        self.written = Written(
+            base={name: flat.clone() for name, flat in flats.items()},
+            far=moved > (_CHANGED if fresh else _REPLACED) ** 2 * whole,
+            whole=not fresh,
+        )
 
-    def told(self, *, alike: bool) -> None:
-        """Take in at an exchange whether all ranks were given the same."""
-        self._in_a_row = 0 if alike or not self.base else self._in_a_row + 1
+    def told(self, written: Written, *, alike: bool) -> None:
+        """Take in whether all ranks were given the same."""
+        self._in_a_row = 0 if alike or not written.base else self._in_a_row + 1
 
 
 def _parameters(optimizer: Optimizer) -> Any:

@@ -182,3 +182,26 @@ def max_norm_of_two(rank: int, world: int) -> tuple[float, float]:
         if state is not None:
             state.close()
     return moved[0], moved[1]
+
+
+def gradients_of_gradients(rank: int, world: int) -> list[str]:
+    """Ask for other gradients before the step, and add to them: what is said."""
+    said = []
+    for adds in (False, True):
+        net = Net(2)
+        model = DistributedDataParallel(net)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE)
+        state = ddp.attach(model, optimizer)
+        x = torch.randn(BATCH, 64)
+        model(x).square().mean().backward()
+        try:
+            if adds:
+                model(x).square().mean().backward()
+            else:
+                torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+            optimizer.step()
+            said.append("nothing")
+        except AttachError as error:
+            said.append(str(error))
+        state.close()
+    return said

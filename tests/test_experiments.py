@@ -237,7 +237,7 @@ def test_a_rank_may_go_on_from_its_own_model() -> None:
     residual = torch.tensor([0.5, -1.0])
     state = SimpleNamespace(
         _model=SimpleNamespace(flats=lambda: flat),
-        _given=SimpleNamespace(),
+        _watch=SimpleNamespace(),
         owners=SimpleNamespace(replica={n: torch.tensor([1.0, 2.0]) for n in flat}),
         engine=SimpleNamespace(residuals=SimpleNamespace(sent={"coded": residual})),
     )

@@ -196,13 +196,16 @@ def test_buffers_are_those_of_ddp_and_are_sent_if_they_change(
         expected, at_evaluation = plain[rank][:2]
         assert torch.equal(trained["mean"], expected["mean"])
         assert torch.equal(evaluated["mean"], at_evaluation["mean"])
+        assert torch.equal(evaluated["late"], at_evaluation["late"])
         for name in ("norm.running_mean", "norm.running_var"):
             # Training differs, so it is rank 0's, not that of the other run.
             assert torch.equal(evaluated[name], coded[0][0][name])
-        # The mask before two passes, the mean before 21: DDP leaves the second of an
-        # evaluation out. Statistics once.
-        mask, mean, statistics = 256 * 256 * 4, 4 * 4, 2 * 16 * 4 + 8
-        assert sent == (2 * mask + 21 * mean + statistics) // 2
+        # The mask before two passes; the mean before 21: DDP leaves the second of an
+        # evaluation out; what changes late before the first two, from the tenth pass
+        # on, and before the evaluation. Statistics once.
+        mask, four, statistics = 256 * 256 * 4, 4 * 4, 2 * 16 * 4 + 8
+        late = 2 + 11 + 1
+        assert sent == (2 * mask + (21 + late) * four + statistics) // 2
 
 
 def test_a_message_longer_than_any_is_refused(ranks: Pools) -> None:

@@ -31,3 +31,9 @@ def test_an_optimizer_that_attach_was_not_given_is_an_error(ranks: Pools) -> Non
 def test_max_norm_is_of_all_optimizers(ranks: Pools) -> None:
     for plain, coded in ranks(2).run(loop_cases.max_norm_of_two):
         assert coded == pytest.approx(plain, rel=0.01)
+
+
+def test_only_what_is_added_to_a_gradient_is_an_error(ranks: Pools) -> None:
+    for beside, added in ranks(2).run(loop_cases.gradients_of_gradients):
+        assert beside == "nothing"
+        assert added.startswith("a second synchronised backward pass adds")
