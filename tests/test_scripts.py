@@ -3,11 +3,12 @@
 ``make evaluate EXPERIMENT=scripts`` is the long form.
 """
 
+import re
 from pathlib import Path
 
 import pytest
 
-from experiments.scripts.__main__ import SCRIPTS, norm_gap, table, train
+from experiments.scripts.__main__ import SCRIPTS, norm_gap, run, table, train
 
 pytestmark = pytest.mark.timeout(300)
 STEPS = 40
@@ -37,6 +38,14 @@ def test_local_steps_train_what_the_script_trains(text: Path) -> None:
     # Five exchanges: the losses of a whole training are the long form's.
     assert local["score"] < 1.15 * plain["score"]
     assert local["ratio"] > 300
+
+
+def test_the_norm_is_that_of_plain_ddp_at_every_tenth_step(text: Path) -> None:
+    said = run("norms", "ddp", 0, text, STEPS)
+    found = re.search(r"largest gap (\d+\.\d)% of (\d+) steps", said)
+    assert found, said
+    assert float(found[1]) < 20
+    assert int(found[2]) == STEPS // 10
 
 
 def test_the_table_compares_means_over_the_seeds_of_both() -> None:

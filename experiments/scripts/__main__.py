@@ -39,8 +39,8 @@ TITLES = {
 COLUMNS = "script", "form", "seed", "steps", "score", "train_loss", "ratio", "norm_gap"
 
 
-def train(script: str, form: str, seed: int, text: Path, steps: int) -> dict[str, Any]:
-    """Run one training on two ranks and return its figures."""
+def run(script: str, form: str, seed: int, text: Path, steps: int) -> str:
+    """Run one training on two ranks and return what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", f"experiments.scripts.{script}", form]
     command += ["--text", str(text), "--seed", str(seed)]
@@ -54,9 +54,17 @@ def train(script: str, form: str, seed: int, text: Path, steps: int) -> dict[str
         check=False,
         timeout=1800,
     )
-    found = re.search(r"^REPORT (.*)$", done.stdout, re.MULTILINE)
-    if done.returncode or found is None:
+    if done.returncode:
         raise SystemExit(f"{script} {form} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def train(script: str, form: str, seed: int, text: Path, steps: int) -> dict[str, Any]:
+    """Run one training on two ranks and return its figures."""
+    said = run(script, form, seed, text, steps)
+    found = re.search(r"^REPORT (.*)$", said, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{script} {form} has reported nothing:\n{said[-3000:]}")
     figures: dict[str, Any] = json.loads(found[1])
     return figures
 
