@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m tests.adapter_cases FRAMEWORK MODE FOLDER
 
-Modes: ``straight`` and ``local``, all epochs; ``half`` and ``rest``, stopped in between
-and resumed in new processes; ``plain`` and ``local_plain``, DDP and lc3's hook, or
-local steps, without the framework, on the same batches. Every rank writes what came of
-it to ``FOLDER/FRAMEWORK-MODE-RANK.pt``.
+Modes: ``straight`` and ``local``, all epochs; ``accumulate``, two batches a step;
+``half`` and ``rest``, stopped in between and resumed in new processes; ``plain``,
+``local_plain`` and ``accumulate_plain``, the same without the framework, on the same
+batches. Every rank writes what came of it to ``FOLDER/FRAMEWORK-MODE-RANK.pt``.
 
 Nothing is compared here: a collective just before the end of the process may abort it,
 where a framework still holds the process group (pytorch/pytorch#190489).
@@ -13,6 +13,7 @@ where a framework still holds the process group (pytorch/pytorch#190489).
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ BATCH, BATCHES, EPOCHS = 8, 6, 4  # batches a rank and epoch
 CONFIG = lc3.Config(sparsity=1.5, min_numel=64, log_every=None)
 LOCAL = lc3.Config(density=0.2, min_numel=64, log_every=None)
 CLIP = 0.25  # below every norm of these trainings
+ACCUMULATE = 2  # backward passes a step, where they accumulate
 
 FORMS: tuple[Any, Any] = ddp.attach, local_sgd.attach
 
@@ -83,13 +85,18 @@ def plain(framework: str, mode: str, folder: Path) -> None:
         state = local_sgd.attach(model, optimizer, LOCAL)
     else:
         state = ddp.attach(model, optimizer, CONFIG)
+    passes = ACCUMULATE if mode == "accumulate_plain" else 1
     for _ in range(EPOCHS):
-        for x, y in batches(framework, dist.get_rank(), dist.get_world_size()):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            assert norm > CLIP
-            optimizer.step()
+        dealt = batches(framework, dist.get_rank(), dist.get_world_size())
+        for count, (x, y) in enumerate(dealt, 1):
+            last = count % passes == 0
+            with nullcontext() if last else model.no_sync():
+                (nn.functional.cross_entropy(model(x), y) / passes).backward()
+            if last:
+                norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                assert norm > CLIP
+                optimizer.step()
+                optimizer.zero_grad()
     state.sync()
     report(framework, mode, folder, net, state.meter)
     state.close()
@@ -156,7 +163,8 @@ def with_accelerate(mode: str, folder: Path) -> None:
 
     from lc3.hooks import accelerate as adapter
 
-    accelerator = Accelerator(cpu=True)
+    passes = ACCUMULATE if mode == "accumulate" else 1
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=passes)
     net = network()
     loader = DataLoader(dataset(accelerator.num_processes), batch_size=BATCH)
     model, optimizer, loader = accelerator.prepare(net, adamw(net.parameters()), loader)
@@ -165,12 +173,14 @@ def with_accelerate(mode: str, folder: Path) -> None:
     saved = str(folder / "accelerate")
     if mode == "rest":
         accelerator.load_state(saved)
-    for _ in range(EPOCHS if mode in ("straight", "local") else EPOCHS // 2):
+    for _ in range(EPOCHS // 2 if mode in ("half", "rest") else EPOCHS):
         for x, y in loader:
-            optimizer.zero_grad()
-            accelerator.backward(nn.functional.cross_entropy(model(x), y))
-            accelerator.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(x), y))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
     if mode == "half":
         accelerator.save_state(saved)
     state.sync()
@@ -235,7 +245,7 @@ def with_transformers(mode: str, folder: Path) -> None:
 def main() -> None:
     framework, mode, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    if mode in ("plain", "local_plain"):
+    if mode.endswith("plain"):
         plain(framework, mode, Path(folder))
     else:
         globals()[f"with_{framework}"](mode, Path(folder))

@@ -87,6 +87,14 @@ def test_a_framework_makes_local_steps(framework: str, tmp_path: Path) -> None:
     assert local["ratio"] == pytest.approx(plain["ratio"], rel=0.01)
 
 
+def test_accelerate_accumulates_as_ddp_does(tmp_path: Path) -> None:
+    needs("accelerate")
+    plain = trained("accelerate", "accumulate_plain", tmp_path)
+    accumulated = trained("accelerate", "accumulate", tmp_path)
+    assert accumulated["steps"] == plain["steps"] == 12
+    assert torch.equal(accumulated["parameters"], plain["parameters"])
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_example(framework: str, tmp_path: Path) -> None:
     needs(framework)
