@@ -8,9 +8,11 @@ with the same optimizer does. Buckets and messages of a step are a part of the m
 """
 
 import argparse
+import ctypes
 import gc
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.record import RESULTS, stamped, write_csv
+from experiments.report import insert
 from lc3.hooks import ddp, local_sgd, push_pull
 
 STEPS, WIDTH = 4, 1024
@@ -77,24 +80,34 @@ def measure(
         world_size=world,
         timeout=timedelta(seconds=120),
     )
-    before = _held()
     torch.manual_seed(0)
-    net = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)])
-    made = FORMS[form](net, ADAMW if kind == "AdamW" else SGD)
-    model, optimizer, state = made
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(torch.randn(2, WIDTH)).square().mean().backward()
-        optimizer.step()
+    with trained(form, kind, 1, 64):  # what is compiled and loaded is no one's
+        pass
     gc.collect()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Path(folder, f"{rank}").write_text(f"{_held() - before} {most - before}")
-    if state is not None:
-        state.close()
+    before = _held()
+    with trained(form, kind, layers, WIDTH):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        gc.collect()
+        Path(folder, f"{rank}").write_text(f"{_held() - before} {most - before}")
     dist.destroy_process_group()
 
 
+@contextmanager
+def trained(form: str, kind: str, layers: int, width: int) -> Iterator[None]:
+    """Have trained a stack of layers for a few steps, until the end of the context."""
+    net = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+    model, optimizer, state = FORMS[form](net, ADAMW if kind == "AdamW" else SGD)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randn(2, width)).square().mean().backward()
+        optimizer.step()
+    yield
+    if state is not None:
+        state.close()
+
+
 def _held() -> int:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is the system's again
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -113,7 +126,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return what rows say, as a Markdown table."""
     lines = [
         "| form | optimizer | ranks | bytes a parameter | beside DDP | at most |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         (base,) = (
@@ -122,10 +135,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if (r["form"], r["optimizer"], r["ranks"])
             == ("DDP", row["optimizer"], row["ranks"])
         )
-        extra = float(row["held"]) - float(base["held"])
+        figures = ""
+        for column in ("held", "most"):
+            value = float(row[column])
+            figures += f"| {value:.1f} | {value - float(base[column]):+.1f} "
         lines.append(
-            f"| {row['form']} | {row['optimizer']} | {row['ranks']} "
-            f"| {float(row['held']):.1f} | {extra:+.1f} | {float(row['most']):.1f} |"
+            f"| {row['form']} | {row['optimizer']} | {row['ranks']} {figures}|"
         )
     return "\n".join(lines)
 
@@ -137,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--million", type=int, default=16, help="parameters")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.csv")
+    parser.add_argument("--docs", type=Path, help="a page with a block for the table")
     options = parser.parse_args(arguments)
     layers = max(1, round(options.million * 1e6 / WIDTH**2))
     rows: list[dict[str, Any]] = []
@@ -148,6 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows += stamped([dict(zip(COLUMNS, values, strict=True))])
                 write_csv(options.out, rows)
     print(table(rows))
+    if options.docs is not None:
+        page = options.docs.read_text()
+        options.docs.write_text(insert(page, "memory", table(rows)))
 
 
 if __name__ == "__main__":
