@@ -31,7 +31,7 @@ from lc3.engine import NO_HALVES
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.model import Frozen, flat_view, named_parameters
 from lc3.moments import Moments
-from lc3.session import session_for
+from lc3.session import attaching_to, session_for
 from lc3.sketch import SUMS, Sketch, squares
 
 log = logging.getLogger(__name__)
@@ -94,16 +94,17 @@ def attach(
         PeerError: one of these happened on another rank.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
-    state = State(
-        model,
-        optimizer,
-        config,
-        max_norm=max_norm,
-        scaler=scaler,
-        group=group,
-        mesh=mesh,
-    )
-    state.session.link_to(model, partial(lc3_hook, state))
+    with attaching_to(model, group):
+        state = State(
+            model,
+            optimizer,
+            config,
+            max_norm=max_norm,
+            scaler=scaler,
+            group=group,
+            mesh=mesh,
+        )
+        state.session.link_to(model, partial(lc3_hook, state))
     return state
 
 

@@ -27,7 +27,7 @@ from lc3.config import Config
 from lc3.errors import AttachError
 from lc3.exchange import GroupExchange
 from lc3.model import Frozen, named_parameters
-from lc3.session import Session, check_form
+from lc3.session import Session, attaching, check_form
 
 
 def attach(
@@ -54,7 +54,6 @@ def attach(
         PlanMismatch: replicas differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    check_form(config, "fsdp2")
     return State(model, mesh, config)
 
 
@@ -69,9 +68,6 @@ class State:
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, config: Config) -> None:
         sites = _sites(mesh)
-        modules = _shards(model)
-        named = [shard for shards in modules.values() for shard in shards]
-        self._frozen = Frozen(named_parameters(model))
         for ranks in zip(*sites, strict=True):  # groups are made by everybody
             group = dist.new_group(list(ranks), backend="gloo", group_desc="lc3")
             if dist.get_rank() in ranks:
@@ -79,6 +75,11 @@ class State:
 
         exchange = GroupExchange(own, torch.device("cpu"))
         leave = partial(exchange.leave, destroy=True)
+        with attaching(lambda: (exchange, leave)):
+            check_form(config, "fsdp2")
+            modules = _shards(model)
+        named = [shard for shards in modules.values() for shard in shards]
+        self._frozen = Frozen(named_parameters(model))
         self._session = Session(named, config, exchange, leave)
         self.config = config
         self.meter = self._session.meter

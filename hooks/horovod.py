@@ -26,7 +26,7 @@ from lc3.config import Config
 from lc3.errors import AttachError, ExchangeError
 from lc3.exchange import MOST_BYTES
 from lc3.model import flat_view
-from lc3.session import Session
+from lc3.session import Session, attaching
 
 try:
     import horovod.torch as hvd
@@ -115,6 +115,9 @@ class HorovodExchange:
         self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
         self.rounds += 2 * (self.world - 1)
 
+    def leave_word(self, reason: str) -> None:
+        """See ``lc3.exchange.Exchange``. Horovod has no place for it."""
+
     def _wait(self, start: Callable[[], int], timeout_s: float | None) -> Any:
         try:
             handle = start()
@@ -133,6 +136,16 @@ class HorovodExchange:
             ) from error
 
 
+def _check_devices(trained: Sequence[tuple[str, Parameter]]) -> None:
+    for name, parameter in trained:
+        if parameter.device.type != "cpu":
+            raise AttachError(
+                f"parameter {name!r} is on {parameter.device}; in this version lc3's "
+                "Horovod optimizer exchanges on the CPU only; lc3.hooks.ddp takes it "
+                "there"
+            )
+
+
 class State:
     """Everything lc3 keeps for one optimizer: its attribute ``lc3``.
 
@@ -147,13 +160,8 @@ class State:
     ) -> None:
         exchange = HorovodExchange(process_set)
         trained = [(name, p) for name, p in named if p.requires_grad]
-        for name, parameter in trained:
-            if parameter.device.type != "cpu":
-                raise AttachError(
-                    f"parameter {name!r} is on {parameter.device}; in this version "
-                    "lc3's Horovod optimizer exchanges on the CPU only; "
-                    "lc3.hooks.ddp takes it there"
-                )
+        with attaching(lambda: (exchange, lambda: None)):
+            _check_devices(trained)
         self.session = Session(trained, config, exchange, lambda: None)
         self.meter, self.engine = self.session.meter, self.session.engine
         self._buckets = _buckets([p for _, p in reversed(trained)])

@@ -29,7 +29,7 @@ from lc3.model import Model, named_parameters, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
 from lc3.says import Says, loaded_alike
-from lc3.session import check_form, check_owners, session_beside
+from lc3.session import attaching_to, check_form, check_owners, session_beside
 from lc3.steps import Counting, Watch, Written
 
 log = logging.getLogger(__name__)
@@ -109,34 +109,35 @@ def attach(
         PlanMismatch: ranks differ in configuration, arguments, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    if config is None:
-        two = dist.is_initialized() and dist.get_world_size() == 2
-        config = FOR_TWO if two and not outer_momentum else DEFAULT
-    check_form(config, "local_sgd")
-    if outer_momentum:
-        check_owners(config, "outer_momentum")
-    optimizers = unwrapped(optimizer)
-    given = {
-        "outer_lr": outer_lr,
-        "residual_decay": residual_decay,
-        "momentum_decay": momentum_decay,
-    }
-    knobs = {knob: 1.0 if value is None else value for knob, value in given.items()}
-    choose: Choose | None = None
-    if not outer_momentum and all(value is None for value in given.values()):
-        choose = partial(chosen_for, config=config, every=every, delay=delay)
-        knobs = choose(optimizers)
-    return State(
-        model,
-        optimizers,
-        config,
-        every=every,
-        outer_momentum=outer_momentum,
-        delay=delay,
-        group=group,
-        choose=choose,
-        **knobs,
-    )
+    with attaching_to(model, group):
+        if config is None:
+            two = dist.is_initialized() and dist.get_world_size() == 2
+            config = FOR_TWO if two and not outer_momentum else DEFAULT
+        check_form(config, "local_sgd")
+        if outer_momentum:
+            check_owners(config, "outer_momentum")
+        optimizers = unwrapped(optimizer)
+        given = {
+            "outer_lr": outer_lr,
+            "residual_decay": residual_decay,
+            "momentum_decay": momentum_decay,
+        }
+        knobs = {knob: 1.0 if value is None else value for knob, value in given.items()}
+        choose: Choose | None = None
+        if not outer_momentum and all(value is None for value in given.values()):
+            choose = partial(chosen_for, config=config, every=every, delay=delay)
+            knobs = choose(optimizers)
+        return State(
+            model,
+            optimizers,
+            config,
+            every=every,
+            outer_momentum=outer_momentum,
+            delay=delay,
+            group=group,
+            choose=choose,
+            **knobs,
+        )
 
 
 def chosen_for(

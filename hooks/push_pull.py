@@ -31,7 +31,7 @@ from lc3.errors import AttachError, ConfigError, ReplicasDiffer, StateError
 from lc3.model import flat_view, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
-from lc3.session import check_form, check_owners, session_for
+from lc3.session import attaching_to, check_form, check_owners, session_for
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +75,16 @@ def attach(
         PeerError: one of these happened on another rank.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
-    if max_norm is not None and not max_norm > 0:
-        raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
-    check_form(config, "push_pull")
-    check_owners(config, "hooks.push_pull")
-    optimizer = PushPull(model, make_optimizer, config, params, max_norm, scaler, group)
-    optimizer.session.link_to(model, partial(push_pull_hook, optimizer))
-    return optimizer
+    with attaching_to(model, group):
+        if max_norm is not None and not max_norm > 0:
+            raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
+        check_form(config, "push_pull")
+        check_owners(config, "hooks.push_pull")
+        optimizer = PushPull(
+            model, make_optimizer, config, params, max_norm, scaler, group
+        )
+        optimizer.session.link_to(model, partial(push_pull_hook, optimizer))
+        return optimizer
 
 
 def push_pull_hook(
@@ -124,50 +127,44 @@ class PushPull(Optimizer):
         self._module = model.module
         self.session = session_for(model, config, group)
         self.meter, self.engine = self.session.meter, self.session.engine
-        try:
-            names = self.session.names
-            self._parameters = {name: parameter for parameter, name in names.items()}
-            groups = _groups(params, self._parameters)
-            flat = self._flats()
-            replica = {
-                n: f.float() for n, f in flat.items()
-            }  # float32: the model's own
-            self.owners = Owners(self.engine, replica)
-            self._shared = {
-                piece.name: self._own(piece.name).clone() for piece in self.owners.owned
-            }
-            self._masters = {
-                name: Parameter(self._shaped(name, master))
-                for name, master in self.owners.masters.items()
-            }
-            self.inner = make_optimizer(
-                [
-                    {
-                        **options,
-                        "params": [
-                            self._masters[names[p]]
-                            for p in options["params"]
-                            if names[p] in self._masters
-                        ],
-                    }
-                    for options in groups
-                ]
-            )
-            options = {
-                f"optimizer's {key} of group {number}": repr(value)
-                for number, group in enumerate(self.inner.param_groups)
-                for key, value in group.items()
-                if key != "params"
-            }
-            facts = {
-                "max_norm": max_norm,
-                "optimizer": type(self.inner).__name__,
-                **options,
-            }
-            self.session.agree_on(facts)
-        except BaseException:
-            self.session.close()
-            raise
+        names = self.session.names
+        self._parameters = {name: parameter for parameter, name in names.items()}
+        groups = _groups(params, self._parameters)
+        flat = self._flats()
+        replica = {n: f.float() for n, f in flat.items()}  # float32: the model's own
+        self.owners = Owners(self.engine, replica)
+        self._shared = {
+            piece.name: self._own(piece.name).clone() for piece in self.owners.owned
+        }
+        self._masters = {
+            name: Parameter(self._shaped(name, master))
+            for name, master in self.owners.masters.items()
+        }
+        self.inner = make_optimizer(
+            [
+                {
+                    **options,
+                    "params": [
+                        self._masters[names[p]]
+                        for p in options["params"]
+                        if names[p] in self._masters
+                    ],
+                }
+                for options in groups
+            ]
+        )
+        options = {
+            f"optimizer's {key} of group {number}": repr(value)
+            for number, group in enumerate(self.inner.param_groups)
+            for key, value in group.items()
+            if key != "params"
+        }
+        facts = {
+            "max_norm": max_norm,
+            "optimizer": type(self.inner).__name__,
+            **options,
+        }
+        self.session.agree_on(facts)
         super().__init__(groups, self.inner.defaults)
         self._values = arena_like(replica)
         self._pushed: set[str] = set()

@@ -827,8 +827,10 @@ class Engine:
         if self._failure is None:
             self._failure = error
             reason = f"{type(error).__name__}: {error}"
+            self.exchange.leave_word(reason)
             abort = seal_abort(reason, self._tag(self.exchange.rank, step, bucket))
-            with suppress(ExchangeError):  # the others may be gone already
+            # The others may be gone already; this one's own word is no news.
+            with suppress(ExchangeError, PeerError):
                 self.exchange.all_to_all(
                     [abort] * self.exchange.world, timeout_s=_ABORT_TIMEOUT_S
                 )

@@ -5,16 +5,16 @@ group, and ``LoopbackExchange``, N ranks as N threads of one process.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lc3.errors import ExchangeError, FormatError
+from lc3.errors import ExchangeError, FormatError, PeerError
 
 if not dist.is_initialized():
     # DDP imports this with its first model. The default group is the default argument
@@ -22,7 +22,10 @@ if not dist.is_initialized():
     # gloo's threads outlive destroy_process_group() (see ``GroupExchange.leave``).
     import torch.distributed.nn.functional
 
+T = TypeVar("T")
+
 _SIZE_BYTES = 8
+_WORD, _WORD_S = "lc3/stopped", 5.0  # the key, and how long to wait for the store
 MOST_BYTES = 1 << 26  # of a message, but for what a plan is about
 _ROOM_BYTES, _ROOMS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 
@@ -68,6 +71,14 @@ class Exchange(Protocol):
         """Make a dense tensor its sum over ranks, by the transport's own means.
 
         Nobody can answer it with an abort message.
+        """
+        ...
+
+    def leave_word(self, reason: str) -> None:
+        """Leave word of why this rank stops, for ranks that come after it has gone.
+
+        Their next exchange raises it as a ``PeerError``, where the transport has a
+        place for it.
         """
         ...
 
@@ -154,7 +165,7 @@ class GroupExchange:
         """See ``Exchange.all_to_all``."""
         if self.world == 1:
             return list(messages)
-        with _transport_errors():
+        with self._transport_errors():
             if self._one_round:
                 arrived = self._pairwise(messages, timeout_s)
             else:
@@ -231,10 +242,45 @@ class GroupExchange:
     def all_reduce(self, tensor: Tensor) -> None:
         """See ``Exchange.all_reduce``. Counted as a ring. Not among members only."""
         assert self.world == dist.get_world_size(self._group)
-        with _transport_errors():
+        with self._transport_errors():
             dist.all_reduce(tensor, group=self._group)
         self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
         self.rounds += 2 * (self.world - 1)
+
+    def leave_word(self, reason: str) -> None:
+        """See ``Exchange.leave_word``. In the group's store, where the first stays."""
+        word = f"{self._members[self.rank]} {reason}"
+        within(_WORD_S, lambda: self._store().compare_set(_WORD, "", word))
+
+    def _word(self) -> PeerError | None:
+        """Return what a rank that has stopped has left word of."""
+
+        def look() -> str | None:
+            store = self._store()
+            return store.get(_WORD).decode() if store.check([_WORD]) else None
+
+        rank, _, reason = (within(_WORD_S, look) or "").partition(" ")
+        return PeerError(int(rank), reason) if rank.isdecimal() else None
+
+    def _store(self) -> Any:
+        return self._group.get_group_store()
+
+    @contextmanager
+    def _transport_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except FormatError:
+            raise
+        except (ExchangeError, RuntimeError, ValueError) as error:
+            if (word := self._word()) is not None:
+                raise word from error
+            if isinstance(error, ExchangeError):
+                raise
+            raise ExchangeError(
+                f"the exchange with the other ranks failed ({error}); a rank died, the "
+                "link is down, or the process group's timeout passed: look at the "
+                "other ranks' logs"
+            ) from error
 
     def _send(self, data: Tensor, peer: int) -> Any:
         return dist.isend(data, group=self._group, group_dst=self._members[peer])
@@ -258,6 +304,20 @@ class GroupExchange:
             work.wait()
         elif not work.wait(timedelta(seconds=timeout_s)):
             raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
+
+
+def within(timeout_s: float, ask: Callable[[], T]) -> T | None:
+    """Return ``ask()``, or nothing if that fails or takes too long."""
+    answers: list[T] = []
+
+    def run() -> None:
+        with suppress(Exception):
+            answers.append(ask())
+
+    thread = threading.Thread(target=run, name="lc3-asks", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return answers[0] if answers else None
 
 
 def _parts(numel: int, room: Tensor) -> list[int]:
@@ -341,16 +401,5 @@ class LoopbackExchange:
         self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
         self.rounds += 2 * (self.world - 1)
 
-
-@contextmanager
-def _transport_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ExchangeError, FormatError):
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise ExchangeError(
-            f"the exchange with the other ranks failed ({error}); a rank died, the "
-            "link is down, or the process group's timeout passed: look at the other "
-            "ranks' logs"
-        ) from error
+    def leave_word(self, reason: str) -> None:
+        """See ``Exchange.leave_word``. No place: a thread that comes late waits."""

@@ -8,17 +8,28 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from lc3.config import Config
-from lc3.errors import Lc3Error, PeerError, PlanMismatch
+from lc3.errors import FormatError, Lc3Error, PeerError, PlanMismatch
 from lc3.exchange import Exchange
 from lc3.workers import cores
 
 T = TypeVar("T")
+
+
+class Gathers(Protocol):
+    """What a handshake needs of an ``Exchange``."""
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """See ``Exchange.all_gather``."""
+        ...
+
 
 _BOOT_ID = Path(
     "/proc/sys/kernel/random/boot_id"
@@ -26,7 +37,7 @@ _BOOT_ID = Path(
 
 
 def agree(
-    exchange: Exchange,
+    exchange: Gathers,
     version: str,
     config: Config,
     shapes: Sequence[tuple[str, Sequence[int]]],
@@ -46,21 +57,22 @@ def agree(
         facts: what else has to be the same, by name.
 
     Raises:
-        Lc3Error: what ``build`` raised on this rank.
+        Exception: what ``build`` raised on this rank.
         PeerError: what it raised on another.
+        FormatError: another rank has sent something else than lc3 sends here.
         PlanMismatch: ranks differ; the same sentence on every rank.
     """
     built: T | None = None
-    failure: Lc3Error | None = None
+    failure: Exception | None = None
     try:
         built = build()
-    except Lc3Error as error:
+    except Exception as error:  # noqa: BLE001  # raised below, when it is told
         failure = error
     knobs = dataclasses.asdict(config)
     for own in ("threads", "log_every"):  # each rank's own affair
         del knobs[own]
     mine = {
-        "error": None if failure is None else str(failure),
+        "error": None if failure is None else _said_of(failure),
         "lc3 version": version,
         **{f"Config.{k}": v for k, v in knobs.items()},
         **(facts or {}),
@@ -69,12 +81,26 @@ def agree(
     text = json.dumps(mine).encode()
     digests = _gather(exchange, hashlib.sha256(text).digest())
     if len(set(digests)) > 1:
-        everybody = [json.loads(said) for said in _gather(exchange, text)]
+        everybody = [_read(r, said) for r, said in enumerate(_gather(exchange, text))]
         if failure is None:
             _explain(everybody)
     if failure is not None:
         raise failure
     return built  # type: ignore[return-value]  # build() succeeded
+
+
+def refuse(exchange: Exchange, version: str, error: Exception) -> None:
+    """Take part in a handshake with an error from before it; collective.
+
+    The others get it as a ``PeerError``.
+    """
+
+    def build() -> None:
+        raise error
+
+    with suppress(Exception):
+        threads_for(exchange, Config())
+        agree(exchange, version, Config(), [], build)
 
 
 def threads_for(exchange: Exchange, config: Config) -> int:
@@ -90,9 +116,31 @@ def threads_for(exchange: Exchange, config: Config) -> int:
     return max(1, cores() // machines.count(machine.encode()))
 
 
-def _gather(exchange: Exchange, data: bytes) -> list[bytes]:
+def _gather(exchange: Gathers, data: bytes) -> list[bytes]:
     message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return [bytes(said.numpy()) for said in exchange.all_gather(message)]
+
+
+def _said_of(error: Exception) -> str:
+    return (
+        str(error)
+        if isinstance(error, Lc3Error)
+        else f"{type(error).__name__}: {error}"
+    )
+
+
+def _read(rank: int, said: bytes) -> dict[str, object]:
+    """Return what a rank has said of itself."""
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or "error" not in found:
+        raise FormatError(
+            f"rank {rank} sent {len(said)} bytes that are no handshake of lc3; does it "
+            "run lc3, of the same version, in the same process group?"
+        )
+    return found
 
 
 def _explain(everybody: Sequence[dict[str, object]]) -> None:

@@ -2,9 +2,11 @@
 
 import atexit
 import io
+import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
@@ -29,8 +31,8 @@ from lc3.coder import Coder
 from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
-from lc3.exchange import Divisible, Exchange, GroupExchange
-from lc3.handshake import agree, threads_for
+from lc3.exchange import Divisible, Exchange, GroupExchange, within
+from lc3.handshake import agree, refuse, threads_for
 from lc3.lane import Lane
 from lc3.link import Link, Run, buffers_are_free, link_of, link_to
 from lc3.meter import Meter
@@ -40,7 +42,8 @@ from lc3.two_levels import Nodes, TwoLevels, nodes_of
 from lc3.version import __version__
 
 _CPU = torch.device("cpu")
-_CLOSE_TIMEOUT_S, _EXIT_TIMEOUT_S = 10.0, 2.0
+_CLOSE_TIMEOUT_S, _EXIT_TIMEOUT_S, _REFUSE_S = 10.0, 2.0, 60.0
+log = logging.getLogger(__name__)
 
 
 _OPEN: "WeakSet[Session]" = WeakSet()
@@ -51,6 +54,59 @@ def _close_all() -> None:
     for session in list(_OPEN):
         with suppress(Exception):
             session.close(_EXIT_TIMEOUT_S)
+
+
+# Sessions that were made since ``attaching`` began.
+_ATTACHING: ContextVar[list["Session"] | None] = ContextVar("attaching", default=None)
+
+
+@contextmanager
+def attaching(
+    connect: Callable[[], tuple[Exchange, Callable[[], None]]],
+) -> Iterator[None]:
+    """Tell the other ranks of any error in the block, wherever they wait by then.
+
+    A rank that just left would be missed for the whole timeout of the process group. If
+    every rank has the error, each raises its own at once.
+
+    Args:
+        connect: returns an exchange between the ranks, and how to leave it; for errors
+            from before there is a session.
+    """
+    made: list[Session] = []
+    token = _ATTACHING.set(made)
+    try:
+        yield
+    except Exception as error:
+        if made:
+            made[-1].fail(error)
+        elif dist.is_initialized():
+            log.error("lc3: %s; the other ranks are told", error)
+            within(_REFUSE_S, partial(_refuse, connect, error))
+        raise
+    finally:
+        _ATTACHING.reset(token)
+
+
+def _refuse(
+    connect: Callable[[], tuple[Exchange, Callable[[], None]]], error: Exception
+) -> None:
+    exchange, leave = connect()
+    refuse(exchange, __version__, error)
+    leave()
+
+
+class _Sealed:
+    """Gathers messages that a rank which has failed can answer."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """See ``Exchange.all_gather``."""
+        tag = self._engine.aside()
+        with self._engine.exchanging(0, *tag):
+            return self._engine.share(message, *tag)
 
 
 # Works on a bucket: its flat buffer, its parameters' names, step, number; returns what
@@ -105,6 +161,8 @@ class Session:
         self.meter = Meter(log_every=None if exchange.rank else config.log_every)
         self._leave = leave
         self._link: Link | None = None
+        if (made := _ATTACHING.get()) is not None:
+            made.append(self)
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
         world = exchange.world
 
@@ -147,6 +205,12 @@ class Session:
         self.begin_step(0)
         _OPEN.add(self)
 
+    def fail(self, error: Exception) -> None:
+        """Tell the other ranks that this one stops, and close."""
+        if self in _OPEN:
+            self.engine.tell(error, 0, 0)
+            self.close()
+
     def on_bucket(
         self, bucket: dist.GradBucket, job: BucketJob, native: Native | None = None
     ) -> torch.futures.Future[Tensor]:
@@ -179,8 +243,8 @@ class Session:
             PlanMismatch: ranks differ; the same sentence on every rank.
         """
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
-        exchange = self.engine.exchange
-        agree(exchange, __version__, self.config, shapes, lambda: None, facts)
+        sealed = _Sealed(self.engine)
+        agree(sealed, __version__, self.config, shapes, lambda: None, facts)
 
     def link_to(self, model: DistributedDataParallel, run: Run) -> None:
         """Let buckets of ``model`` go to ``run`` until this is closed."""
@@ -360,14 +424,42 @@ def session_beside(
     Raises:
         AttachError: the group is no such group; and what ``Session`` raises.
     """
+    exchange, leave = connection(beside, group)
+    ranks = dist.get_process_group_ranks(group or beside)
+    return Session(parameters, config, exchange, leave, mesh, ranks, facts, extras)
+
+
+def connection(
+    beside: dist.ProcessGroup, group: dist.ProcessGroup | None
+) -> tuple[GroupExchange, Callable[[], None]]:
+    """Return an exchange that nobody else uses, and how to leave it; collective.
+
+    Args:
+        beside: see ``session_beside``.
+        group: see ``session_beside``.
+    """
     own, is_mine = _group_for(beside, group)
-    ranks = dist.get_process_group_ranks(own)
     device = _CPU
     if dist.get_backend(own) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     exchange = GroupExchange(own, device)
-    leave = partial(exchange.leave, destroy=is_mine)
-    return Session(parameters, config, exchange, leave, mesh, ranks, facts, extras)
+    return exchange, partial(exchange.leave, destroy=is_mine)
+
+
+def attaching_to(
+    model: nn.Module, group: dist.ProcessGroup | None
+) -> AbstractContextManager[None]:
+    """Return ``attaching`` for the ranks of a model, wrapped by DDP or not."""
+
+    def connect() -> tuple[GroupExchange, Callable[[], None]]:
+        beside = getattr(model, "process_group", None) or dist.group.WORLD
+        assert isinstance(beside, dist.ProcessGroup)
+        try:
+            return connection(beside, group)
+        except AttachError:
+            return connection(beside, None)
+
+    return attaching(connect)
 
 
 def session_for(

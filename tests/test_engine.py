@@ -542,6 +542,9 @@ def test_a_damaged_message_stops_every_rank() -> None:
         def all_reduce(self, tensor: Tensor) -> None:
             self.inner.all_reduce(tensor)
 
+        def leave_word(self, reason: str) -> None:
+            self.inner.leave_word(reason)
+
     def job(rank: int, exchange: Exchange) -> None:
         engine = engine_of(Damaging(exchange))
         for step in range(3):

@@ -1,0 +1,98 @@
+"""What fails on one rank is an error on all, at once and with its reason."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import lc3
+from lc3.exchange import Exchange
+from lc3.handshake import agree
+from tests import failing_cases
+from tests.ranks import Ranks
+from tests.test_engine import in_threads
+
+pytestmark = pytest.mark.timeout(240)
+Pools = Callable[[int], Ranks]
+WRONG = {
+    "ddp": "AttachError: optimizer is a str",
+    "ddp, not wrapped": "AttachError: attach needs a DistributedDataParallel",
+    "ddp, TypeError": "TypeError: ",
+    "push_pull": "ConfigError: max_norm=-1.0",
+    "push_pull, later": "MemoryError: no memory left for moments",
+    "local_sgd": "ConfigError: every=0",
+}
+
+
+@pytest.mark.parametrize("form", WRONG)
+def test_a_rank_that_attaches_wrongly_is_an_error_on_all(
+    ranks: Pools, form: str
+) -> None:
+    said = ranks(3).run(failing_cases.attached_wrongly, form)
+    own, _ = said[1]
+    assert own.startswith(WRONG[form])
+    reason = own.partition(": ")[2]
+    for other, seconds in (said[0], said[2]):
+        assert other.startswith("PeerError: rank 1 stopped: "), other
+        assert reason in other
+        assert seconds < 20
+
+
+def test_a_reason_waits_for_ranks_that_come_late(ranks: Pools) -> None:
+    said = ranks(3).run(failing_cases.comes_late)
+    assert said[1] == "MemoryError: no memory left for frames"
+    for other in (said[0], said[2]):
+        assert other == (
+            "PeerError: rank 1 stopped: MemoryError: no memory left for frames"
+        )
+
+
+def test_a_failed_attach_leaves_nothing_behind(ranks: Pools) -> None:
+    for grown in ranks(2).run(failing_cases.failed_attaches, 5):
+        assert grown == {"files": 0, "threads": 0}
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [b"", b"\xff\xfe", b"[]", b"7", b"{}", b'{"error": null', b"[" * 200_000],
+)
+def test_rubbish_in_a_handshake_is_named(rubbish: bytes) -> None:
+    def job(rank: int, exchange: Exchange) -> str:
+        if rank == 0:
+            for said in (b"x" * 32, rubbish):
+                exchange.all_gather(
+                    torch.frombuffer(bytearray(said), dtype=torch.uint8)
+                    if said
+                    else torch.empty(0, dtype=torch.uint8)
+                )
+            return ""
+        try:
+            agree(exchange, "0", lc3.Config(), [("w", [3])], lambda: None)
+        except lc3.FormatError as error:
+            return str(error)
+        return "agreed"
+
+    said: Any = in_threads(2, job)
+    assert said[1].startswith(f"rank 0 sent {len(rubbish)} bytes that are no handshake")
+
+
+@pytest.mark.parametrize("kind", [1, None, [], {"a": 1}])
+def test_what_is_said_of_strange_types_is_still_compared(kind: object) -> None:
+    def job(rank: int, exchange: Exchange) -> str:
+        if rank == 0:
+            text = json.dumps({"error": kind, "lc3 version": kind}).encode()
+            for said in (b"x" * 32, text):
+                exchange.all_gather(
+                    torch.frombuffer(bytearray(said), dtype=torch.uint8)
+                )
+            return ""
+        try:
+            agree(exchange, "0", lc3.Config(), [("w", [3])], lambda: None)
+        except lc3.Lc3Error as error:
+            return type(error).__name__
+        return "agreed"
+
+    said: Any = in_threads(2, job)
+    assert said[1] == ("PlanMismatch" if kind is None else "PeerError")
