@@ -13,6 +13,9 @@ cd "$(dirname "$0")/.."
 RANKS=${RANKS:-1}
 PORT=${PORT:-29500}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / RANKS > 0 ? $(nproc) / RANKS : 1))}
+# Each attempt meets in a store of its own: in a shared one an attempt finds addresses
+# of the one before it (pytorch/pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 address=()
 if [ -n "${INTERFACE:-}" ]; then
     # Names of machines need not be known to the others: the interface's address is.

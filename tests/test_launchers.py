@@ -78,6 +78,19 @@ def test_scripts_parse_and_can_be_run(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
+def test_an_attempt_does_not_meet_the_one_before_it(tmp_path: Path) -> None:
+    """A rank died, another starts late: one restart, not as many as there are."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\nexec {sys.executable} "${{@//launch.train/tests.restarting}}"\n'
+    )
+    python.chmod(0o755)
+    said = run(str(LAUNCH / "torchrun.sh"), PYTHON=str(python), RANKS="2", RESTARTS="1")
+    for attempt in "01":
+        for rank in "01":
+            assert f"attempt {attempt}, rank {rank} met" in said
+
+
 def test_torchrun_on_one_machine(tmp_path: Path) -> None:
     checkpoints = str(tmp_path / "checkpoints")
     said = run(str(LAUNCH / "torchrun.sh"), *TRAIN, CHECKPOINTS=checkpoints, RANKS="2")
