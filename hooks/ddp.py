@@ -53,6 +53,7 @@ def attach(
     scaler: GradScaler | None = None,
     group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | int | None = None,
+    check_every: int | None = None,
 ) -> "State":
     """Compress the gradients of ``model`` from its next backward pass on.
 
@@ -82,6 +83,10 @@ def attach(
             each, or a mesh of two dimensions, between and inside. Gradients travel
             densely inside and by 3LC between: see ``lc3.two_levels``. Default: by 3LC
             between all ranks.
+        check_every: compare all replicas by checksums whenever so many steps have been
+            made, and raise ``ReplicasDiffer`` where they differ: it finds a rank that
+            sends others than it keeps, or broken memory. Four bytes a tensor travel.
+            ``None``: only what ``check_replicas`` is called for.
 
     Returns:
         The state: its ``meter``, ``state_dict()``, ``close()``.
@@ -104,7 +109,7 @@ def attach(
             group=group,
             mesh=mesh,
         )
-        state.session.link_to(model, partial(lc3_hook, state))
+        state.session.link_to(model, partial(lc3_hook, state), check_every)
     return state
 
 

@@ -49,6 +49,7 @@ def attach(
     max_norm: float | None = None,
     scaler: GradScaler | None = None,
     group: dist.ProcessGroup | None = None,
+    check_every: int | None = None,
 ) -> "PushPull":
     """Return the optimizer that trains ``model``, whose ``step()`` pulls deltas.
 
@@ -67,6 +68,10 @@ def attach(
         scaler: that multiplies the loss; ``scaler.step`` and ``scaler.update`` are
             called as usual. Residuals follow its scale.
         group: a process group that nobody else uses. Default: lc3 makes one.
+        check_every: compare all replicas by checksums whenever so many steps have been
+            made, and raise ``ReplicasDiffer`` where they differ: it finds a rank that
+            sends others than it keeps, or broken memory. Four bytes a tensor travel.
+            ``None``: only what ``check_replicas`` is called for.
 
     Raises:
         AttachError: the model cannot be compressed.
@@ -83,7 +88,9 @@ def attach(
         optimizer = PushPull(
             model, make_optimizer, config, params, max_norm, scaler, group
         )
-        optimizer.session.link_to(model, partial(push_pull_hook, optimizer))
+        optimizer.session.link_to(
+            model, partial(push_pull_hook, optimizer), check_every
+        )
         return optimizer
 
 

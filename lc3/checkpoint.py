@@ -8,6 +8,7 @@ ranks can load: masters and optimizer state stay exact, and what was not sent ye
 kept as the mean over ranks, so that its sum is the same up to one division.
 """
 
+import io
 import math
 import os
 import re
@@ -15,6 +16,7 @@ import secrets
 import socket
 import stat
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +169,51 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
                     "earlier one"
                 )
             raise StateError(f"{path} {reason}") from error
+
+
+def to_bytes(state: Mapping[str, Any]) -> Tensor:
+    """Return a rank's state as uint8[*], for ``from_bytes``."""
+    file = io.BytesIO()
+    torch.save(dict(state), file)
+    return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+
+
+def from_bytes(data: Tensor, sender: str) -> dict[str, Any]:
+    """Return the state that a peer has sent, in no more memory than it has sent bytes.
+
+    Args:
+        data: uint8[*], of ``to_bytes``.
+        sender: for errors.
+
+    Raises:
+        StateError: it is no state, is compressed, or its tensors are larger than it.
+    """
+    file = io.BytesIO(data.numpy().tobytes())
+    try:
+        with zipfile.ZipFile(file) as parts:
+            stored = {one.compress_type for one in parts.infolist()}
+            size = sum(one.file_size for one in parts.infolist())
+        if stored != {zipfile.ZIP_STORED} or size > data.numel():
+            raise ValueError("compressed")
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or _nbytes(state) > data.numel():
+            raise ValueError("tensors of more elements than bytes")
+    except Exception as error:
+        raise StateError(
+            f"{sender} sent {data.numel()} bytes that are no state ({error}); does it "
+            "run the same version of lc3?"
+        ) from error
+    return state
+
+
+def _nbytes(value: Any) -> int:
+    """Return the bytes of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def save(hook: str, plan: Plan, rank: int, parts: Parts) -> dict[str, Any]:

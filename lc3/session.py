@@ -1,7 +1,6 @@
 """What every hook needs for one model: names, a group of its own, an engine, a lane."""
 
 import atexit
-import io
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3 import rans
 from lc3.auto import Auto, measure
 from lc3.buffers import Buffers
+from lc3.checkpoint import from_bytes, to_bytes
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
 from lc3.config import Config
@@ -161,6 +161,7 @@ class Session:
         self.meter = Meter(log_every=None if exchange.rank else config.log_every)
         self._leave = leave
         self._link: Link | None = None
+        self._compared: tuple[nn.Module, int] | None = None
         if (made := _ATTACHING.get()) is not None:
             made.append(self)
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
@@ -227,14 +228,21 @@ class Session:
         buffer = bucket.buffer()
         names = [self._name_of(parameter) for parameter in bucket.parameters()]
         step, index = self.next_bucket(names)
+        if self._compared is not None and index == 0 and step:
+            module, every = self._compared
+            if step % every == 0:
+                self._wait_at_end(self.lane.submit(self._comparison(module, step)))
         if native is not None and (started := native(bucket, names, step)) is not None:
             return started
         future = self.lane.submit(lambda: job(buffer, names, step, index))
+        self._wait_at_end(future)
+        return future
+
+    def _wait_at_end(self, future: torch.futures.Future[Tensor]) -> None:
         # DDP would cast an exception to a tensor. Waiting at the end of backward,
         # before DDP does, raises it. Outside of backward (Join) nobody but DDP can.
         with suppress(RuntimeError):
             Variable._execution_engine.queue_callback(partial(self.wait, future))
-        return future
 
     def agree_on(self, facts: Mapping[str, object]) -> None:
         """Compare what else has to be the same on every rank; collective.
@@ -246,8 +254,31 @@ class Session:
         sealed = _Sealed(self.engine)
         agree(sealed, __version__, self.config, shapes, lambda: None, facts)
 
-    def link_to(self, model: DistributedDataParallel, run: Run) -> None:
-        """Let buckets of ``model`` go to ``run`` until this is closed."""
+    def link_to(
+        self,
+        model: DistributedDataParallel,
+        run: Run,
+        check_every: int | None = None,
+    ) -> None:
+        """Let buckets of ``model`` go to ``run`` until this is closed.
+
+        Args:
+            model: that DDP wraps.
+            run: gets the buckets.
+            check_every: steps between two comparisons of all replicas; ``None``: none.
+
+        Raises:
+            ConfigError: ``check_every`` is less than 1, or no integer.
+            PlanMismatch: it differs between ranks.
+        """
+        self.agree_on({"check_every": check_every})
+        if check_every is not None:
+            if not isinstance(check_every, int) or check_every < 1:
+                raise ConfigError(
+                    f"check_every={check_every!r} is no number of steps from 1 up; "
+                    "None compares nothing"
+                )
+            self._compared = model.module, check_every
         buffers = None
         if self.engine.exchange.world > 1 and buffers_are_free(model):
             buffers = Buffers(model, self.any_rank, self.count_buffers)
@@ -294,6 +325,11 @@ class Session:
             ReplicasDiffer: the same on every rank; names the first tensor and the ranks
                 that hold another than most.
         """
+        at = self.step if step is None else step
+        self.lane.submit(self._comparison(module, at)).wait()
+
+    def _comparison(self, module: nn.Module, at: int) -> Callable[[], Tensor]:
+        """Return a job for the lane that compares replicas after ``at`` steps."""
         kept = {
             **{f"parameter {name!r}": p for name, p in named_parameters(module)},
             **{
@@ -302,7 +338,6 @@ class Session:
                 if not b.is_floating_point() and not b.is_complex()
             },
         }
-        at = self.step if step is None else step
 
         def compare() -> Tensor:
             mine = [
@@ -333,19 +368,15 @@ class Session:
                     )
             return sums_here
 
-        self.lane.submit(compare).wait()
+        return compare
 
     def gather(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return every rank's ``state`` on rank 0, none elsewhere; collective."""
-        mine, gathered = io.BytesIO(), list[dict[str, Any]]()
-        torch.save(dict(state), mine)
-        data = torch.frombuffer(bytearray(mine.getbuffer()), dtype=torch.uint8)
+        data, gathered = to_bytes(state), list[dict[str, Any]]()
 
         def collect() -> Tensor:
-            for saved in self.engine.collect(data):
-                file = io.BytesIO(bytes(saved.numpy()))
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
-                gathered.append(loaded)
+            for rank, saved in enumerate(self.engine.collect(data)):
+                gathered.append(from_bytes(saved, f"rank {rank}"))
             return torch.empty(0, dtype=torch.float32)
 
         self.lane.submit(collect).wait()

@@ -120,3 +120,39 @@ def refuses_alone(rank: int, world: int) -> tuple[str, float]:
             said, took = str(error), time.monotonic() - began
     time.sleep(3.0)
     return said, took
+
+
+def replicas_compared(rank: int, world: int, form: str) -> list[str]:
+    """Change a parameter on one rank after three steps; what backward says."""
+    model = DistributedDataParallel(net())
+    state: Any
+    optimizer: Any
+    if form == "ddp":
+        optimizer = SGD(model.parameters())
+        state = ddp.attach(model, optimizer, check_every=2)
+    else:
+        optimizer = state = push_pull.attach(model, SGD, check_every=2)
+    said = []
+    for step in range(6):
+        try:
+            model(torch.randn(4, 64)).square().mean().backward()
+        except lc3.ReplicasDiffer as error:
+            said.append(f"{step}: {error}")
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2 and rank == 1 and form == "ddp":
+            with torch.no_grad():
+                model.module.bias[3] += 1e-6
+    state.close()
+    return said
+
+
+def check_every_refused(rank: int, world: int, value: Any) -> str:
+    """Attach with an interval for each rank; what is said."""
+    model = DistributedDataParallel(net())
+    try:
+        ddp.attach(model, check_every=value[rank])
+    except lc3.Lc3Error as error:
+        return str(error)
+    return "attached"

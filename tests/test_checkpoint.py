@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import lc3
 from lc3 import checkpoint
 from lc3.checkpoint import Parts
 from lc3.engine import Engine
+from lc3.errors import StateError
 from lc3.exchange import Loopback
 from tests import checkpoint_cases, state_fuzz
 from tests.ranks import Ranks
@@ -300,3 +302,53 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.undo()
     assert lc3.load_checkpoint(path) == {"lr": 0.1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def _bomb() -> bytes:
+    """Return a file of a few kB that would load as 40 MB."""
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.zeros(10_000_000)}, plain)
+    deflated = zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(plain) as source, deflated as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    return packed.getvalue()
+
+
+def _saved(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+RUBBISH = {
+    "compressed": (_bomb(), "compressed"),
+    "expanded": (_saved({"a": torch.zeros(1).expand(1 << 40)}), "tensors of more"),
+    "nested": (
+        _saved({"a": [{"b": torch.zeros(1).expand(1 << 40)}]}),
+        "tensors of more",
+    ),
+    "a list": (_saved([torch.zeros(1)]), ""),
+    "empty": (b"", ""),
+    "rubbish": (b"rubbish", ""),
+    "cut": (_saved({"a": torch.zeros(9)})[:-30], ""),
+    "code": (pickle.dumps({"a": print}), ""),
+}
+
+
+@pytest.mark.parametrize("kind", RUBBISH)
+def test_a_peers_bytes_are_no_state(kind: str) -> None:
+    sent, why = RUBBISH[kind]
+    empty = torch.empty(0, dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(sent), dtype=torch.uint8) if sent else empty
+    said = rf"rank 3 sent {len(sent)} bytes that are no state \(.*{why}"
+    with pytest.raises(StateError, match=said):
+        checkpoint.from_bytes(data, "rank 3")
+
+
+def test_a_state_comes_back_from_bytes() -> None:
+    state: dict[str, Any] = {"a": torch.arange(5), "n": 3, "b": {"c": torch.ones(2, 2)}}
+    back = checkpoint.from_bytes(checkpoint.to_bytes(state), "rank 0")
+    assert back["n"] == 3
+    assert torch.equal(back["a"], state["a"])
+    assert torch.equal(back["b"]["c"], torch.ones(2, 2))

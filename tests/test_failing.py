@@ -54,6 +54,19 @@ def test_a_failed_attach_leaves_nothing_behind(ranks: Pools) -> None:
         assert grown == {"files": 0, "threads": 0}
 
 
+def test_replicas_are_compared_every_so_many_steps(ranks: Pools) -> None:
+    for said in ranks(3).run(failing_cases.replicas_compared, "ddp"):
+        (once,) = said
+        assert once.startswith(
+            "4: parameter 'bias' differs on the ranks [1] after 4 steps"
+        )
+    assert ranks(2).run(failing_cases.replicas_compared, "push_pull") == [[], []]
+    for said in ranks(2).run(failing_cases.check_every_refused, [0, 0]):
+        assert said.startswith("check_every=0 is no number of steps from 1 up")
+    for said in ranks(2).run(failing_cases.check_every_refused, [2, 3]):
+        assert said.startswith("ranks differ: check_every is 2 on rank 0 and 3 on rank")
+
+
 @pytest.mark.parametrize(
     "rubbish",
     [b"", b"\xff\xfe", b"[]", b"7", b"{}", b'{"error": null', b"[" * 200_000],

@@ -46,6 +46,7 @@ BELOW = {
         *(
             "auto",
             "buffers",
+            "checkpoint",
             "codec",
             "coder",
             "config",
