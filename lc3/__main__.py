@@ -37,7 +37,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "measure", help="what compression would save and cost in your training"
     )
     measured.add_argument("--steps", type=_from(1), default=50, help="to measure")
-    measured.add_argument("--ranks", type=_from(2), default=4, help="of the job to be")
+    measured.add_argument(
+        "--ranks",
+        type=_from(2),
+        help="of the job to be (default: the script's own, or 4)",
+    )
     measured.add_argument(
         *("--sparsity", "-s"),
         type=_sparsity,

@@ -16,11 +16,13 @@ from lc3.auto import Costs, codec_costs, measure
 from lc3.codec import codec_for, warm_up
 from lc3.config import Config
 from lc3.exchange import GroupExchange
+from lc3.handshake import machines
 from lc3.measure import LINKS_BIT_S
 from lc3.version import __version__
 from lc3.workers import cores
 
 _TIMEOUT_S = 120
+_CLEAR = 1.25  # times faster; these are predictions from a second of measuring
 
 
 def versions() -> list[str]:
@@ -79,12 +81,19 @@ def report(elements: int, compute_ms: float) -> None:
         assert dist.group.WORLD is not None
         exchange = GroupExchange(dist.group.WORLD, torch.device("cpu"))
         costs = measure(exchange, codec, config, threads=1)
+        alone = len(set(machines(exchange))) == 1
         if first:
             print(
                 f"{world} ranks, the slowest of them: {1e3 * costs.round:.2f} ms a "
                 f"round, {1e-6 / costs.byte:.1f} MB/s ({8e-6 / costs.byte:,.0f} "
-                "Mbit/s) from each"
+                "Mbit/s) from each to all others at once, as 3LC sends; an all-reduce "
+                f"takes in {1e-6 / costs.reduce_byte:.1f} MB/s of a tensor"
             )
+            if alone:
+                print(
+                    f"all ranks are on this machine and share its {cores()} cores: "
+                    "between machines it is the link that counts"
+                )
             _predict(elements, compute_ms, world, {"this link": costs})
     dist.destroy_process_group()
 
@@ -101,14 +110,18 @@ def _predict(
         times = costs.predict(elements, world, direct=False)
         steps = {form: compute_ms + 1e3 * seconds for form, seconds in times.items()}
         direct_ms = 1e3 * costs.predict(elements, world, direct=True)["3lc"]
-        verdict = "compress" if steps["3lc"] < steps["float32"] else "do not compress"
+        times_faster = steps["float32"] / steps["3lc"]
+        verdict = "no clear difference"
+        if not 1 / _CLEAR < times_faster < _CLEAR:
+            verdict = "compress" if times_faster > 1 else "do not compress"
         print(
             f"  {name:11} float32 {steps['float32']:10,.1f} ms, bfloat16 "
             f"{steps['bfloat16']:10,.1f} ms, 3LC {steps['3lc']:10,.1f} ms "
             f"(direct {compute_ms + direct_ms:,.1f} ms): {verdict}"
         )
     print(
-        "  break-even with float32: "
-        f"{costs.break_even(elements, world, direct=False) / 1e9:.2f} "
-        "Gbit/s. python -m lc3 measure your_script.py tells what your gradients need"
+        "  break-even with float32: about "
+        f"{costs.break_even(elements, world, direct=False) / 1e9:.1g} "
+        "Gbit/s, within a factor of two. python -m lc3 measure your_script.py tells "
+        "what your gradients need"
     )

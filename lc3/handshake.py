@@ -109,11 +109,16 @@ def threads_for(exchange: Exchange, config: Config) -> int:
     Raises:
         ExchangeError: the transport failed.
     """
-    machine = _BOOT_ID.read_text() if _BOOT_ID.exists() else platform.node()
-    machines = _gather(exchange, machine.encode())
+    found = machines(exchange)
     if config.threads is not None:
         return config.threads
-    return max(1, cores() // machines.count(machine.encode()))
+    return max(1, cores() // found.count(found[exchange.rank]))
+
+
+def machines(exchange: Exchange) -> list[bytes]:
+    """Return what stands for the machine of each rank; collective."""
+    machine = _BOOT_ID.read_text() if _BOOT_ID.exists() else platform.node()
+    return _gather(exchange, machine.encode())
 
 
 def _gather(exchange: Gathers, data: bytes) -> list[bytes]:

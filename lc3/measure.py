@@ -1,15 +1,21 @@
 """What compression would save and cost in a training, without changing it.
 
     python -m lc3 measure train.py --its --own arguments
+    torchrun --nproc-per-node 2 -m lc3 measure train.py --its --own arguments
 
 The script runs as it is. Before each step of its optimizers the gradients are copied
 and go through both hops of 3LC at every sparsity, with residuals that live from step to
-step. After some steps the program ends with a table.
+step; those of Adam are divided by its second moments first, as ``hooks.ddp`` does.
+Where the script trains on several ranks, an all-reduce as large as its gradients is
+timed between them once, since a step contains one. After some steps the program ends,
+and rank 0 prints a table.
 """
 
 import math
+import os
 import runpy
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +24,12 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lc3.applied import Kind, kind_of, unsuited
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
 from lc3.config import Config
@@ -33,6 +41,8 @@ from lc3.plan import make_plan
 
 LINKS_BIT_S = {"10 Mbit/s": 1e7, "100 Mbit/s": 1e8, "1 Gbit/s": 1e9, "10 Gbit/s": 1e10}
 SPARSITIES = (1.0, 1.5, 1.75, 1.9)
+_TIMED_STEP, _REPEATS, _MOST_ELEMENTS = 2, 3, 4_000_000  # of the all-reduce
+_LEAST = 1e-4  # of the largest root of a second moment
 
 
 class _Enough(SystemExit):
@@ -81,12 +91,17 @@ class Recorder:
         elements: parameters that had a gradient.
         measured: steps so far.
         step_s: seconds between steps, without what the measurement took.
+        kinds: of optimizers that have stepped, see ``lc3.applied.kind_of``.
+        world: ranks that the script trains on.
+        all_reduce_s: seconds of an all-reduce of all gradients between them; 0: alone.
     """
 
     def __init__(self, steps: int, sparsities: Sequence[float], config: Config) -> None:
         self.figures = [Figures(s) for s in sparsities]
         self.elements = self.measured = 0
         self.step_s: list[float] = []
+        self.kinds: dict[Kind, Optimizer] = {}
+        self.world, self.all_reduce_s = 1, 0.0
         self._steps = steps
         self._config = config
         self._coder = Coder(codec_for(torch.device("cpu")))
@@ -105,6 +120,7 @@ class Recorder:
             if self.measured:
                 self.step_s.append(time.perf_counter() - self._left_at)
             self.measured += 1
+        self.kinds.setdefault(kind_of(optimizer), optimizer)
         grads = _gradients(optimizer)
         if grads:
             if id(optimizer) not in self._engines:
@@ -113,8 +129,33 @@ class Recorder:
             engines = self._engines[id(optimizer)]
             for engine, figures in zip(engines, self.figures, strict=True):
                 self._code(engine, figures, grads)
+        if id(optimizer) == self._first and self.measured == _TIMED_STEP:
+            self._time_all_reduce(next(iter(optimizer.param_groups[0]["params"])))
         if id(optimizer) == self._first:
             self._left_at = time.perf_counter()
+
+    def _time_all_reduce(self, like: Tensor) -> None:
+        """Time what the script's own steps contain, where it trains on several ranks.
+
+        Collective over the ranks: all of them are at the same step.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        self.world = dist.get_world_size()
+        if self.world == 1:
+            return
+        elements = min(self.elements, _MOST_ELEMENTS)
+        values = torch.zeros(elements, device=like.device, dtype=torch.float32)
+        times = []
+        for _ in range(_REPEATS):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(values)
+            float(values[0])  # a device's is over then
+            times.append(time.perf_counter() - began)
+        slowest = torch.tensor(median(times), device=like.device, dtype=torch.float32)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        self.all_reduce_s = float(slowest) * self.elements / elements
 
     def _engines_for(self, optimizer: Optimizer) -> list[Engine]:
         shapes = [
@@ -153,15 +194,23 @@ def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
 
 
 def _gradients(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return float32[numel] copies on the CPU of all dense gradients, by name."""
-    return {
-        name: parameter.grad.detach().to("cpu", torch.float32).reshape(-1).contiguous()
-        for name, parameter in _named(optimizer)
-        if parameter.grad is not None
-        and parameter.grad.layout == torch.strided
-        and parameter.grad.dtype != torch.float64
-        and parameter.grad.numel()
-    }
+    """Return float32[numel] on the CPU, what is coded of all dense gradients, by name.
+
+    Of Adam's, once it has second moments, the gradients over their roots.
+    """
+    found = {}
+    for name, parameter in _named(optimizer):
+        grad = parameter.grad
+        dense = grad is not None and grad.layout == torch.strided and grad.numel()
+        if grad is None or not dense or grad.dtype == torch.float64:
+            continue
+        value = grad.detach().to("cpu", torch.float32).reshape(-1).clone()
+        moment = optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        if kind_of(optimizer) == "adam" and type(moment) is Tensor:
+            root = moment.detach().to("cpu", torch.float32).reshape(-1).sqrt()
+            value /= root.add_(_LEAST * float(root.max()) or 1.0)
+        found[name] = value
+    return found
 
 
 def run_script(script: str, arguments: Sequence[str], recorder: Recorder) -> None:
@@ -204,10 +253,21 @@ def report(recorder: Recorder, world: int) -> str:
     share = (world - 1) / world
     dense = 2 * share * 4 * recorder.elements
     step_s = median(recorder.step_s) if recorder.step_s else math.nan
+    compute_s = max(step_s - recorder.all_reduce_s, 0.0)
     lines = [
         f"{steps} steps, {recorder.elements:,} gradient elements, "
         f"{1e3 * step_s:.1f} ms a step as the script runs now",
         f"float32 all-reduce, {world} ranks: {dense:,.0f} bytes from each rank a step",
+    ]
+    links = dict(LINKS_BIT_S)
+    if recorder.all_reduce_s:
+        links = {"this link": 8 * dense / recorder.all_reduce_s, **links}
+        lines.append(
+            f"in {1e3 * recorder.all_reduce_s:.1f} ms between these ranks; the rest of "
+            f"a step, {1e3 * compute_s:.1f} ms, is what"
+        )
+        lines.append("the times below add to, as if nothing overlapped")
+    lines += [
         "",
         "   s   times fewer  bits push+pull   sent  encode+decode  residual/gradient",
     ]
@@ -220,38 +280,57 @@ def report(recorder: Recorder, world: int) -> str:
             f"{100 * push.density:6.2f} % {1e3 * figures.codec_s(steps):10.1f} ms"
             f" {figures.residual_ratio:15.1f}"
         )
-    lines += [
-        "",
-        f"{'step, without overlap':22}" + "".join(f"{k:>13}" for k in LINKS_BIT_S),
-    ]
+    width = 13 if len(links) < 5 else 11
+    head = 80 - 5 * width if len(links) == 5 else 22
+    lines += ["", f"{'ms a step':{head}}" + "".join(f"{k:>{width}}" for k in links)]
 
     def row(name: str, seconds: Callable[[float], float]) -> str:
-        cells = (f"{1e3 * seconds(rate):10,.1f} ms" for rate in LINKS_BIT_S.values())
-        return f"{name:22}" + "".join(cells)
+        cells = (f"{1e3 * seconds(rate):{width},.1f}" for rate in links.values())
+        return f"{name:{head}}" + "".join(cells)
 
-    lines.append(row("float32", lambda rate: step_s + 8 * dense / rate))
-    lines.append(row("float16", lambda rate: step_s + 4 * dense / rate))
+    lines.append(row("float32", lambda rate: compute_s + 8 * dense / rate))
+    lines.append(row("float16", lambda rate: compute_s + 4 * dense / rate))
     for figures in recorder.figures:
         sent = share * figures.bytes_per_step(steps)
         code = figures.codec_s(steps)
         lines.append(
             row(
                 f"3LC s={figures.sparsity:.2f}",
-                lambda rate, sent=sent, code=code: step_s + code + 8 * sent / rate,  # type: ignore[misc]
+                lambda rate, sent=sent, code=code: compute_s + code + 8 * sent / rate,  # type: ignore[misc]
             )
         )
     best = recorder.figures[0]
     saved = dense - share * best.bytes_per_step(steps)
     even = 8 * saved / best.codec_s(steps)
-    lines += [
-        "",
-        f"With s = {best.sparsity:g} compressing pays on links below "
-        f"{even / 1e9:.1f} Gbit/s, if nothing overlaps.",
-        "Times of 3LC are of one process of this machine, and the pull is of its own",
-        "gradient: a mean over ranks is denser. A residual of many times the gradient",
-        "means that much of it arrives late; a larger s then needs longer training.",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"With s = {best.sparsity:g} compressing pays on links below "
+            f"{even / 1e9:.1f} Gbit/s, if nothing overlaps.",
+            "Times of 3LC are of one process of this machine, and the pull is of its",
+            "own gradient: a mean over ranks is denser. A residual of many times the",
+            "gradient means that much of it arrives late; a larger s then needs longer",
+            "training.",
+            "",
+            *advice(recorder),
+        ]
+    )
+
+
+def advice(recorder: Recorder) -> list[str]:
+    """Return the lines to write, for the optimizers that were seen."""
+    kinds = set(recorder.kinds)
+    if "other" in kinds:
+        return textwrap.wrap(unsuited(recorder.kinds["other"]), 79)
+    names = " and ".join(type(one).__name__ for one in recorder.kinds.values())
+    lines = [f"For {names}, exchanged in every step:"]
+    lines.append("    state = lc3.hooks.ddp.attach(model, optimizer)")
+    if "adam" in kinds:
+        lines.append("With Adam leave s at 1: more of it trains worse than it saves.")
+    lines.append("Where that is not enough, in every 8th step (sends far less):")
+    lines.append("    state = lc3.hooks.local_sgd.attach(model, optimizer)")
+    return lines
 
 
 def main(
@@ -259,9 +338,20 @@ def main(
     arguments: Sequence[str],
     steps: int,
     sparsities: Sequence[float],
-    world: int,
+    world: int | None,
 ) -> None:
-    """Run ``script`` and print what was found."""
+    """Run ``script`` and print what was found, once.
+
+    Args:
+        script: path.
+        arguments: its own.
+        steps: to measure.
+        sparsities: to compare.
+        world: ranks that a job would have. ``None``: as many as the script trains on,
+            or 4 where that is one.
+    """
     recorder = Recorder(steps, sparsities, Config())
     run_script(script, arguments, recorder)
-    print(f"\nlc3 measure: {script}\n{report(recorder, world)}")
+    if os.environ.get("RANK", "0") == "0":
+        ranks = world or (recorder.world if recorder.world > 1 else 4)
+        print(f"\nlc3 measure: {script}\n{report(recorder, ranks)}")

@@ -60,6 +60,7 @@ BELOW = {
         *("meter", "model", "plan", "rans", "two_levels", "version"),
     },
     "measure": {
+        "applied",
         *("codec", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),
     },
     "doctor": {
@@ -67,6 +68,7 @@ BELOW = {
         "codec",
         "config",
         "exchange",
+        "handshake",
         "measure",
         "version",
         "workers",

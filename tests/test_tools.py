@@ -5,13 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lc3
 from lc3 import __main__ as command
-from lc3 import measure
+from lc3 import doctor, measure
+from lc3.auto import Costs
 from tests.oracle import Oracle
 
 SCRIPT = """
@@ -60,6 +62,76 @@ def test_measure_runs_a_script_as_it_is(
     assert 10 < fewer[0] < fewer[1] < fewer[2] < fewer[3] < 300
     lines = [line for line in done.stdout.splitlines() if str(script) not in line]
     assert max(map(len, lines)) <= 80
+
+
+RANKS_SCRIPT = """
+import time, torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+model = DistributedDataParallel(nn.Linear(512, 512))
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(8):
+    time.sleep(0.05)
+    optimizer.zero_grad()
+    model(torch.randn(8, 512)).square().mean().backward()
+    optimizer.step()
+dist.destroy_process_group()
+"""
+
+
+def test_measure_under_torchrun_knows_ranks_link_and_optimizer(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RANKS_SCRIPT)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = lc3_command("-m", "lc3", "measure", str(script), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("lc3 measure: ") == 1  # rank 0 only
+    dense = 4 * (512 * 512 + 512)
+    assert f"float32 all-reduce, 2 ranks: {dense:,} bytes" in done.stdout
+    all_reduce, rest = (
+        float(re.search(pattern, done.stdout)[1])  # type: ignore[index]
+        for pattern in (r"in ([\d.]+) ms between", r"a step, ([\d.]+) ms, is")
+    )
+    (step,) = re.findall(r"([\d.]+) ms a step as the script", done.stdout)
+    assert rest == pytest.approx(float(step) - all_reduce, abs=0.2)
+    header = next(x for x in done.stdout.splitlines() if x.startswith("ms a step"))
+    assert header.split()[3:5] == ["this", "link"]
+    (here,) = re.findall(r"^float32 +([\d.,]+) ", done.stdout, re.MULTILINE)
+    assert float(here) == pytest.approx(float(step), abs=0.2)
+    assert "For AdamW, exchanged in every step:" in done.stdout
+    assert "With Adam leave s at 1" in done.stdout
+    assert max(map(len, done.stdout.split("lc3 measure: ")[1].splitlines()[1:])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (torch.optim.SGD, "    state = lc3.hooks.ddp.attach(model, optimizer)"),
+        (torch.optim.Adagrad, "Adagrad trains worse on gradients that 3LC has decoded"),
+    ],
+)
+def test_measure_says_which_line_suits_the_optimizer(kind: Any, words: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(40, 50))
+    recorder = measure.Recorder(100, [1.0], lc3.Config())
+    weight.grad = torch.randn(40, 50)
+    recorder(kind([weight], lr=1.0))
+    said = measure.report(recorder, 4)
+    assert words in said
+    assert "With Adam" not in said
+
+
+def test_measured_gradients_of_adam_are_divided() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 50))
+    optimizer = torch.optim.Adam([weight])
+    size = torch.logspace(-3, 3, 4)[:, None].expand(4, 50)
+    for _ in range(3):
+        weight.grad = size.clone()
+        optimizer.step()
+    (divided,) = measure._gradients(optimizer).values()
+    rows = divided.view(4, 50).mean(1)
+    assert rows[-2:].tolist() == pytest.approx([rows[-1].item()] * 2, rel=0.02)
+    assert rows.max() < 100 * rows[-1]
 
 
 def test_measured_bytes_are_those_of_both_hops() -> None:
@@ -141,6 +213,19 @@ def test_the_doctor_measures_the_link() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = lc3_command("-m", "lc3", "doctor", launcher=launcher)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("MB/s") == 1
+    assert done.stdout.count("MB/s") == 2  # of both ways, by one rank
     assert "2 ranks, the slowest of them: " in done.stdout
     assert "this link" in done.stdout
+    assert "all ranks are on this machine" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("reduce_byte", "verdict"),
+    [(1e-6, "compress"), (1e-11, "do not compress"), (3.5e-10, "no clear difference")],
+)
+def test_the_doctor_says_what_is_clear_only(
+    reduce_byte: float, verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = Costs(4e-10, 2e-10, 0.0, reduce_byte, 0.0, reduce_byte)
+    doctor._predict(1_000_000, 1.0, 2, {"this link": costs})
+    assert f"): {verdict}\n" in capsys.readouterr().out
