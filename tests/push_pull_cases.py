@@ -3,7 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -284,6 +284,7 @@ def misuse(rank: int, world: int, what: str) -> str:
     return "nothing"
 
 
+LIMIT = 0.02  # a fraction of every norm
 __all__ = ["Net"]
 
 
@@ -323,6 +324,41 @@ def beside_ddp(rank: int, world: int, what: str) -> tuple[float, list[float]]:
     far = max(float((a - b).abs().max()) for a, b in zip(*nets, strict=True))
     half = len(norms) // 2
     return far, [norms[half] / norms[0], norms[-1] / norms[half - 1]]
+
+
+def clipped_beside_ddp(
+    rank: int, world: int, by_script: bool
+) -> tuple[float, list[float]]:
+    """Clip what is coded; return how far it moves over DDP's way, ratios of norms."""
+    moved, norms = [], []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        before = torch.cat([p.detach().reshape(-1).clone() for p in net.parameters()])
+        model = DistributedDataParallel(net)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if attached:
+            make = partial(torch.optim.SGD, lr=0.1)
+            optimizer = push_pull.attach(
+                model, make, max_norm=None if by_script else LIMIT
+            )
+        for step in range(40):
+            torch.manual_seed(10 * step + rank)
+            x = torch.randn(32, 64)
+            optimizer.zero_grad()
+            (model(x) - x.roll(1)).square().mean().backward()
+            if by_script or not attached:
+                norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), LIMIT)))
+            else:
+                norms.append(cast(push_pull.PushPull, optimizer).grad_norm)
+            optimizer.step()
+        after = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+        moved.append(float((after - before).norm()))
+        if isinstance(optimizer, push_pull.PushPull):
+            optimizer.close()
+    half = len(norms) // 2
+    ratios = [ours / ddp for ddp, ours in zip(norms[:half], norms[half:], strict=True)]
+    return moved[1] / moved[0], ratios
 
 
 def refusals_at_step(rank: int, world: int) -> tuple[str, str]:

@@ -62,6 +62,17 @@ def test_groups_schedulers_and_clipping(ranks: Pools) -> None:
         assert distance < 1e-6
 
 
+@pytest.mark.parametrize("by_script", [True, False])
+def test_what_is_coded_is_clipped_by_the_gradients_norm(
+    ranks: Pools, by_script: bool
+) -> None:
+    results = ranks(2).run(push_pull_cases.clipped_beside_ddp, by_script)
+    assert results[0] == results[1]
+    moved, ratios = results[0]
+    assert moved == pytest.approx(1, abs=0.1)
+    assert all(0.8 < ratio < 1.2 for ratio in ratios), ratios
+
+
 def test_a_step_that_overflows_on_one_rank_never_was(ranks: Pools) -> None:
     results = ranks(2).run(push_pull_cases.skips_alike)
     assert results[0] == results[1]
