@@ -25,7 +25,7 @@ if not dist.is_initialized():
 T = TypeVar("T")
 
 _SIZE_BYTES = 8
-_WORD, _WORD_S = "lc3/stopped", 5.0  # the key, and how long to wait for the store
+_WORD, _WORD_S = "lc3/stopped", 2.0  # the key, and how long to wait for the store
 MOST_BYTES = 1 << 26  # of a message, but for what a plan is about
 _ROOM_BYTES, _ROOMS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 
@@ -314,7 +314,7 @@ def within(timeout_s: float, ask: Callable[[], T]) -> T | None:
         with suppress(Exception):
             answers.append(ask())
 
-    thread = threading.Thread(target=run, name="lc3-asks", daemon=True)
+    thread = threading.Thread(target=run, name="store-asks", daemon=True)
     thread.start()
     thread.join(timeout_s)
     return answers[0] if answers else None
