@@ -25,7 +25,6 @@ REASON = netlab.missing()
 lab = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # What gloo and TCP add to a message for one peer: three control messages of 48 bytes,
 # each of them, the data and the answers in packets with 66 bytes of headers.
-LATE = 20 * 66  # acknowledgements that travel alone on a busy machine
 PER_MESSAGE = 450
 DUE = Moments({}, {}, torch.device("cpu")).due  # steps that share second moments
 MESSAGES = {  # of a step, where they are not one of a push and one of a pull
@@ -187,7 +186,7 @@ def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> Non
     assert list(last) == methods
     for method, row in last.items():
         sent, on_link = int(row["sent_bytes"]), int(row["link_bytes"])
-        most = 1.03 * sent + PER_MESSAGE * 32 * MESSAGES.get(method, 2) + LATE
+        most = 1.03 * sent + PER_MESSAGE * 32 * MESSAGES.get(method, 2)
         assert sent < on_link < most, (method, sent, on_link)
         assert float(row["step_ms"]) > 1
 
