@@ -40,6 +40,7 @@ if importlib.util.find_spec("horovod") is not None:
 CPU = torch.device("cpu")
 WARM_UP = 0.05  # of all steps, if nothing else is said
 EVALUATIONS = 10
+_QUIET_S = 0.1  # longer than TCP keeps an acknowledgement back
 
 
 class StepsError(ValueError):
@@ -102,7 +103,7 @@ class Run:
         rows: list[dict[str, object]] = []
         averaged_rows: list[dict[str, object]] = []
         losses: list[Tensor] = []
-        seconds, on_link, since = 0.0, 0, interface_bytes()
+        seconds, on_link, since = 0.0, 0, settled_bytes()
         bar = self.progress.add_task(f"{method}, seed {seed}", total=self.steps)
         every_batch = batches(self.task, seed, self.steps, self.device)
         for step, batch in enumerate(every_batch, start=1):
@@ -126,7 +127,7 @@ class Run:
                     averaged_rows.append({**rows[-1], **mean, **named})
                 losses.clear()
                 dist.barrier()
-                since = interface_bytes()
+                since = settled_bytes()
             self.progress.update(bar, completed=step)
         self.progress.remove_task(bar)
         check_replicas(model)
@@ -173,6 +174,19 @@ def interface_bytes() -> int:
         if interface.strip() == name:
             return int(counters.split()[8])  # the ninth: bytes sent
     return 0
+
+
+def settled_bytes() -> int:
+    """Return ``interface_bytes()`` when what was sent before is acknowledged.
+
+    TCP keeps an acknowledgement back for some 40 ms, in case there is data to send
+    it with. It belongs to the messages of before.
+    """
+    found, before = interface_bytes(), -1
+    while found and found != before:
+        time.sleep(_QUIET_S)
+        found, before = interface_bytes(), found
+    return found
 
 
 def timed(step_s: float, link_bytes: int) -> dict[str, object]:
