@@ -4,11 +4,12 @@ Two transports have the same methods: ``GroupExchange`` over a torch.distributed
 group, and ``LoopbackExchange``, N ranks as N threads of one process.
 """
 
+import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,11 @@ if not dist.is_initialized():
     # gloo's threads outlive destroy_process_group() (see ``GroupExchange.leave``).
     import torch.distributed.nn.functional
 
-T = TypeVar("T")
-
 _SIZE_BYTES = 8
-_WORD, _WORD_S = "lc3/stopped", 2.0  # the key, and how long to wait for the store
+_WORD, _WORD_S = (
+    "lc3/stopped",
+    2.0,
+)  # the key, and how long to look for the store's host
 MOST_BYTES = 1 << 26  # of a message, but for what a plan is about
 _ROOM_BYTES, _ROOMS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 
@@ -250,20 +252,35 @@ class GroupExchange:
     def leave_word(self, reason: str) -> None:
         """See ``Exchange.leave_word``. In the group's store, where the first stays."""
         word = f"{self._members[self.rank]} {reason}"
-        within(_WORD_S, lambda: self._store().compare_set(_WORD, "", word))
+        with suppress(RuntimeError):
+            if (store := self._store()) is not None:
+                store.compare_set(_WORD, "", word)
 
     def _word(self) -> PeerError | None:
         """Return what a rank that has stopped has left word of."""
-
-        def look() -> str | None:
+        word = ""
+        with suppress(RuntimeError):
             store = self._store()
-            return store.get(_WORD).decode() if store.check([_WORD]) else None
-
-        rank, _, reason = (within(_WORD_S, look) or "").partition(" ")
+            if store is not None and store.check([_WORD]):
+                word = store.get(_WORD).decode()
+        rank, _, reason = word.partition(" ")
         return PeerError(int(rank), reason) if rank.isdecimal() else None
 
     def _store(self) -> Any:
-        return self._group.get_group_store()
+        """Return the group's store; none if its host is not to be reached.
+
+        What is asked of a store across a cut link is never answered.
+        """
+        store: Any = self._group.get_group_store()
+        host = store
+        while isinstance(host, dist.PrefixStore):
+            host = host.underlying_store
+        if isinstance(host, dist.TCPStore):
+            try:
+                socket.create_connection((host.host, host.port), _WORD_S).close()
+            except OSError:
+                return None
+        return store
 
     @contextmanager
     def _transport_errors(self) -> Iterator[None]:
@@ -304,20 +321,6 @@ class GroupExchange:
             work.wait()
         elif not work.wait(timedelta(seconds=timeout_s)):
             raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
-
-
-def within(timeout_s: float, ask: Callable[[], T]) -> T | None:
-    """Return ``ask()``, or nothing if that fails or takes too long."""
-    answers: list[T] = []
-
-    def run() -> None:
-        with suppress(Exception):
-            answers.append(ask())
-
-    thread = threading.Thread(target=run, name="store-asks", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    return answers[0] if answers else None
 
 
 def _parts(numel: int, room: Tensor) -> list[int]:

@@ -98,8 +98,8 @@ def refuse(exchange: Exchange, version: str, error: Exception) -> None:
     def build() -> None:
         raise error
 
-    with suppress(Exception):
-        threads_for(exchange, Config())
+    threads_for(exchange, Config())
+    with suppress(type(error)):
         agree(exchange, version, Config(), [], build)
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -31,7 +32,7 @@ from lc3.coder import Coder
 from lc3.config import Config
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
-from lc3.exchange import Divisible, Exchange, GroupExchange, within
+from lc3.exchange import Divisible, Exchange, GroupExchange
 from lc3.handshake import agree, refuse, threads_for
 from lc3.lane import Lane
 from lc3.link import Link, Run, buffers_are_free, link_of, link_to
@@ -82,7 +83,11 @@ def attaching(
             made[-1].fail(error)
         elif dist.is_initialized():
             log.error("lc3: %s; the other ranks are told", error)
-            within(_REFUSE_S, partial(_refuse, connect, error))
+            telling = threading.Thread(
+                target=_refuse, args=(connect, error), name="lc3-refuses", daemon=True
+            )
+            telling.start()
+            telling.join(_REFUSE_S)  # nobody may ever attach
         raise
     finally:
         _ATTACHING.reset(token)
@@ -91,9 +96,10 @@ def attaching(
 def _refuse(
     connect: Callable[[], tuple[Exchange, Callable[[], None]]], error: Exception
 ) -> None:
-    exchange, leave = connect()
-    refuse(exchange, __version__, error)
-    leave()
+    with suppress(Exception):
+        exchange, leave = connect()
+        refuse(exchange, __version__, error)
+        leave()
 
 
 class _Sealed:
