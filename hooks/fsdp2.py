@@ -78,16 +78,16 @@ class State:
         with attaching(lambda: (exchange, leave)):
             check_form(config, "fsdp2")
             modules = _shards(model)
-        named = [shard for shards in modules.values() for shard in shards]
-        self._frozen = Frozen(named_parameters(model))
-        self._session = Session(named, config, exchange, leave)
-        self.config = config
-        self.meter = self._session.meter
-        self.engine = self._session.engine
-        for module, shards in modules.items():
-            names = [name for name, _ in shards]
-            (group,) = module._get_fsdp_state()._fsdp_param_groups
-            module.set_all_reduce_hook(partial(_reduce, self, names, group))
+            named = [shard for shards in modules.values() for shard in shards]
+            self._frozen = Frozen(named_parameters(model))
+            self._session = Session(named, config, exchange, leave)
+            self.config = config
+            self.meter = self._session.meter
+            self.engine = self._session.engine
+            for module, shards in modules.items():
+                names = [name for name, _ in shards]
+                (group,) = module._get_fsdp_state()._fsdp_param_groups
+                module.set_all_reduce_hook(partial(_reduce, self, names, group))
 
     def reduce(self, output: Tensor, names: Sequence[str], follows: bool) -> None:
         """Make a module's reduced gradients their mean over replicas.

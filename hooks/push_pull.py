@@ -98,7 +98,7 @@ def attach(
 def push_pull_hook(
     optimizer: "PushPull", bucket: dist.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
-    """Push the gradients in ``bucket`` to their owners; what DDP gets back is 0."""
+    """Push a bucket's gradients to their owners; DDP gets what stands for them."""
     return optimizer.session.on_bucket(bucket, optimizer.push)
 
 

@@ -129,7 +129,9 @@ class Recorder:
             engines = self._engines[id(optimizer)]
             for engine, figures in zip(engines, self.figures, strict=True):
                 self._code(engine, figures, grads)
-        if id(optimizer) == self._first and self.measured == _TIMED_STEP:
+        if id(optimizer) == self._first and self.measured == min(
+            _TIMED_STEP, self._steps
+        ):
             self._time_all_reduce(next(iter(optimizer.param_groups[0]["params"])))
         if id(optimizer) == self._first:
             self._left_at = time.perf_counter()
@@ -261,10 +263,11 @@ def report(recorder: Recorder, world: int) -> str:
     ]
     links = dict(LINKS_BIT_S)
     if recorder.all_reduce_s:
-        links = {"this link": 8 * dense / recorder.all_reduce_s, **links}
+        here = 2 * (1 - 1 / recorder.world) * 4 * recorder.elements
+        links = {"this link": 8 * here / recorder.all_reduce_s, **links}
         lines.append(
-            f"in {1e3 * recorder.all_reduce_s:.1f} ms between these ranks; the rest of "
-            f"a step, {1e3 * compute_s:.1f} ms, is what"
+            f"in {1e3 * recorder.all_reduce_s:.1f} ms between the script's "
+            f"{recorder.world}; the rest of a step, {1e3 * compute_s:.1f} ms, is what"
         )
         lines.append("the times below add to, as if nothing overlapped")
     lines += [

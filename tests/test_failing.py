@@ -67,6 +67,16 @@ def test_replicas_are_compared_every_so_many_steps(ranks: Pools) -> None:
         assert said.startswith("ranks differ: check_every is 2 on rank 0 and 3 on rank")
 
 
+def test_a_rank_that_attaches_alone_is_not_kept() -> None:
+    pool = Ranks(2)  # one that no other case uses: rank 0 stays in a collective
+    try:
+        (said, took), _ = pool.run(failing_cases.refuses_alone)
+    finally:
+        pool.close()
+    assert said.startswith("attach needs a DistributedDataParallel")
+    assert 0.9 < took < 3
+
+
 @pytest.mark.parametrize(
     "rubbish",
     [b"", b"\xff\xfe", b"[]", b"7", b"{}", b'{"error": null', b"[" * 200_000],

@@ -91,7 +91,7 @@ def test_measure_under_torchrun_knows_ranks_link_and_optimizer(tmp_path: Path) -
     assert f"float32 all-reduce, 2 ranks: {dense:,} bytes" in done.stdout
     all_reduce, rest = (
         float(re.search(pattern, done.stdout)[1])  # type: ignore[index]
-        for pattern in (r"in ([\d.]+) ms between", r"a step, ([\d.]+) ms, is")
+        for pattern in (r"in ([\d.]+) ms between the", r"a step, ([\d.]+) ms, is")
     )
     (step,) = re.findall(r"([\d.]+) ms a step as the script", done.stdout)
     assert rest == pytest.approx(float(step) - all_reduce, abs=0.2)
@@ -119,6 +119,20 @@ def test_measure_says_which_line_suits_the_optimizer(kind: Any, words: str) -> N
     said = measure.report(recorder, 4)
     assert words in said
     assert "With Adam" not in said
+
+
+def test_the_link_is_that_of_the_scripts_ranks() -> None:
+    weight = torch.nn.Parameter(torch.zeros(40, 50))
+    recorder = measure.Recorder(100, [1.0], lc3.Config())
+    for _ in range(3):
+        weight.grad = torch.randn(40, 50)
+        recorder(torch.optim.SGD([weight], lr=1.0))
+    recorder.step_s, recorder.world, recorder.all_reduce_s = [0.25], 2, 0.2
+    rows = [line.split() for line in measure.report(recorder, 2).splitlines()]
+    assert any(row[:2] == ["float32", "250.0"] for row in rows)
+    # Four ranks send half as much again, at the same rate.
+    rows = [line.split() for line in measure.report(recorder, 4).splitlines()]
+    assert any(row[:2] == ["float32", "350.0"] for row in rows)
 
 
 def test_measured_gradients_of_adam_are_divided() -> None:

@@ -16,13 +16,9 @@ from experiments.scripts.report import Report, options
 LENGTH, BATCH, RATE, WARM_UP = 64, 12, 1e-3, 100
 
 
-def main() -> None:
-    """Train, and report the test loss."""
-    given = options(steps=300)
-    dist.init_process_group("gloo")
-    text = Text(given.text, LENGTH)
-    torch.manual_seed(given.seed)
-    raw_model = GPT(text.symbols, LENGTH, 4, 4, 128, bias=False, tied=True)
+def made(symbols: int) -> tuple[GPT, torch.optim.AdamW]:
+    """Return the model and its optimizer, as the script makes them."""
+    raw_model = GPT(symbols, LENGTH, 4, 4, 128, bias=False, tied=True)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in raw_model.parameters() if p.dim() >= 2]},
         {
@@ -31,6 +27,16 @@ def main() -> None:
         },
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99), weight_decay=0.1)
+    return raw_model, optimizer
+
+
+def main() -> None:
+    """Train, and report the test loss."""
+    given = options(steps=300)
+    dist.init_process_group("gloo")
+    text = Text(given.text, LENGTH)
+    torch.manual_seed(given.seed)
+    raw_model, optimizer = made(text.symbols)
     model: nn.Module = raw_model
     report = Report(given)
     if given.form == "local_sgd":

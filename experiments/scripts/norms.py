@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3.hooks.ddp
-from experiments.scripts.gpt import GPT, Text
-from experiments.scripts.nanogpt import BATCH, LENGTH, RATE, rate_at
+from experiments.scripts.gpt import Text
+from experiments.scripts.nanogpt import BATCH, LENGTH, made, rate_at
 from experiments.scripts.report import options
 
 
@@ -25,8 +25,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     text = Text(given.text, LENGTH)
     torch.manual_seed(given.seed)
-    raw_model = GPT(text.symbols, LENGTH, 4, 4, 128, bias=False, tied=True)
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=RATE, betas=(0.9, 0.99))
+    raw_model, optimizer = made(text.symbols)
     plain = DistributedDataParallel(copy.deepcopy(raw_model))
     model = DistributedDataParallel(raw_model)
     state = lc3.hooks.ddp.attach(model, optimizer)
