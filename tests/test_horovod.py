@@ -39,6 +39,8 @@ def run(world: int, *cases: str) -> list[dict[str, Any]]:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+            # At 1 ms, an idle Horovod chatters more than a busy one: sent_on_loopback.
+            "HOROVOD_CYCLE_TIME": "20",
         },
         capture_output=True,
         text=True,
@@ -58,7 +60,7 @@ def test_horovod(world: int) -> None:
     for rank, results in enumerate(run(world, *CASES)):
         meter, loopback = results.pop("sent_on_loopback")
         if netlab.missing() is None:
-            assert meter == pytest.approx(loopback, rel=0.03)
+            assert meter == pytest.approx(loopback, rel=0.01)
         said = results.pop("refusals")
         assert [s.split(";")[0].split(",")[0] for s in said] == [
             "op must be hvd.Average",
