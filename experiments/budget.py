@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import lc3
 from experiments.examples.digits import accuracy, datasets
 from experiments.models import small_cnn
 from experiments.record import RESULTS, Row, stamped, write_csv
 from experiments.train import mean_over_ranks
 from launch import ranks
+from lc3.config import Settings
 from lc3.hooks import ddp
 
 STEPS = 1000
@@ -33,7 +33,7 @@ def train(budget: int | None) -> Row:
     torch.manual_seed(0)
     net = small_cnn()
     model = DistributedDataParallel(net, bucket_cap_mb=0.3)
-    state = ddp.attach(model, config=lc3.Config(budget=budget))
+    state = ddp.attach(model, config=Settings(bytes_per_step=budget))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.03, momentum=0.9)
     data, test = datasets()
     images, labels = data.tensors

@@ -13,8 +13,8 @@ import horovod.torch as hvd
 from torch import nn
 from torch.optim import Optimizer
 
-import lc3
 from experiments.methods import Metered, Method, Training
+from lc3.config import Settings
 from lc3.hooks import horovod as hook
 
 
@@ -57,7 +57,7 @@ def _coded(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
     hvd.init()
     (given,) = optimizers
     optimizer = hook.DistributedOptimizer(
-        given, module.named_parameters(), lc3.Config(sparsity=1.0)
+        given, module.named_parameters(), Settings(sparsity=1.0)
     )
     traffic = Metered(optimizer.lc3.meter, optimizer.lc3.close)
     return Training(module, [optimizer], traffic)

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import lc3
 from experiments.methods import local_state
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.tasks import TASKS
 from experiments.train import batches, mean_over_ranks, schedule, train_step
 from launch import ranks
+from lc3.config import Settings
 from lc3.hooks import local_sgd
 
 EVERY = 8
@@ -36,8 +36,8 @@ def measure(
     torch.manual_seed(0)
     module = task.make_model()
     optimizers = task.make_optimizers(module)
-    config = lc3.Config(density=0.1)
-    state = local_state(module, optimizers, EVERY, config, delay=delay)
+    config = Settings(density=0.1)
+    state = local_state(module, optimizers, EVERY, config, overlap=delay)
     rates = [schedule(optimizer, WARM_UP + steps) for optimizer in optimizers]
     wait = exchange = start = 0.0
     data = batches(task, 0, WARM_UP + steps)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-import lc3
 from experiments.methods import FOR_ADAM, all_coded
 from experiments.record import ResultError, read_csv, stamped, write_csv
 from experiments.report import grid, length
@@ -30,8 +29,10 @@ from experiments.train import (
     train_step,
 )
 from launch import ranks
+from lc3.config import Settings
 from lc3.hooks import local_sgd
 
+_COLUMN = {"inner_momentum_scale": "momentum_decay"}  # as it was called first
 KNOBS = ("lr", "warm_up", "residual_decay", "momentum_decay", "outer_lr")
 
 # What tells trainings of different settings apart, beside their seeds.
@@ -108,13 +109,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen(options: argparse.Namespace) -> lc3.Config:
+def chosen(options: argparse.Namespace) -> Settings:
     """Return what to compress."""
     if options.raw:
-        return lc3.Config(density=options.density, raw=("*",))
+        return Settings(density=options.density, exclude=("*",))
     if options.all_coded:
         return all_coded(options.density, "rans")
-    return lc3.Config(density=options.density)
+    return Settings(density=options.density)
 
 
 def over_seeds(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -187,7 +188,7 @@ def halved_table(paths: Sequence[Path]) -> str:
     for row in (row for path in paths for row in read_csv(path)):
         if {name: row[name] for name in others} != others:
             continue
-        knobs = {knob: float(row[knob]) for knob in FOR_ADAM}
+        knobs = {knob: float(row[_COLUMN.get(knob, knob)]) for knob in FOR_ADAM}
         if knobs == FOR_ADAM or set(knobs.values()) == {1.0}:
             both = found.setdefault(tuple(row[name] for name in kept), {})
             mine = both.setdefault(knobs == FOR_ADAM, {})
@@ -241,11 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module,
         optimizers,
         chosen(options),
-        every=options.every,
+        sync_every=options.every,
         outer_lr=options.outer_lr,
         outer_momentum=options.outer_momentum,
         residual_decay=options.residual_decay,
-        momentum_decay=options.momentum_decay,
+        inner_momentum_scale=options.momentum_decay,
     )
     if options.own:
         go_on_from_own(state)

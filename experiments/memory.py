@@ -57,7 +57,7 @@ def with_push_pull(net: nn.Module, make: Callable[..., Any]) -> Made:
 def with_local_sgd(net: nn.Module, make: Callable[..., Any]) -> Made:
     """Return a module that makes local steps."""
     optimizer = make(net.parameters())
-    return net, optimizer, local_sgd.attach(net, optimizer, every=2)
+    return net, optimizer, local_sgd.attach(net, optimizer, sync_every=2)
 
 
 FORMS = {

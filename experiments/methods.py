@@ -23,11 +23,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-import lc3
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
 from lc3.codec import Codec
 from lc3.coder import Coder
-from lc3.config import EntropyStage, Topology
+from lc3.config import EntropyStage, Settings, Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
 
@@ -139,7 +138,7 @@ class Metered:
 
 
 def _hooked(
-    model: DistributedDataParallel, config: lc3.Config, codec: Codec | None = None
+    model: DistributedDataParallel, config: Settings, codec: Codec | None = None
 ) -> Metered:
     """Attach 3LC as a user does, or a codec of the same engine instead."""
     state = ddp.attach(model, config=config)
@@ -203,7 +202,7 @@ def _all_reduce(
 
 
 def _lc3(sparsity: float, **others: Any) -> Method:
-    config = lc3.Config(sparsity=sparsity, **others)
+    config = Settings(sparsity=sparsity, **others)
     return _ddp(lambda model: _hooked(model, config))
 
 
@@ -211,7 +210,7 @@ def _baseline(make_codec: Callable[[int], Codec]) -> Method:
     """Return a method of the paper's table, made for a rank; no entropy stage."""
     return _ddp(
         lambda model: _hooked(
-            model, lc3.Config(entropy="none"), make_codec(dist.get_rank())
+            model, Settings(entropy="none"), make_codec(dist.get_rank())
         )
     )
 
@@ -267,25 +266,25 @@ def _power_sgd(rank: int) -> Method:
 
 
 # What ``local_sgd.attach`` chooses with AdamW; methods take it with every optimizer.
-FOR_ADAM = {"outer_lr": 2.0, "residual_decay": 0.8, "momentum_decay": 0.5}
+FOR_ADAM = {"outer_lr": 2.0, "residual_decay": 0.8, "inner_momentum_scale": 0.5}
 
 
 def local_state(
     module: nn.Module,
     optimizers: Sequence[Optimizer],
     every: int,
-    config: lc3.Config,
-    outer_lr: float = 1.0,
-    **others: Any,
+    config: Settings,
+    **given: Any,
 ) -> local_sgd.State:
-    """Let a module train by local steps; knobs that are not given are 1."""
+    """Let a module train by local steps; of the knobs below what is not given is 1."""
+    knobs = {"outer_lr": 1.0, "residual_decay": 1.0, "inner_momentum_scale": 1.0}
     return local_sgd.attach(
-        module, optimizers, config, every=every, outer_lr=outer_lr, **others
+        module, optimizers, config, sync_every=every, **{**knobs, **given}
     )
 
 
 def push_pull_optimizer(
-    module: nn.Module, optimizers: Sequence[Optimizer], config: lc3.Config
+    module: nn.Module, optimizers: Sequence[Optimizer], config: Settings
 ) -> tuple[DistributedDataParallel, push_pull.PushPull]:
     """Return the wrapped module and what steps it, in place of its one optimizer."""
     (given,) = optimizers  # one, element by element
@@ -300,7 +299,7 @@ def push_pull_optimizer(
     return model, push_pull.attach(model, make, config, params=given.param_groups)
 
 
-def _local(every: int, config: lc3.Config, **others: Any) -> Method:
+def _local(every: int, config: Settings, **others: Any) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         state = local_state(module, optimizers, every, config, **others)
         traffic = Metered(state.meter, state.close, every, state.engine.direct)
@@ -309,7 +308,7 @@ def _local(every: int, config: lc3.Config, **others: Any) -> Method:
     return start
 
 
-def _push_pull(config: lc3.Config) -> Method:
+def _push_pull(config: Settings) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model, optimizer = push_pull_optimizer(module, optimizers, config)
         return Training(model, [optimizer], Metered(optimizer.meter, optimizer.close))
@@ -321,12 +320,12 @@ def _preconditioned(
     sparsity: float, exchange: Topology = "owners", entropy: EntropyStage = "auto"
 ) -> Method:
     """Return the form of every step that Adam gets, which it keeps."""
-    config = lc3.Config(
+    config = Settings(
         sparsity=sparsity,
         min_ndim=0,
         min_numel=1,
         entropy=entropy,
-        exchange=exchange,
+        topology=exchange,
     )
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
@@ -338,9 +337,9 @@ def _preconditioned(
     return start
 
 
-def all_coded(density: float, entropy: EntropyStage = "auto") -> lc3.Config:
+def all_coded(density: float, entropy: EntropyStage = "auto") -> Settings:
     """Return a configuration in which biases and norms do not travel raw."""
-    return lc3.Config(density=density, min_ndim=0, min_numel=1, entropy=entropy)
+    return Settings(density=density, min_ndim=0, min_numel=1, entropy=entropy)
 
 
 # Steps between exchanges, and the per cent of values sent.
@@ -367,15 +366,15 @@ METHODS: dict[str, Method] = {
     "3LC s=1.75": _lc3(1.75),
     "3LC s=1.90": _lc3(1.9),
     **{
-        f"3LC s={s:.2f}, direct": _lc3(s, exchange="direct")
+        f"3LC s={s:.2f}, direct": _lc3(s, topology="direct")
         for s in (1.0, 1.5, 1.75, 1.9)
     },
     "3LC s=1.00, all coded": _lc3(1.0, min_ndim=0, min_numel=1),
-    "s=1.00, block 1024": _lc3(1.0, block=1024),
-    "s=1.75, block 1024": _lc3(1.75, block=1024),
+    "s=1.00, block 1024": _lc3(1.0, block_size=1024),
+    "s=1.75, block 1024": _lc3(1.75, block_size=1024),
     "s=1.75, pull s=1.00": _lc3(1.75, pull_sparsity=1.0),
     "density 5 %": _lc3(1.0, density=0.05),
-    "auto": _ddp(lambda model: _hooked(model, lc3.Config(mode="auto"))),
+    "auto": _ddp(lambda model: _hooked(model, Settings(mode="auto"))),
     "bf16": _all_reduce(bf16_compress_hook, 16),
     "8-bit int": _baseline(lambda _rank: Int8()),
     "Stoch 3-value + QE": _baseline(lambda rank: StochasticTernary(seed=rank)),
@@ -390,19 +389,19 @@ METHODS: dict[str, Method] = {
     "preconditioned s=1.00": _preconditioned(1.0),
     "preconditioned s=1.00, rans": _preconditioned(1.0, entropy="rans"),
     "preconditioned s=1.00, direct": _preconditioned(1.0, "direct"),
-    "push-pull s=1.00": _push_pull(lc3.Config(sparsity=1.0)),
-    "2 local steps": _local(2, lc3.Config(raw=("*",), entropy="none")),
+    "push-pull s=1.00": _push_pull(Settings(sparsity=1.0)),
+    "2 local steps": _local(2, Settings(exclude=("*",), entropy="none")),
     **{
-        f"local H={every}": _local(every, lc3.Config(density=0.1))
+        f"local H={every}": _local(every, Settings(density=0.1))
         for every in (2, 8, 16, 32)
     },
     "local H=8, decay 0.8, momentum 0.5, outer rate 2": _local(
-        8, lc3.Config(density=0.1), **FOR_ADAM
+        8, Settings(density=0.1), **FOR_ADAM
     ),
-    "local H=16, density 30 %": _local(16, lc3.Config(density=0.3)),
-    "local H=8, direct": _local(8, lc3.Config(density=0.1, exchange="direct")),
+    "local H=16, density 30 %": _local(16, Settings(density=0.3)),
+    "local H=8, direct": _local(8, Settings(density=0.1, topology="direct")),
     "local H=8, density 5 %, direct": _local(
-        8, lc3.Config(density=0.05, exchange="direct")
+        8, Settings(density=0.05, topology="direct")
     ),
     **{
         f"local H={every}, density {percent} %, all coded": _local(
@@ -430,7 +429,7 @@ METHODS: dict[str, Method] = {
             every,
             all_coded(percent / 100, "rans"),
             residual_decay=decay,
-            momentum_decay=0.5,
+            inner_momentum_scale=0.5,
             outer_lr=2,
         )
         for every, percent, decay in HALVED

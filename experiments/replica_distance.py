@@ -17,12 +17,12 @@ import torch.distributed as dist
 from matplotlib import pyplot as plt
 from torch import nn
 
-import lc3
 from experiments.methods import local_state, push_pull_optimizer
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.tasks import TASKS
 from experiments.train import batches, schedule, train_step
 from launch import ranks
+from lc3.config import Settings
 
 FORMS = ("push-pull s=1.00", "push-pull s=1.75", "local H=8", "local H=16")
 
@@ -41,12 +41,12 @@ def measure(form: str, steps: int) -> list[dict[str, object]]:
     model: nn.Module = module
     state: Any
     if kind.startswith("push-pull"):
-        config = lc3.Config(sparsity=float(value))
+        config = Settings(sparsity=float(value))
         model, optimizer = push_pull_optimizer(module, optimizers, config)
         state, every, optimizers = optimizer, 1, [optimizer]
     else:
         every = int(value)
-        state = local_state(module, optimizers, every, lc3.Config(density=0.1))
+        state = local_state(module, optimizers, every, Settings(density=0.1))
     rates = [schedule(optimizer, steps) for optimizer in optimizers]
     rows: list[dict[str, object]] = []
     data = itertools.islice(batches(task, 0, steps), steps)

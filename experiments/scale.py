@@ -24,6 +24,7 @@ from experiments.tasks import TASKS, DataError, Task
 from experiments.train import at_least, evaluate, loss_of, schedule
 from lc3.codec import codec_for
 from lc3.coder import Coder
+from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.exchange import Loopback
 from lc3.meter import Meter
@@ -41,7 +42,7 @@ class VirtualRanks:
         config: of every rank.
     """
 
-    def __init__(self, module: nn.Module, world: int, config: lc3.Config) -> None:
+    def __init__(self, module: nn.Module, world: int, config: Settings) -> None:
         shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
         plan = make_plan(shapes, world, config)
         codec = codec_for(torch.device("cpu"))
@@ -89,7 +90,7 @@ def global_batches(task: Task, size: int, seed: int, steps: int) -> Iterator[Ten
 
 
 def train(
-    task: Task, world: int, config: lc3.Config | None, seed: int, steps: int, batch: int
+    task: Task, world: int, config: Settings | None, seed: int, steps: int, batch: int
 ) -> dict[str, object]:
     """Train once with ``world`` ranks and return the row of the result.
 
@@ -215,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     try:
         task = TASKS[options.task](options.data_dir)
-        configs = [None, *(lc3.Config(sparsity=s) for s in options.sparsity)]
+        configs = [None, *(Settings(sparsity=s) for s in options.sparsity)]
     except (DataError, lc3.ConfigError) as error:
         parser.error(str(error))
     rows = []

@@ -13,16 +13,23 @@ from importlib.metadata import version
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
-from lc3.config import Config
+from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, State, require
+from lc3.frameworks import Attach, missing, require
 from lc3.hooks import ddp
+from lc3.session import alone
+from lc3.state import FormState
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise missing("accelerate", error) from error
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +41,10 @@ def attach(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    config: Config | None = None,
+    config: Config | Settings | None = None,
     *,
     attach: Attach = ddp.attach,
-) -> State:
+) -> FormState:
     """Compress what a prepared model exchanges; collective.
 
     ``accelerator.clip_grad_norm_``, ``accelerator.accumulate`` and mixed precision work
@@ -49,6 +56,8 @@ def attach(
     file, as from a run without lc3, nothing is owed. Local steps are brought together
     before they are saved.
 
+    One process, whose model ``prepare`` does not wrap, trains as without lc3.
+
     Args:
         accelerator: that prepared it.
         model: what ``prepare`` returned.
@@ -56,7 +65,7 @@ def attach(
             this accelerator has prepared.
         config: see ``ddp.attach``.
         attach: of the form, with its arguments:
-            ``functools.partial(lc3.hooks.local_sgd.attach, every=32)``.
+            ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``.
 
     Returns:
         What ``attach`` returns.
@@ -66,8 +75,8 @@ def attach(
             DistributedDataParallel; and what ``ddp.attach`` raises.
     """
     require("accelerate", version("accelerate"), _LEAST)
-    inner = getattr(model, "_orig_mod", model)  # compiled
-    if not isinstance(inner, DistributedDataParallel):
+    inner = private.uncompiled(model)
+    if not isinstance(inner, DistributedDataParallel) and not alone():
         raise AttachError(
             "lc3 needs a model that accelerator.prepare wrapped in "
             f"DistributedDataParallel; with {accelerator.num_processes} process(es) "

@@ -6,11 +6,10 @@ the classes themselves.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,15 +23,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lc3 import private
 from lc3.applied import Applied, Kind, kind_of, unsuited, unwrapped
-from lc3.checkpoint import Parts, load, of_rank, save
-from lc3.config import Config
+from lc3.checkpoint import Parts, load, save
+from lc3.config import Config, Settings, settle
 from lc3.engine import NO_HALVES
 from lc3.errors import AttachError, ConfigError, StateError
+from lc3.link import Link, linked_hook
+from lc3.meter import Meter
 from lc3.model import Frozen, flat_view, named_parameters
 from lc3.moments import Moments
-from lc3.session import attaching_to, session_for
+from lc3.session import alone, attaching_to, session_for
 from lc3.sketch import SUMS, Sketch, squares
+from lc3.state import FormState
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +43,14 @@ _CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # Divided by their moments all gradients are of one kind, so that biases can be coded.
-FOR_ADAM = Config(sparsity=1.1, min_ndim=0, min_numel=1)
+FOR_ADAM = Settings(sparsity=1.1, min_ndim=0, min_numel=1)
 _NORM = "lc3.norm"  # travels with the last bucket of a step
 
 
 def attach(
     model: DistributedDataParallel,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    config: Config | None = None,
+    config: Config | Settings | None = None,
     *,
     max_norm: float | None = None,
     scaler: GradScaler | None = None,
@@ -63,7 +66,7 @@ def attach(
     Adam and its relatives get an exchange of their own: gradients are divided by their
     second moments before they are coded, and the optimizer divides by the same.
     Buffers, which DDP sends before every pass, are sent where they have changed: see
-    ``lc3.buffers``.
+    ``lc3.buffers``. One process, whose model is not wrapped, trains as without lc3.
 
     Args:
         model: wrapped in DistributedDataParallel, without a hook of its own.
@@ -71,8 +74,9 @@ def attach(
             is not replaced; hooks on its ``step()`` are added. ``None``: gradients are
             3LC's decoded ones, with a norm many times the gradient's, and whatever is
             exchanged counts as applied, unless ``State.discard`` says it is not.
-        config: what to compress, and how much. ``None``: for Adam ``FOR_ADAM``, by one
-            hop where two ranks, or two nodes, exchange; else ``Config()``.
+        config: what to compress, and how much. What it leaves open is for Adam as in
+            ``FOR_ADAM``, by one hop where two ranks, or two nodes, exchange; else as in
+            ``Settings()``.
         max_norm: clips the gradient by its global norm, as ``clip_grad_norm_`` in the
             script does; needs the optimizer.
         scaler: that multiplies the loss; needed only without ``optimizer``. Residuals
@@ -98,7 +102,10 @@ def attach(
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
+    model = cast(DistributedDataParallel, private.uncompiled(model))
+    if alone() and not isinstance(model, DistributedDataParallel):
+        log.info("lc3: one process, so there is nothing to exchange")
+        return _Alone(settle(config, Settings()))
     with attaching_to(model, group):
         state = State(
             model,
@@ -109,25 +116,23 @@ def attach(
             group=group,
             mesh=mesh,
         )
-        state.session.link_to(model, partial(lc3_hook, state), check_every)
+        state.session.link_to(model, state.take, check_every)
     return state
 
 
-def lc3_hook(
-    state: "State", bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
-    """Replace every gradient in ``bucket`` by its 3LC mean (``register_comm_hook``)."""
-    return state.session.on_bucket(bucket, state.reduce, state.uncoded)
+def hook(state: "State", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Replace every gradient in ``bucket`` by its 3LC mean.
+
+    For ``model.register_comm_hook(State(model, optimizer), hook)``, as torch's own
+    hooks are registered; ``attach`` does the same in one call.
+    """
+    return linked_hook(state.link(), bucket)
 
 
-class State:
-    """Everything lc3 keeps for one model: made by ``attach``.
+class State(FormState):
+    """Everything lc3 keeps for one model: made by ``attach``. See ``FormState``.
 
     Attributes:
-        config: the configuration.
-        meter: bytes and seconds so far, on this rank.
-        engine: averages gradients; holds the plan and the residuals.
-        session: names, group and worker lane; counts the steps.
         kind: of the optimizer: "adam", "sgd" or "other"; ``None`` without one.
     """
 
@@ -135,7 +140,7 @@ class State:
         self,
         model: DistributedDataParallel,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        config: Config | None = None,
+        config: Config | Settings | None = None,
         *,
         max_norm: float | None = None,
         scaler: GradScaler | None = None,
@@ -148,18 +153,19 @@ class State:
         if kinds:
             self.kind = kinds.pop() if len(kinds) == 1 else "other"
         _check_clipping(max_norm, optimizers)
-        if config is None:
-            config = Config()
-            if self.kind == "adam":
-                two = _senders(model, mesh) == 2
-                config = replace(FOR_ADAM, exchange="direct" if two else "owners")
+        defaults = Settings()
+        if self.kind == "adam":
+            two = _senders(model, mesh) == 2
+            defaults = replace(FOR_ADAM, topology="direct" if two else "owners")
+        self.settings = settle(config, defaults)
         facts = {"optimizer": self.kind, "max_norm": max_norm}
         extras = {_NORM: SUMS + 1} if optimizers else {}
-        self.session = session_for(model, config, group, mesh, facts, extras)
-        self.config = config
+        self.session = session_for(model, self.settings, group, mesh, facts, extras)
         self.meter = self.session.meter
         self.engine = self.session.engine
         self._group = model.process_group
+        self._wrapper = weakref.ref(model)
+        self._link: Link | None = None
         self._module = model.module
         self._frozen = Frozen(
             (name, parameter)
@@ -203,6 +209,18 @@ class State:
                 max_norm,
             )
             self._watched = self._applied.watch_accumulation()
+
+    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Replace every gradient in a bucket that DDP hands to its hook."""
+        return self.session.on_bucket(bucket, self.reduce, self.uncoded)
+
+    def link(self) -> Link:
+        """Return what leads a model's hook here until this is closed."""
+        if self._link is None:
+            model = self._wrapper()
+            assert model is not None  # its hook has called
+            self._link = self.session.adopt(model, self.take)
+        return self._link
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -317,7 +335,7 @@ class State:
         """
         coded = [name for name in grads if name in self.engine.plan.coded]
         if applied.expected != 1 and coded:
-            torch._foreach_mul_([grads[name] for name in coded], applied.expected)
+            private.multiply([grads[name] for name in coded], applied.expected)
         divided: dict[str, Tensor] = {}
         if self._moments is not None:
             divided = {name: grads[name] for name in coded if grads[name].numel()}
@@ -480,14 +498,6 @@ class State:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
         self.session.check_replicas(self._module)
 
-    def sync(self) -> None:
-        """Do nothing: replicas are equal after every step, unlike with local steps."""
-
-    @contextmanager
-    def shared_model(self) -> Iterator[None]:
-        """Change nothing: the model is shared after every step."""
-        yield
-
     def flush(self) -> None:
         """Add what is pending to the gradients, densely, and owe nothing; collective.
 
@@ -563,21 +573,8 @@ class State:
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
 
-    def gather_state(self) -> list[dict[str, Any]]:
-        """Return every rank's ``state_dict()`` on rank 0, none elsewhere; collective.
-
-        For checkpoints that one rank writes; ``load_gathered`` takes it on any.
-        """
-        return self.session.gather(self.state_dict())
-
-    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from what ``gather_state`` returned on rank 0, with any ranks.
-
-        Raises:
-            StateError: it does not fit; nothing was changed.
-        """
-        exchange = self.engine.exchange
-        self.load_state_dict(of_rank(states, exchange.rank, exchange.world))
+    def _knobs(self) -> dict[str, object]:
+        return {} if self.kind is None else {"optimizer": self.kind}
 
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
@@ -587,11 +584,51 @@ class State:
             watched.remove()
         self.session.close()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "an lc3 State holds a process group and cannot be pickled; save "
-            "state.state_dict(), and save model.module, not the DDP wrapper"
-        )
+
+class _Alone(State):
+    """One process, which nobody has started with others: nothing to exchange."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.meter = settings, Meter()
+        self.kind = None
+
+    def discard(self) -> None:
+        """Do nothing: nothing was exchanged."""
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of a gradient that lc3 has not seen: nan."""
+        return math.nan
+
+    def pending(self) -> dict[str, Tensor]:
+        """Return that nothing is owed."""
+        return {}
+
+    def flush(self) -> None:
+        """Do nothing: nothing is owed."""
+
+    def check_replicas(self) -> None:
+        """Do nothing: there is one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return that there is nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing: one process owes itself nothing."""
+
+    def gather_state(self) -> list[dict[str, Any]]:
+        """Return that there is nothing to keep."""
+        return []
+
+    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing: one process owes itself nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def __repr__(self) -> str:
+        return "<lc3 ddp: one process, nothing to exchange>"
 
 
 def _check_clipping(max_norm: float | None, optimizers: list[Optimizer]) -> None:

@@ -2,7 +2,7 @@
 
     mesh = init_device_mesh("cuda", (sites, per_site), mesh_dim_names=("between", "in"))
     fully_shard(model, mesh=mesh["in"])               # and its layers, as always
-    state = lc3.hooks.fsdp2.attach(model, mesh, lc3.Config())
+    state = lc3.hooks.fsdp2.attach(model, mesh)
 
 FSDP shards and gathers over the fast network; each rank then holds the mean gradient of
 its shard over its own site, which lc3 averages with the same shard of the other sites.
@@ -13,27 +13,28 @@ are parameters.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from lc3 import private
 from lc3.checkpoint import Parts, load, save
-from lc3.config import Config
+from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
 from lc3.exchange import GroupExchange
 from lc3.model import Frozen, named_parameters
 from lc3.session import Session, attaching, check_form
+from lc3.state import FormState
 
 
 def attach(
     model: nn.Module,
     mesh: DeviceMesh,
-    config: Config = Config(),  # noqa: B008  # frozen
+    config: Config | Settings | None = None,
 ) -> "State":
     """Average the shards' gradients over replicas of a sharded model by 3LC.
 
@@ -57,16 +58,16 @@ def attach(
     return State(model, mesh, config)
 
 
-class State:
+class State(FormState):
     """Everything lc3 keeps for one sharded model: made by ``attach``.
 
-    Attributes:
-        config: the configuration.
-        meter: bytes and seconds so far, of what this rank sends to other sites.
-        engine: averages gradients; holds the plan and the residuals.
+    See ``FormState``. What is gathered, or checked, is of the ranks that hold the same
+    shard, one of each site.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, config: Config) -> None:
+    def __init__(
+        self, model: nn.Module, mesh: DeviceMesh, config: Config | Settings | None
+    ) -> None:
         sites = _sites(mesh)
         for ranks in zip(*sites, strict=True):  # groups are made by everybody
             group = dist.new_group(list(ranks), backend="gloo", group_desc="lc3")
@@ -76,17 +77,17 @@ class State:
         exchange = GroupExchange(own, torch.device("cpu"))
         leave = partial(exchange.leave, destroy=True)
         with attaching(lambda: (exchange, leave)):
-            check_form(config, "fsdp2")
+            self.settings = settle(config, Settings())
+            check_form(self.settings, "hooks.fsdp2")
             modules = _shards(model)
             named = [shard for shards in modules.values() for shard in shards]
             self._frozen = Frozen(named_parameters(model))
-            self._session = Session(named, config, exchange, leave)
-            self.config = config
-            self.meter = self._session.meter
-            self.engine = self._session.engine
+            self.session = Session(named, self.settings, exchange, leave)
+            self.meter = self.session.meter
+            self.engine = self.session.engine
             for module, shards in modules.items():
                 names = [name for name, _ in shards]
-                (group,) = module._get_fsdp_state()._fsdp_param_groups
+                (group,) = private.shard_groups(module)
                 module.set_all_reduce_hook(partial(_reduce, self, names, group))
 
     def reduce(self, output: Tensor, names: Sequence[str], follows: bool) -> None:
@@ -101,7 +102,7 @@ class State:
         if self.engine.exchange.world == 1:
             return
         self._frozen.check("close the state, and attach again")
-        step, bucket = self._session.next_bucket(names)
+        step, bucket = self.session.next_bucket(names)
         self.meter.at_step(step + 1)
 
         def exchange() -> Tensor:
@@ -120,17 +121,15 @@ class State:
                 output.copy_(flat)
             return output
 
-        future = self._session.lane.submit(exchange)
+        future = self.session.lane.submit(exchange)
         if follows:
-            Variable._execution_engine.queue_callback(
-                partial(self._session.wait, future)
-            )
+            private.at_end_of_backward(partial(self.session.wait, future))
         else:
-            self._session.wait(future)
+            self.session.wait(future)
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals
-        counters = {"step": self._session.step, **self.engine.budget.counters()}
+        counters = {"step": self.session.step, **self.engine.budget.counters()}
         return Parts(counters, residuals.sent, {"owned": residuals.owned})
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,36 +156,15 @@ class State:
         mine.copy_from(found)
         self.engine.push_what_owners_owe()
         self.engine.budget.load(found.counters)
-        self._session.begin_step(int(found.counters["step"]))
+        self.session.begin_step(int(found.counters["step"]))
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""
-        self._session.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "an lc3 State holds a process group and cannot be pickled; save "
-            "state.state_dict()"
-        )
+        self.session.close()
 
 
 def _reduce(state: State, names: Sequence[str], group: Any, output: Tensor) -> None:
-    state.reduce(output, names, _follows(group, output))
-
-
-def _follows(group: Any, output: Tensor) -> bool:
-    """Whether FSDP makes gradients views of what it reduced, and looks no further."""
-    return (
-        output.dtype == group._orig_dtype
-        and output.dtype in (torch.float32, torch.bfloat16)  # others it divides
-        and not group.force_sum_reduction_for_comms
-        and all(
-            p.sharded_param.grad is None
-            and not p.offload_to_cpu
-            and not getattr(p.sharded_param, "_post_accumulate_grad_hooks", None)
-            for p in group.fsdp_params
-        )
-    )
+    state.reduce(output, names, private.takes_views(group, output))
 
 
 def _sites(mesh: DeviceMesh) -> list[list[int]]:
@@ -215,20 +193,14 @@ def _shards(model: nn.Module) -> dict[FSDPModule, list[tuple[str, Tensor]]]:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        try:
-            groups = module._get_fsdp_state()._fsdp_param_groups
-            several = [g for g in groups if g.mesh_info.mesh.ndim != 1]
-            shards: list[tuple[Any, torch.Size]] = [
-                (p.sharded_param, p.padded_sharded_param_size)
-                for group in groups
-                for p in group.fsdp_params
-                if p.sharded_param.requires_grad
-            ]
-        except AttributeError as error:
-            raise AttachError(
-                f"torch {torch.__version__} keeps FSDP2's shards where lc3 does not "
-                f"look ({error}); lc3 knows torch 2.13's"
-            ) from error
+        groups = private.shard_groups(module)
+        several = [g for g in groups if g.mesh_info.mesh.ndim != 1]
+        shards: list[tuple[Any, torch.Size]] = [
+            (p.sharded_param, p.padded_sharded_param_size)
+            for group in groups
+            for p in group.fsdp_params
+            if p.sharded_param.requires_grad
+        ]
         if several:
             raise AttachError(
                 "a module is sharded over a mesh of "

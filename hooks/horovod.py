@@ -1,7 +1,7 @@
 """3LC for Horovod: a drop-in for ``hvd.DistributedOptimizer``.
 
     optimizer = lc3.hooks.horovod.DistributedOptimizer(
-        optimizer, named_parameters=model.named_parameters(), config=lc3.Config()
+        optimizer, named_parameters=model.named_parameters()
     )
 
 Horovod's ``compression=`` seam sums what it is given, and 3LC's bytes cannot be summed;
@@ -22,11 +22,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lc3.checkpoint import Parts, load, save
-from lc3.config import Config
-from lc3.errors import AttachError, ExchangeError
+from lc3.config import Config, Settings, settle
+from lc3.errors import AttachError, ConfigError, ExchangeError
 from lc3.exchange import MOST_BYTES
 from lc3.model import flat_view
 from lc3.session import Session, attaching
+from lc3.state import FormState
 
 try:
     import horovod.torch as hvd
@@ -146,23 +147,24 @@ def _check_devices(trained: Sequence[tuple[str, Parameter]]) -> None:
             )
 
 
-class State:
+class State(FormState):
     """Everything lc3 keeps for one optimizer: its attribute ``lc3``.
 
-    Attributes:
-        meter: bytes and seconds so far, on this rank.
-        engine: averages gradients; holds the plan and the residuals.
-        session: names and worker lane; counts the steps.
+    See ``FormState``.
     """
 
     def __init__(
-        self, named: Sequence[tuple[str, Parameter]], config: Config, process_set: Any
+        self,
+        named: Sequence[tuple[str, Parameter]],
+        config: Config | Settings | None,
+        process_set: Any,
     ) -> None:
         exchange = HorovodExchange(process_set)
         trained = [(name, p) for name, p in named if p.requires_grad]
         with attaching(lambda: (exchange, lambda: None)):
             _check_devices(trained)
-        self.session = Session(trained, config, exchange, lambda: None)
+            self.settings = settle(config, Settings())
+        self.session = Session(trained, self.settings, exchange, lambda: None)
         self.meter, self.engine = self.session.meter, self.session.engine
         self._buckets = _buckets([p for _, p in reversed(trained)])
         self._bucket_of = {p: i for i, some in enumerate(self._buckets) for p in some}
@@ -269,7 +271,7 @@ class State:
 def DistributedOptimizer(  # noqa: N802  # named as Horovod names it
     optimizer: Optimizer,
     named_parameters: Iterable[tuple[str, Parameter]] | None = None,
-    config: Config = Config(),  # noqa: B008  # frozen
+    config: Config | Settings | None = None,
     *,
     backward_passes_per_step: int = 1,
     op: Any = hvd.Average,
@@ -293,7 +295,8 @@ def DistributedOptimizer(  # noqa: N802  # named as Horovod names it
 
     Raises:
         AttachError: Horovod is not initialised, or an argument does not fit 3LC.
-        ConfigError: a pattern of the configuration matches no parameter.
+        ConfigError: a pattern of the configuration matches no parameter, or an argument
+            is out of range.
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
@@ -307,8 +310,9 @@ def DistributedOptimizer(  # noqa: N802  # named as Horovod names it
     if op != hvd.Average:
         raise AttachError("op must be hvd.Average; 3LC averages gradients")
     if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
-        raise AttachError(
-            f"backward_passes_per_step={backward_passes_per_step!r} must be 1 or more"
+        raise ConfigError(
+            f"backward_passes_per_step={backward_passes_per_step!r} must be an integer "
+            "of at least 1"
         )
     if not process_set.included():
         raise AttachError(

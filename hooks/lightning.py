@@ -12,13 +12,19 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3.config import Config
+from lc3 import private
+from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, State, figures, require
+from lc3.frameworks import Attach, figures, missing, require
 from lc3.hooks import ddp
+from lc3.state import FormState
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise missing("lightning", error) from error
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +43,9 @@ class LC3(Callback):
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizers.
             ``gradient_clip_val`` clips as it does without lc3.
         attach: of the form, with its arguments:
-            ``functools.partial(lc3.hooks.local_sgd.attach, every=32)``. Local steps are
-            brought together before they are saved and at the end, and validated as the
-            model that all ranks share.
+            ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``. Local
+            steps are brought together before they are saved and at the end, and
+            validated as the model that all ranks share.
 
     Attributes:
         state: what ``attach`` returns, while the Trainer fits.
@@ -50,11 +56,11 @@ class LC3(Callback):
     """
 
     def __init__(
-        self, config: Config | None = None, *, attach: Attach = ddp.attach
+        self, config: Config | Settings | None = None, *, attach: Attach = ddp.attach
     ) -> None:
         require("lightning", version("lightning"), _LEAST)
         self.config = config
-        self.state: State | None = None
+        self.state: FormState | None = None
         self._attach = attach
         self._shared = ExitStack()
         self._loaded: list[Mapping[str, Any]] = []
@@ -67,7 +73,7 @@ class LC3(Callback):
         if self.state is not None:  # of a fit that was interrupted
             self.state.close()
         model = trainer.strategy.model
-        model = getattr(model, "_orig_mod", model)  # compiled
+        model = private.uncompiled(model)
         if not isinstance(model, DistributedDataParallel):
             raise AttachError(
                 f"lc3 needs Trainer(strategy='ddp'), this one has "

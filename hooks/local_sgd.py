@@ -2,7 +2,7 @@
 
 After every H-th step of the optimizer the ranks push what their parameters have moved,
 the owners average it into float32 masters, and everybody pulls 3LC of what the masters
-have moved (with ``Config(exchange="direct")`` everybody averages). Sources: local SGD
+have moved (with ``Tuning(topology="direct")`` everybody averages). Sources: local SGD
 (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and for masters with error
 feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706).
 That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which sends them.
@@ -10,178 +10,167 @@ That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which send
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
+from lc3 import private
 from lc3.applied import unwrapped
-from lc3.checkpoint import Parts, load, of_rank, save
-from lc3.config import Config
+from lc3.checkpoint import Parts, load, save
+from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, DivergedError, StateError
+from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.model import Model, named_parameters, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
 from lc3.says import Says, loaded_alike
-from lc3.session import attaching_to, check_form, check_owners, session_beside
+from lc3.session import (
+    Session,
+    alone,
+    attaching_to,
+    check_form,
+    check_owners,
+    nobody,
+    session_beside,
+    world_group,
+)
+from lc3.state import FormState
 from lc3.steps import Counting, Watch, Written
 
 log = logging.getLogger(__name__)
-
-# Every parameter is coded: biases and norms left raw would be most of the bytes. Two
-# ranks send each other what they have coded, in one hop.
-DEFAULT = Config(density=0.115, min_ndim=0, min_numel=1, entropy="rans")
-FOR_TWO = Config(
-    density=0.12, min_ndim=0, min_numel=1, entropy="rans", exchange="direct"
-)
 
 # Where PyTorch's optimizers keep a first moment.
 MOMENTA = ("exp_avg", "momentum_buffer")
 
 _BUFFERS_EVERY = 8  # exchanges: statistics are for evaluation
 _MOST_IN_A_ROW = 10  # exchanges that go on without a rank
-Choose = Callable[[Sequence[Optimizer]], dict[str, float]]
+Choose = Callable[[Sequence[Optimizer]], tuple[Knobs, str]]
 _ATTACHED: WeakKeyDictionary[nn.Module, "State"] = WeakKeyDictionary()
 
 
 def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
-    config: Config | None = None,
+    config: Config | Settings | None = None,
     *,
-    every: int | None = 8,
+    preset: PresetName | None = None,
+    sync_every: int | Literal["manual"] | None = None,
+    overlap: int | None = None,
     outer_lr: float | None = None,
-    outer_momentum: float = 0.0,
+    outer_momentum: float | None = None,
     residual_decay: float | None = None,
-    momentum_decay: float | None = None,
-    delay: int = 0,
+    inner_momentum_scale: float | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> "State":
-    """Let every rank train ``model`` by itself, and average every ``every`` steps.
+    """Let every rank train ``model`` by itself, and average every so many steps.
 
-    Where ``outer_lr``, ``residual_decay`` and ``momentum_decay`` are all ``None``, they
-    are those of ``chosen_for`` the optimizers; else ``None`` is 1.
+    A knob that is not given is the preset's, or is chosen by the optimizer; giving one
+    changes that one only. What was chosen is logged once (``lc3.show_choices``) and is
+    in the state's ``repr``.
 
     Collective: every rank calls it with the same arguments. Parameters and buffers of
     rank 0 are copied to all ranks. The training loop stays as it is, and
     ``state.sync()`` ends the training. Every rank must make the same number of steps;
     where it cannot (a rank without data, a GradScaler that skips a step on one rank),
-    say ``every=None`` and call ``state.exchange()`` on every rank.
+    say ``sync_every="manual"`` and call ``state.exchange()`` on every rank. One process
+    without a process group trains as without lc3.
 
     Args:
         model: a module, its parameters on one device. One that is wrapped in
             DistributedDataParallel stays so, under its ``no_sync()`` until ``close``:
             gradients and buffers are no longer exchanged.
         optimizer: that trains it, or several that are stepped one after the other; the
-            last one counts the steps. Their state stays local; ``momentum_decay``
+            last one counts the steps. Their state stays local; ``inner_momentum_scale``
             changes it.
-        config: what to compress; a density suits what local steps change. ``None``:
-            ``FOR_TWO`` between two ranks, else ``DEFAULT``.
-        every: H, local steps between two exchanges. ``None``: none by itself.
-        outer_lr: how far masters go along the mean of what ranks moved. 1: averaging;
-            up to 2, which suits moments that are halved (``momentum_decay=0.5``).
-        outer_momentum: Nesterov momentum of the masters, as in DiLoCo. Error feedback
-            is a momentum already: it helps uncoded exchanges, not coded ones. Not with
-            ``Config(exchange="direct")``.
+        config: what to compress; a density suits what local steps change. What it
+            leaves open is the preset's, or as in ``FOR_TWO`` between two ranks and in
+            ``DEFAULT`` between more.
+        preset: of ``lc3.knobs.PRESETS``: "adamw", "muon" or "fewest-bytes".
+        sync_every: H, local steps between two exchanges; default 8. "manual": none by
+            itself.
+        overlap: steps that go on while an exchange is under way; 0, the default, waits
+            for it. Less than ``sync_every``. Each result is then applied so many steps
+            later.
+        outer_lr: rate of the outer optimizer: how far masters go along the mean of what
+            ranks moved. 1: averaging; up to 2, which suits moments that are halved.
+            With ``outer_momentum``, what is chosen is multiplied by 1 − that.
+        outer_momentum: Nesterov momentum of the outer optimizer, as in DiLoCo; default
+            0. Error feedback is a momentum already: it helps uncoded exchanges, not
+            coded ones. Not with ``Tuning(topology="direct")``.
         residual_decay: what multiplies, after every exchange, what was not sent yet: a
             rank's residuals, and how far masters are ahead of the replicas. 1 forgets
             nothing. What has waited for long was found again and again where the
             replica had not moved, and sent whole it goes too far. The fewer exchanges
             and the larger ``outer_lr``, the more: 0.8 goes with 2.
-        momentum_decay: what multiplies the optimizers' first moments (``exp_avg``,
-            ``momentum_buffer``) whenever an exchange has changed the parameters. A
-            rank's own hold noise that the mean of the ranks has less of, and carry it
-            on into the next interval, away from the other ranks. 1 keeps them. Less is
-            for AdamW and Muon; SGD with momentum ends worse (docs/results.md).
-        delay: steps that go on while an exchange is under way; 0 waits for it. Less
-            than ``every``. Each result is then applied ``delay`` steps later.
+        inner_momentum_scale: what multiplies the optimizers' first moments
+            (``exp_avg``, ``momentum_buffer``) whenever an exchange has changed the
+            parameters. A rank's own hold noise that the mean of the ranks has less of,
+            and carry it on into the next interval, away from the other ranks. 1 keeps
+            them. Less is for AdamW and Muon; SGD with momentum ends worse.
         group: a process group that nobody else uses. Default: lc3 makes one.
+
+    Returns:
+        The state: its ``meter``, ``sync()``, ``state_dict()``, ``close()``.
 
     Raises:
         AttachError: the model cannot be compressed.
         ConfigError: an argument is out of range.
         PlanMismatch: ranks differ in configuration, arguments, parameters or version.
         PeerError: one of these happened on another rank.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with attach(model, optimizer, sync_every=16) as state:
+        ...     loss = model(torch.ones(4, 8)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     state.sync()
+        ...     state.steps
+        1
     """
-    with attaching_to(model, group):
-        if config is None:
-            two = dist.is_initialized() and dist.get_world_size() == 2
-            config = FOR_TWO if two and not outer_momentum else DEFAULT
-        check_form(config, "local_sgd")
-        if outer_momentum:
-            check_owners(config, "outer_momentum")
+    said = {
+        "overlap": overlap,
+        "outer_lr": outer_lr,
+        "outer_momentum": outer_momentum,
+        "residual_decay": residual_decay,
+        "inner_momentum_scale": inner_momentum_scale,
+    }
+    given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
+    if sync_every is not None:
+        given["sync_every"] = None if sync_every == "manual" else sync_every
+
+    with nullcontext() if alone() else attaching_to(model, group):
         optimizers = unwrapped(optimizer)
-        given = {
-            "outer_lr": outer_lr,
-            "residual_decay": residual_decay,
-            "momentum_decay": momentum_decay,
-        }
-        knobs = {knob: 1.0 if value is None else value for knob, value in given.items()}
-        choose: Choose | None = None
-        if not outer_momentum and all(value is None for value in given.values()):
-            choose = partial(chosen_for, config=config, every=every, delay=delay)
-            knobs = choose(optimizers)
-        return State(
-            model,
-            optimizers,
-            config,
-            every=every,
-            outer_momentum=outer_momentum,
-            delay=delay,
-            group=group,
-            choose=choose,
-            **knobs,
-        )
+        found = preset_of(preset)
+        two = dist.is_initialized() and dist.get_world_size(group) == 2
+        defaults = FOR_TWO if two and not outer_momentum else DEFAULT
+        if found is not None:
+            defaults, given = found.settings, {**found.knobs, **given}
+        settings = settle(config, defaults)
+        check_form(settings, "hooks.local_sgd")
+        if outer_momentum:
+            check_owners(settings, "outer_momentum")
+        choose = partial(knobs_for, settings=settings, given=given)
+        return State(model, optimizers, settings, choose, group)
 
 
-def chosen_for(
-    optimizers: Sequence[Optimizer], config: Config, every: int | None, delay: int
-) -> dict[str, float]:
-    """Return the three knobs that ``attach`` takes when none of them is given.
-
-    What was measured to help where a density of 0.3 or less is sent in every 8th step
-    or more rarely and nothing is delayed; else 1 each. Where Adam or AdamW trains
-    everything ``outer_lr`` 2, ``residual_decay`` 0.8 and ``momentum_decay`` 0.5
-    (without owners 1.5, 0.9 and 0.8): what they bring, and where, see docs/results.md,
-    "Momentum between exchanges". Without owners and momentum, with SGD: ``outer_lr``
-    1.25, since what waits in residuals is a momentum that is not there otherwise.
-    """
-    sparse = config.density is not None and config.density <= 0.3
-    rare = isinstance(every, int) and every >= 8 and not delay
-    chosen = (1.0, 1.0, 1.0)
-    if optimizers and sparse and rare:
-        direct = config.exchange == "direct"
-        if all(isinstance(one, Adam) for one in optimizers):
-            chosen = (1.5, 0.9, 0.8) if direct else (2.0, 0.8, 0.5)
-        elif direct and all(map(_without_momentum, optimizers)):
-            chosen = (1.25, 1.0, 1.0)
-    names = "outer_lr", "residual_decay", "momentum_decay"
-    return dict(zip(names, chosen, strict=True))
-
-
-def _without_momentum(optimizer: Optimizer) -> bool:
-    groups = optimizer.param_groups
-    return isinstance(optimizer, SGD) and not any(g["momentum"] for g in groups)
-
-
-class State:
+class State(FormState):
     """Everything lc3 keeps for one model that is trained by local steps.
 
+    See ``FormState``. The meter's dense bytes are those of a float32 all-reduce of
+    every step's gradient.
+
     Attributes:
-        config: the configuration.
-        meter: bytes and seconds so far, on this rank; its dense bytes are those of a
-            float32 all-reduce of every step's gradient.
-        engine: moves and codes; holds the plan and the residuals.
         owners: the masters of this rank's share.
-        outer_lr: as given to ``attach``, or chosen by it, like the next two.
-        residual_decay: the same.
-        momentum_decay: the same.
+        knobs: of local steps, as given to ``attach`` or chosen by it.
         steps: of the optimizer so far.
         exchanges: so far.
         left_out: exchanges so far without this rank, since what it had moved was not
@@ -192,42 +181,30 @@ class State:
         self,
         model: nn.Module,
         optimizers: list[Optimizer],
-        config: Config,
-        *,
-        every: int | None,
-        outer_lr: float,
-        outer_momentum: float,
-        residual_decay: float,
-        momentum_decay: float,
-        delay: int,
+        settings: Settings,
+        choose: Choose,
         group: dist.ProcessGroup | None,
-        choose: Choose | None = None,
     ) -> None:
-        decays = {"residual_decay": residual_decay, "momentum_decay": momentum_decay}
-        _check(optimizers, every, outer_lr, outer_momentum, decays, delay)
+        if not optimizers:
+            raise AttachError("no optimizer was given, so there are no steps to count")
+        self._choose = choose
+        self.knobs, why = choose(optimizers)
+        if why:
+            log.info("lc3: local steps with %s; a knob that is given stays", why)
         model, wrapper = _without_ddp(model)
         _check_alone(model)
         trained = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
-        if not dist.is_initialized() or dist.group.WORLD is None:
-            raise AttachError("call torch.distributed.init_process_group first")
-        facts = {
-            "every": every,
-            "outer_lr": float(outer_lr),
-            "outer_momentum": float(outer_momentum),
-            **{knob: float(value) for knob, value in decays.items()},
-            "delay": delay,
-            "buffers": [name for name, _ in model.named_buffers()],
-        }
-        self._session = session_beside(
-            trained, config, dist.group.WORLD, group, facts=facts
+        buffers = [name for name, _ in model.named_buffers()]
+        facts = {**self.knobs.said(), "buffers": buffers}
+        self.settings = settings
+        self.session = (
+            Session(trained, settings, *nobody(), facts=facts)
+            if alone()
+            else session_beside(trained, settings, world_group(), group, facts=facts)
         )
-        self.config = config
-        self.meter = self._session.meter
-        self.engine = self._session.engine
-        self._every, self._delay = every, delay
-        self.outer_lr, self._outer_momentum = outer_lr, outer_momentum
-        self.residual_decay, self.momentum_decay = residual_decay, momentum_decay
-        self._model = Model(model, list(self._session.names.values()))
+        self.meter = self.session.meter
+        self.engine = self.session.engine
+        self._model = Model(model, list(self.session.names.values()))
         flats = self._model.flats()
         self._model.copy_from_first(self.engine.exchange)
         replica = arena_like(flats)
@@ -237,10 +214,12 @@ class State:
         self._velocity = {
             name: torch.zeros_like(master)
             for name, master in self.owners.masters.items()
-            if outer_momentum
+            if self.knobs.outer_momentum
         }
         self._moved = arena_like(flats)
-        self._seen = {name: flat.clone() for name, flat in replica.items() if delay}
+        self._seen = {
+            name: flat.clone() for name, flat in replica.items() if self.knobs.overlap
+        }
         self._pending: torch.futures.Future[Tensor] | None = None
         self._buffers: dict[str, Tensor] = {}
         self.steps = self.exchanges = self._unsent = 0
@@ -248,7 +227,6 @@ class State:
         self._said: list[Says] = []
         self._watch = Watch(self._model)
         self._loaded = False
-        self._choose = choose
         self._counting = Counting(optimizers, self._model, self._before, self._after)
         _ATTACHED[model] = self
         self._wrapped = ExitStack()
@@ -273,30 +251,27 @@ class State:
         self._fresh = False
         if not counts:
             return
-        if self._choose is not None and replaced:
-            knobs = self._choose(self._counting.optimizers)
-            self.outer_lr = knobs["outer_lr"]
-            self.residual_decay = knobs["residual_decay"]
-            self.momentum_decay = knobs["momentum_decay"]
+        if replaced:
+            self.knobs, _ = self._choose(self._counting.optimizers)
         self.steps += 1
         self.meter.at_step(self.steps)
         self._unsent += 1
-        if self.engine.exchange.world == 1 or self._every is None:
+        if self.engine.exchange.world == 1 or self.knobs.sync_every is None:
             return
-        since = self.steps % self._every
-        if self._pending is not None and since == self._delay:
+        since = self.steps % self.knobs.sync_every
+        if self._pending is not None and since == self.knobs.overlap:
             self._finish()
         if since == 0:
             self._start()
-            if self._delay == 0:
+            if self.knobs.overlap == 0:
                 self._finish()
 
     def exchange(self) -> None:
         """Exchange now: average what the ranks have moved; collective.
 
-        For loops that count themselves (``every=None``): ranks may have made any number
-        of steps since the last exchange, none too, as a rank without data or one whose
-        GradScaler has skipped a step.
+        For loops that count themselves (``sync_every="manual"``): ranks may have made
+        any number of steps since the last exchange, none too, as a rank without data or
+        one whose GradScaler has skipped a step.
         """
         if self.engine.exchange.world == 1:
             return
@@ -304,7 +279,7 @@ class State:
         if self._pending is not None:
             self._finish()
         self._start()
-        if self._delay == 0:
+        if self.knobs.overlap == 0:
             self._finish()
 
     def rebase(self) -> None:
@@ -331,7 +306,7 @@ class State:
             self._finish()
         self._start(with_buffers=True)
         self._finish()
-        self._session.lane.submit(self._flush).wait()
+        self.session.lane.submit(self._flush).wait()
         self._copy_replica()
         self._look_anew()
 
@@ -358,14 +333,14 @@ class State:
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
-        self._session.check_replicas(self._model.module, self.steps)
+        self.session.check_replicas(self._model.module, self.steps)
 
     def _start(self, *, with_buffers: bool = False) -> None:
         """Begin an exchange of what the parameters, and some buffers, hold now."""
         flats = self._model.flats()
         for name, flat in flats.items():
             torch.sub(self.owners.replica[name], flat, out=self._moved[name])
-            if self._delay:
+            if self.knobs.overlap:
                 self._seen[name].copy_(flat)
         buffers = self._model.float_buffers()
         changed = (False,) * len(buffers)
@@ -385,9 +360,7 @@ class State:
             buffers=changed,
         )
         self._unsent_then, self._unsent = self._unsent, 0
-        self._pending = self._session.lane.submit(
-            partial(self._exchange, mine, written)
-        )
+        self._pending = self.session.lane.submit(partial(self._exchange, mine, written))
 
     def _finish(self) -> None:
         """Take over what an exchange has brought."""
@@ -397,7 +370,7 @@ class State:
             averaged = pending.wait()
         mine = self._said[self.engine.exchange.rank]
         self._take_buffers(averaged, mine)
-        if self._delay == 0 or not mine.finite:
+        if self.knobs.overlap == 0 or not mine.finite:
             self._copy_replica()
         else:  # what this rank moved while the exchange was under way is kept
             for name, flat in self._model.flats().items():
@@ -411,7 +384,7 @@ class State:
             self._decay_momenta()
         else:
             self._recover()
-        if self._delay == 0:
+        if self.knobs.overlap == 0:
             self._look_anew()
 
     def _drain(self) -> None:
@@ -448,7 +421,7 @@ class State:
             self.engine.tell(error, self.exchanges, 0)
             return torch.empty(0, dtype=torch.float32)
 
-        self._session.lane.submit(tell).wait()
+        self.session.lane.submit(tell).wait()
         raise error
 
     def _copy_replica(self) -> None:
@@ -458,7 +431,7 @@ class State:
 
     def _look_anew(self) -> None:
         """Begin to look anew at what is done to parameters."""
-        self._fresh = self._pending is None and self._delay == 0
+        self._fresh = self._pending is None and self.knobs.overlap == 0
         self._model.mark()
         self._watch.take()
 
@@ -576,7 +549,7 @@ class State:
             sizes = [now[name].numel() for name in names]
             for name, part in zip(names, averaged.split(sizes), strict=True):
                 wanted = part.view(now[name].shape)
-                if self._delay and mine.buffers_finite:
+                if self.knobs.overlap and mine.buffers_finite:
                     wanted = wanted + (now[name] - self._buffers[name])
                 now[name].copy_(wanted)
         if mine.buffers and (averaged.numel() or any(mine.buffers)):
@@ -584,27 +557,27 @@ class State:
 
     def _outer_step(self, name: str, offset: int, master: Tensor, mean: Tensor) -> None:
         update = mean
-        if self._outer_momentum:
+        if self.knobs.outer_momentum:
             velocity = self._velocity[name][offset : offset + mean.numel()]
-            velocity.mul_(self._outer_momentum).add_(mean)
-            update = mean.add(velocity, alpha=self._outer_momentum)
-        master.sub_(update, alpha=self.outer_lr)
+            velocity.mul_(self.knobs.outer_momentum).add_(mean)
+            update = mean.add(velocity, alpha=self.knobs.outer_momentum)
+        master.sub_(update, alpha=self.knobs.outer_lr)
 
     def _forget(self) -> None:
         """Let what was not sent decay: this rank's residuals, its masters' lead."""
-        if self.residual_decay == 1:
+        if self.knobs.residual_decay == 1:
             return
         for residual in self.engine.residuals.sent.values():
-            residual.mul_(self.residual_decay)
+            residual.mul_(self.knobs.residual_decay)
         if self.engine.direct:
             return
         for piece in self.owners.owned:
             replica = self.owners.replica[piece.name][piece.start : piece.stop]
             master = self.owners.master(piece)
-            master.sub_(replica).mul_(self.residual_decay).add_(replica)
+            master.sub_(replica).mul_(self.knobs.residual_decay).add_(replica)
 
     def _decay_momenta(self) -> None:
-        if self.momentum_decay == 1:
+        if self.knobs.inner_momentum_scale == 1:
             return
         optimizers = self._counting.optimizers
         states = [s for optimizer in optimizers for s in optimizer.state.values()]
@@ -612,11 +585,12 @@ class State:
         momenta = [moment for moment in kept if isinstance(moment, Tensor)]
         if not momenta and self._unsent_then:  # a rank without data has none yet
             raise ConfigError(
-                f"momentum_decay={self.momentum_decay!r} has nothing to multiply: "
-                f"the optimizer's state has no {' and no '.join(MOMENTA)}; leave it 1"
+                f"inner_momentum_scale={self.knobs.inner_momentum_scale!r} has nothing "
+                "to multiply: the optimizer's state has no "
+                f"{' and no '.join(MOMENTA)}; leave it 1"
             )
         for moment in momenta:
-            moment.mul_(self.momentum_decay)
+            moment.mul_(self.knobs.inner_momentum_scale)
 
     def _flush(self) -> Tensor:
         self.owners.flush()
@@ -668,7 +642,7 @@ class State:
         rank = self.engine.exchange.rank
         found = load(state, "local_sgd", self.engine.plan, rank, mine)
         mine.copy_from(found)
-        self.owners.take_lead(found.shares["masters"], self.outer_lr)
+        self.owners.take_lead(found.shares["masters"], self.knobs.outer_lr)
         self.steps = int(found.counters["steps"])
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)
@@ -676,25 +650,8 @@ class State:
         self._look_anew()
         self._loaded = True
 
-    def gather_state(self) -> list[dict[str, Any]]:
-        """Return every rank's ``state_dict()`` on rank 0, none elsewhere; collective.
-
-        For checkpoints that one rank writes, right after ``sync``, when the model of
-        one rank is that of all; ``load_gathered`` takes it on any.
-
-        Raises:
-            StateError: an exchange is under way.
-        """
-        return self._session.gather(self.state_dict())
-
-    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from what ``gather_state`` returned on rank 0, with any ranks.
-
-        Raises:
-            StateError: it does not fit; nothing was changed.
-        """
-        exchange = self.engine.exchange
-        self.load_state_dict(of_rank(states, exchange.rank, exchange.world))
+    def _knobs(self) -> dict[str, object]:
+        return self.knobs.said()
 
     def close(self) -> None:
         """Stop counting steps; end the lane and the group it made.
@@ -704,60 +661,23 @@ class State:
         self._counting.close()
         _ATTACHED.pop(self._model.module, None)
         self._wrapped.close()
-        self._session.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "an lc3 State holds a process group and cannot be pickled; save "
-            "state.state_dict()"
-        )
+        self.session.close()
 
 
 def _without_ddp(
     model: nn.Module,
 ) -> tuple[nn.Module, DistributedDataParallel | None]:
     """Return the module that is trained, and what DDP wraps around it."""
-    inner = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
+    inner = private.uncompiled(model)
     if not isinstance(inner, DistributedDataParallel):
         return model, None
-    if inner._comm_hooks:
-        hook = inner._comm_hooks[0][0].__name__
+    if (found := private.comm_hook(inner)) is not None:
         raise AttachError(
-            f"the model already has the communication hook {hook}, which local steps "
+            f"the model already has the communication hook {found[0].__name__}, which "
+            "local steps "
             "leave unused; wrap the module again, and attach one form only"
         )
     return inner.module, inner
-
-
-def _check(
-    optimizers: list[Optimizer],
-    every: int | None,
-    outer_lr: float,
-    outer_momentum: float,
-    decays: Mapping[str, float],
-    delay: int,
-) -> None:
-    if not optimizers:
-        raise AttachError("no optimizer was given, so there are no steps to count")
-    for knob, value, least in (("every", every, 1), ("delay", delay, 0)):
-        if knob == "every" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{knob}={value!r} must be an integer from {least} up")
-    if delay >= (1 if every is None else every):
-        raise ConfigError(
-            f"delay={delay!r} must be less than every={every}"
-            if every is not None
-            else f"delay={delay!r} counts steps, so it needs every to be a number"
-        )
-    if not 0 < outer_lr <= 2 or not 0 <= outer_momentum < 1:
-        raise ConfigError(
-            f"outer_lr={outer_lr!r} must be in (0, 2], outer_momentum="
-            f"{outer_momentum!r} in [0, 1)"
-        )
-    for knob, decay in decays.items():
-        if not 0 <= decay <= 1:
-            raise ConfigError(f"{knob}={decay!r} must be in [0, 1]; 1 forgets nothing")
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

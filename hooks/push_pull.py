@@ -13,8 +13,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,15 +23,17 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lc3 import private
 from lc3.applied import smallest, watch_accumulation
 from lc3.checkpoint import OPTIONAL, Parts, load, save
-from lc3.config import Config
+from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer, StateError
 from lc3.model import flat_view, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
 from lc3.session import attaching_to, check_form, check_owners, session_for
 from lc3.sketch import Sketch, squares
+from lc3.state import FormState
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ Groups = list[dict[str, Any]]
 def attach(
     model: DistributedDataParallel,
     make_optimizer: Callable[[Groups], Optimizer],
-    config: Config = Config(),  # noqa: B008  # frozen
+    config: Config | Settings | None = None,
     *,
     params: Iterable[Parameter] | Iterable[dict[str, Any]] | None = None,
     max_norm: float | None = None,
@@ -61,7 +62,7 @@ def attach(
         make_optimizer: makes the optimizer of this rank's share from parameter groups:
             ``functools.partial(torch.optim.AdamW, lr=1e-3)``. Masters are slices
             without a shape, so it must work element by element; with
-            ``Config(min_share=2**40)`` every parameter has one owner and its own shape,
+            ``Tuning(min_shard=2**40)`` every parameter has one owner and its own shape,
             which is what Muon needs.
         config: what to compress, and how much.
         params: parameters or groups of them, as for any optimizer. Default: all.
@@ -80,29 +81,21 @@ def attach(
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it once more
+    model = cast(DistributedDataParallel, private.uncompiled(model))
     with attaching_to(model, group):
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
-        check_form(config, "push_pull")
-        check_owners(config, "hooks.push_pull")
+        settings = settle(config, Settings())
+        check_form(settings, "hooks.push_pull")
+        check_owners(settings, "hooks.push_pull")
         optimizer = PushPull(
-            model, make_optimizer, config, params, max_norm, scaler, group
+            model, make_optimizer, settings, params, max_norm, scaler, group
         )
-        optimizer.session.link_to(
-            model, partial(push_pull_hook, optimizer), check_every
-        )
+        optimizer.session.link_to(model, optimizer.take, check_every)
         return optimizer
 
 
-def push_pull_hook(
-    optimizer: "PushPull", bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
-    """Push a bucket's gradients to their owners; DDP gets what stands for them."""
-    return optimizer.session.on_bucket(bucket, optimizer.push)
-
-
-class PushPull(Optimizer):
+class PushPull(FormState, Optimizer):
     """An optimizer whose step works on this rank's share. Made by ``attach``.
 
     Learning rates and other options are read from ``param_groups`` at every step, so
@@ -113,9 +106,9 @@ class PushPull(Optimizer):
     changing single elements is an error. It is nan on every rank if a gradient was not
     finite. What no ``step()`` follows leaves nothing behind.
 
+    See ``FormState``, too.
+
     Attributes:
-        meter: bytes and seconds so far, on this rank.
-        engine: moves and codes; holds the plan and the residuals.
         owners: the masters of this rank's share.
         inner: the optimizer of this rank's share.
         grad_norm: global norm of the last step's mean gradient, before clipping; of
@@ -128,14 +121,15 @@ class PushPull(Optimizer):
         self,
         model: DistributedDataParallel,
         make_optimizer: Callable[[Groups], Optimizer],
-        config: Config,
+        settings: Settings,
         params: Iterable[Parameter] | Iterable[dict[str, Any]] | None,
         max_norm: float | None,
         scaler: GradScaler | None,
         group: dist.ProcessGroup | None,
     ) -> None:
         self._module = model.module
-        self.session = session_for(model, config, group)
+        self.settings = settings
+        self.session = session_for(model, settings, group)
         self.meter, self.engine = self.session.meter, self.session.engine
         names = self.session.names
         self._parameters = {name: parameter for parameter, name in names.items()}
@@ -212,6 +206,10 @@ class PushPull(Optimizer):
         if values.numel() == parameter.numel() and parameter.is_contiguous():
             return values.view(parameter.shape)
         return values
+
+    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Push a bucket's gradients to their owners; DDP gets what stands for them."""
+        return self.session.on_bucket(bucket, self.push)
 
     def push(self, buffer: Tensor, names: list[str], step: int, bucket: int) -> Tensor:
         """Bring one bucket's gradients to their owners. Runs on the lane."""
@@ -593,17 +591,14 @@ class PushPull(Optimizer):
     def _name_of(self, master: Tensor) -> str:
         return next(name for name, m in self._masters.items() if m is master)
 
+    def _knobs(self) -> dict[str, object]:
+        return {"optimizer": type(self.inner).__name__, "max_norm": self._max_norm}
+
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
         for watched in self._watched:
             watched.remove()
         self.session.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a PushPull optimizer holds a process group and cannot be pickled; save "
-            "its state_dict(), and save model.module, not the DDP wrapper"
-        )
 
 
 _PULL_BUCKET, _NORM_BUCKET = 0xFFFFFFFF, 0xFFFFFFFE

@@ -12,20 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
-from transformers import (
-    DefaultFlowCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
 
+from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
-from lc3.config import Config
+from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, State, figures, require
+from lc3.frameworks import Attach, figures, missing, require
 from lc3.hooks import ddp
+from lc3.state import FormState
+
+try:
+    from transformers import (
+        DefaultFlowCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+except ModuleNotFoundError as error:
+    raise missing("transformers", error) from error
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +40,7 @@ _LEAST = "4.46"
 
 def attach(
     trainer: Trainer,
-    config: Config | None = None,
+    config: Config | Settings | None = None,
     *,
     attach: Attach = ddp.attach,
 ) -> "LC3Callback":
@@ -51,9 +57,9 @@ def attach(
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizer.
             ``max_grad_norm`` clips as it does without lc3.
         attach: of the form, with its arguments:
-            ``functools.partial(lc3.hooks.local_sgd.attach, every=32)``. Local steps are
-            brought together before they are saved and at the end, and evaluated as the
-            model that all ranks share.
+            ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``. Local
+            steps are brought together before they are saved and at the end, and
+            evaluated as the model that all ranks share.
 
     Raises:
         AttachError: this Transformers is too old; in ``train()``: the Trainer does not
@@ -77,8 +83,10 @@ class LC3Callback(TrainerCallback):
         state: what ``attach`` returned, from the start of training on.
     """
 
-    def __init__(self, trainer: Trainer, config: Config | None, attach: Attach) -> None:
-        self.state: State | None = None
+    def __init__(
+        self, trainer: Trainer, config: Config | Settings | None, attach: Attach
+    ) -> None:
+        self.state: FormState | None = None
         self._trainer = trainer
         self._config = config
         self._attach = attach
@@ -97,7 +105,7 @@ class LC3Callback(TrainerCallback):
         if self.state is not None:  # of a training that was interrupted
             self.state.close()
         model = self._trainer.model_wrapped
-        model = getattr(model, "_orig_mod", model)  # compiled
+        model = private.uncompiled(model)
         if not isinstance(model, DistributedDataParallel):
             raise AttachError(
                 f"lc3 needs a Trainer that trains with DistributedDataParallel; its "

@@ -59,7 +59,7 @@ def pushed(module: nn.Module, optimizers: list[Optimizer]) -> Parts:
 
 def local(module: nn.Module, optimizers: list[Optimizer]) -> Parts:
     """Train alone, and meet every eighth step."""
-    return module, optimizers, local_sgd.attach(module, optimizers, every=8)
+    return module, optimizers, local_sgd.attach(module, optimizers, sync_every=8)
 
 
 METHODS = {"float32": plain, "3lc": coded, "push-pull": pushed, "local": local}

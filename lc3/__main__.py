@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lc3 import doctor, measure
 from lc3.config import check_sparsity
 from lc3.errors import ConfigError, Lc3Error
+from lc3.version import __version__
 
 
 def _sparsity(text: str) -> float:
@@ -31,28 +32,60 @@ def _from(low: int) -> Callable[[str], int]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked command line; a bad one ends the program with its reason."""
-    parser = argparse.ArgumentParser(prog="lc3", description="3LC for PyTorch")
+    parser = argparse.ArgumentParser(
+        prog="lc3", description="3LC gradient compression for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"lc3 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     measured = commands.add_parser(
-        "measure", help="what compression would save and cost in your training"
+        "measure",
+        help="what compression would save and cost in your training",
+        description="Runs a training script as it is, and codes its gradients on the "
+        "side.",
     )
-    measured.add_argument("--steps", type=_from(1), default=50, help="to measure")
+    measured.add_argument(
+        "--steps",
+        type=_from(1),
+        default=50,
+        help="optimizer steps to measure (default: %(default)s)",
+    )
     measured.add_argument(
         "--ranks",
         type=_from(2),
-        help="of the job to be (default: the script's own, or 4)",
+        help="ranks of the job to be (default: those of this one, or 4)",
     )
     measured.add_argument(
         *("--sparsity", "-s"),
         type=_sparsity,
         action="append",
-        help=f"may be given again (default: {measure.SPARSITIES})",
+        metavar="S",
+        help="sparsity multiplier to try, from 1 to below 2; may be given again "
+        f"(default: {', '.join(map(str, measure.SPARSITIES))})",
     )
-    measured.add_argument("script", help="that trains, as it is")
-    measured.add_argument("arguments", nargs=argparse.REMAINDER, help="its own")
-    checked = commands.add_parser("doctor", help="versions, codec and link")
-    checked.add_argument("--elements", type=_from(1), default=25_000_000)
-    checked.add_argument("--compute-ms", type=float, default=100.0)
+    measured.add_argument("script", help="training script")
+    measured.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of the script"
+    )
+    checked = commands.add_parser(
+        "doctor",
+        help="versions, speed of the codec, and under torchrun of the link",
+        description="Prints versions and measures the codec; under torchrun the link, "
+        "too, and below which rate compression pays.",
+    )
+    checked.add_argument(
+        "--elements",
+        type=_from(1),
+        default=25_000_000,
+        help="parameters of the model to judge for (default: %(default)s)",
+    )
+    checked.add_argument(
+        "--compute-ms",
+        type=float,
+        default=100.0,
+        metavar="MS",
+        help="milliseconds that a step computes, without the exchange (default: "
+        "%(default)s)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -76,5 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Be the installed command ``lc3``."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lc3 import private
 from lc3.errors import AttachError
 from lc3.model import flat_view
 from lc3.moments import Moments
@@ -172,7 +173,7 @@ class Applied:
         if not math.isfinite(factor) or not factor:
             factor = 1.0
         if coded:
-            torch._foreach_mul_(list(coded.values()), factor)
+            private.multiply(list(coded.values()), factor)
         for name, norm in zip(coded, norms, strict=True):
             self._given[name] = Given(norm * factor, 1 / factor, coded=True)
         for name, norm in zip(others, exact, strict=True):
@@ -257,7 +258,7 @@ class Applied:
                 factors[name] = size / ratio if ratio else 1.0
             else:
                 factors[name] = clip
-        torch._foreach_mul_(list(grads.values()), list(factors.values()))
+        private.multiply(list(grads.values()), list(factors.values()))
         if self._moments is not None:
             self._set_second_moments(self._moments, optimizer, shares, scale)
         share = min(1.0, whole * clip / scale)
@@ -491,8 +492,8 @@ def _norms(tensors: Iterable[Tensor]) -> list[float]:
     listed = list(tensors)
     if not listed:
         return []
-    norms = torch._foreach_norm(listed, 2, dtype=torch.float32)
-    return [float(norm) for norm in torch.stack(list(norms)).tolist()]
+    found = torch.stack(list(private.norms(listed)))
+    return [float(norm) for norm in found.tolist()]
 
 
 def _snap(ratio: float, near: float = _UNTOUCHED) -> float:

@@ -1,4 +1,4 @@
-"""``Config(mode="auto")``: each bucket travels in the form that should arrive first.
+"""``Tuning(mode="auto")``: each bucket travels in the form that should arrive first.
 
 At attach all ranks measure codec and link together and keep the slowest rank's figures,
 so that all of them predict, and choose, alike. 3LC that is chosen for a bucket has to
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lc3.codec import Codec
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.exchange import Exchange
 from lc3.format import Tag
 from lc3.message import pack, unpack
@@ -32,6 +32,7 @@ TRIAL_STEPS = 12  # with 3LC, before it is compared
 _WARM_UP = 4  # of them that do not count
 _MARGIN = 1.1  # by which an all-reduce must be predicted to win afterwards
 _BITS = 0.8  # an element, push and pull: s = 1 with the entropy stage, docs/codec.md
+_TRIED, _TRIES = 1 << 14, 24  # elements and steps, to see what a configuration sends
 _DENSITY = 0.05
 _ELEMENTS = 1 << 19
 _FIRST_BYTES, _MOST_BYTES, _ENOUGH_S = 1 << 14, 1 << 22, 0.05
@@ -51,6 +52,7 @@ class Costs:
         reduce: an all-reduce of nothing.
         reduce_byte: a byte of the tensor in one.
         cast: an element to bfloat16 and back.
+        bits: that 3LC sends of an element, push and pull.
     """
 
     encode: float
@@ -60,6 +62,7 @@ class Costs:
     reduce: float
     reduce_byte: float
     cast: float = 0.0
+    bits: float = _BITS
 
     def predict(self, elements: int, world: int, direct: bool) -> dict[Wire, float]:
         """Return the seconds of a bucket on its way, by form.
@@ -75,13 +78,13 @@ class Costs:
             + _CAST_S
             + elements * (self.cast + 2 * self.reduce_byte),
             "3lc": self._coded(elements, world, direct)
-            + _sent(elements, world, direct) * self.byte,
+            + self._sent(elements, world, direct) * self.byte,
         }
 
     def break_even(self, elements: int, world: int, direct: bool) -> float:
         """Return the link rate below which 3LC beats a float32 ring, bit/s."""
         ring = 2 * (world - 1) / world * 4 * elements
-        saved = ring - _sent(elements, world, direct)
+        saved = ring - self._sent(elements, world, direct)
         return 8 * saved / self._coded(elements, world, direct)
 
     def _coded(self, elements: int, world: int, direct: bool) -> float:
@@ -95,13 +98,14 @@ class Costs:
         coding = elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
         return 2 * self.round + coding
 
+    def _sent(self, elements: int, world: int, direct: bool) -> float:
+        others = (world - 1) / 2 if direct else (world - 1) / world
+        return others * elements * self.bits / 8
 
-def _sent(elements: int, world: int, direct: bool) -> float:
-    others = (world - 1) / 2 if direct else (world - 1) / world
-    return others * elements * _BITS / 8
 
-
-def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, float]:
+def codec_costs(
+    codec: Codec, config: Settings, threads: int = 1
+) -> tuple[float, float]:
     """Return seconds an element to encode into a message, and to check and add it."""
     generator = torch.Generator().manual_seed(0)
     x = 0.2 * torch.rand(_ELEMENTS, generator=generator, dtype=torch.float32)
@@ -129,6 +133,26 @@ def codec_costs(codec: Codec, config: Config, threads: int = 1) -> tuple[float, 
     return median(encoding) / each, median(decoding) / each
 
 
+def sent_bits(codec: Codec, config: Settings) -> float:
+    """Return bits of an element, push and pull, that a configuration sends.
+
+    Of gradients with a normal distribution, after the residuals have settled.
+    """
+    generator = torch.Generator().manual_seed(0)
+    piece, tag = Piece("", 0, _TRIED, 0, coded=True), Tag(0, 0, 0, 0)
+    room = torch.empty(codec.max_frame_bytes(_TRIED), dtype=torch.uint8)
+    sent = 0
+    for sparsity in (config.sparsity, config.pull_sparsity or config.sparsity):
+        residual = torch.zeros(_TRIED, dtype=torch.float32)
+        for step in range(_TRIES):
+            x = torch.randn(_TRIED, generator=generator, dtype=torch.float32)
+            used, _ = codec.encode(x, sparsity, room, residual, config.density)
+            if 2 * step >= _TRIES:
+                packed = pack([piece], [room[:used]], tag, config.entropy)
+                sent += 8 * packed.message.numel()
+    return sent / (_TRIES // 2) / _TRIED
+
+
 def cast_cost() -> float:
     """Return seconds an element to bfloat16, divided by the world size, and back."""
     x = torch.rand(_ELEMENTS, dtype=torch.float32)
@@ -153,11 +177,11 @@ def link_costs(exchange: Exchange) -> tuple[float, float, float, float]:
     return round_s, byte_s, reduce_s, reduce_byte_s
 
 
-def measure(exchange: Exchange, codec: Codec, config: Config, threads: int) -> Costs:
+def measure(exchange: Exchange, codec: Codec, config: Settings, threads: int) -> Costs:
     """Measure everything, the same on every rank; collective."""
-    own = (*codec_costs(codec, config, threads), cast_cost())
-    encode, decode, cast = _slowest(exchange, own)
-    return Costs(encode, decode, *link_costs(exchange), cast)
+    own = (*codec_costs(codec, config, threads), cast_cost(), sent_bits(codec, config))
+    encode, decode, cast, bits = _slowest(exchange, own)
+    return Costs(encode, decode, *link_costs(exchange), cast, bits)
 
 
 def _line(exchange: Exchange, send: Callable[[int], None]) -> tuple[float, float]:

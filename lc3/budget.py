@@ -9,7 +9,7 @@ know.
 import logging
 import math
 
-from lc3.config import Config
+from lc3.config import Settings
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Budget:
         debt: bytes beyond the budget so far, the mean over ranks.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._target = config.budget
+    def __init__(self, config: Settings) -> None:
+        self._target = config.bytes_per_step
         self.sparsity = config.sparsity
         self.pull_sparsity = (
             config.sparsity if config.pull_sparsity is None else config.pull_sparsity
@@ -86,9 +86,9 @@ class Budget:
         self._stuck = self._stuck + 1 if at_an_end and over > 0.1 else 0
         if self._stuck == _PATIENCE:
             log.warning(
-                "lc3: budget=%d cannot be held: at the end of the range an exchange "
-                "still takes %.0f bytes of this rank; raise it, exchange less often, "
-                "or let fewer parameters travel raw",
+                "lc3: bytes_per_step=%d cannot be held: at the end of the range an "
+                "exchange still takes %.0f bytes of this rank; raise it, exchange less "
+                "often, or let fewer parameters travel raw",
                 self._target,
                 sent_bytes / LOOK_EVERY,
             )

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from lc3 import private
 from lc3.model import checksums
 
 _FIRST, _EVERY = 3, 10  # forward passes
+_MESSAGE_BYTES = 1 << 28  # as DDP's
 
 
 class Buffers:
@@ -89,7 +90,7 @@ class Buffers:
     def send(self, buffers: Mapping[str, Tensor]) -> None:
         """Give all ranks what rank 0 has of the buffers that are due."""
         if self.sends_all:
-            dist._broadcast_coalesced(self._group, list(buffers.values()), 1 << 28, 0)
+            private.broadcast(self._group, list(buffers.values()), _MESSAGE_BYTES)
             return
         if not self._sums:
             sums = checksums(buffers.values()).tolist()
@@ -97,7 +98,7 @@ class Buffers:
         due = [buffers[name] for name in self.due(buffers)]
         if not due:
             return
-        dist._broadcast_coalesced(self._group, due, 1 << 28, 0)
+        private.broadcast(self._group, due, _MESSAGE_BYTES)
         world = dist.get_world_size(self._group)
         sent = sum(buffer.nbytes for buffer in due) * (world - 1) // world
         self.sent_bytes += sent
@@ -119,6 +120,6 @@ def _statistics(module: nn.Module) -> set[str]:
     return {
         f"{name}.{buffer}" if name else buffer
         for name, part in module.named_modules()
-        if isinstance(part, _NormBase)
+        if private.is_norm(part)
         for buffer, _ in part.named_buffers(recurse=False)
     }

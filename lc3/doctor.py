@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lc3.auto import Costs, codec_costs, measure
 from lc3.codec import codec_for, warm_up
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.exchange import GroupExchange
 from lc3.handshake import machines
 from lc3.measure import LINKS_BIT_S
@@ -54,7 +54,7 @@ def report(elements: int, compute_ms: float) -> None:
     first = not in_job or os.environ["RANK"] == "0"
     codec = codec_for(torch.device("cpu"))
     warm_up(codec)
-    config = Config()
+    config = Settings()
     encode, decode = codec_costs(codec, config)
     if first:
         print("\n".join(versions()))

@@ -21,7 +21,7 @@ from torch import Tensor
 from lc3.auto import Auto, Wire
 from lc3.budget import Budget
 from lc3.coder import Coder
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.errors import ExchangeError, PeerError
 from lc3.exchange import Exchange
 from lc3.format import (
@@ -73,7 +73,7 @@ class Engine:
     def __init__(
         self,
         plan: Plan,
-        config: Config,
+        config: Settings,
         exchange: Exchange,
         coder: Coder,
         meter: Meter,
@@ -82,7 +82,7 @@ class Engine:
         residuals: Residuals | None = None,
     ) -> None:
         self.owners = range(exchange.world) if owners is None else owners
-        self.direct = config.exchange == "direct"
+        self.direct = config.topology == "direct"
         me = self.owners[exchange.rank]
         self.auto = auto
         self.owing: set[str] = set()
@@ -268,7 +268,7 @@ class Engine:
             hops: 2 for a push and a pull, 1 for one of them.
         """
         sent_before, rounds_before = self.exchange.sent_bytes, self.exchange.rounds
-        with self._telling_others(step, bucket):
+        with self.telling_others(step, bucket):
             yield
         share = (self.exchange.world - 1) / self.exchange.world
         sent = self.exchange.sent_bytes - sent_before
@@ -801,7 +801,7 @@ class Engine:
         return Tag(sender, step, bucket, self.plan.fingerprint)
 
     @contextmanager
-    def _telling_others(self, step: int, bucket: int) -> Iterator[None]:
+    def telling_others(self, step: int, bucket: int) -> Iterator[None]:
         """Answer the next exchange with an abort message if this rank fails on its own.
 
         Everything moves sealed messages in the same way, so the abort fits whatever

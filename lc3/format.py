@@ -94,7 +94,7 @@ Message: all pieces that one rank sends to one rank for one bucket, in one direc
 The body holds the pieces in plan order (parameter order, then position): of the
 bucket's parameters, those pieces that the *receiver* owns when gradients are pushed,
 those that the *sender* owns when means are pulled, and all where there are no owners
-(W ranks of which each sends to all, see ``Config.exchange``). It must be used up
+(W ranks of which each sends to all, see ``Tuning.topology``). It must be used up
 exactly. With the abort flag the body is a UTF-8 reason, and the receiver stops.
 
 Entropy-coded body (flag bit 0): one zstd frame (RFC 8878) whose content is all raw

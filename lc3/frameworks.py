@@ -1,36 +1,15 @@
 """What the adapters of training frameworks share."""
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from lc3.config import Config
+from lc3.config import Config, Settings
 from lc3.errors import AttachError
 from lc3.meter import Meter
-
-
-class State(Protocol):
-    """What adapters need of the state that a form's ``attach`` returns."""
-
-    meter: Meter
-
-    def sync(self) -> None:
-        """Make replicas equal; collective."""
-
-    def shared_model(self) -> AbstractContextManager[None]:
-        """Lend the parameters that all ranks share."""
-
-    def gather_state(self) -> list[dict[str, Any]]:
-        """Return the states of all ranks on rank 0; collective."""
-
-    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what ``gather_state`` returned."""
-
-    def close(self) -> None:
-        """End what ``attach`` started."""
+from lc3.state import FormState
 
 
 class Attach(Protocol):
@@ -40,9 +19,9 @@ class Attach(Protocol):
         self,
         model: Any,
         optimizer: Optimizer | Sequence[Optimizer],
-        config: Config | None = None,
+        config: Config | Settings | None = None,
         /,
-    ) -> State:
+    ) -> FormState:
         """Compress what ``model`` exchanges; collective."""
 
 
@@ -57,6 +36,19 @@ def figures(meter: Meter) -> dict[str, float]:
         else 0.0,
         **stages,
     }
+
+
+def missing(extra: str, error: ModuleNotFoundError) -> ImportError:
+    """Return what to raise where a framework is not installed.
+
+    Args:
+        extra: of the package, named as the adapter.
+        error: that its import raised.
+    """
+    return ImportError(
+        f"lc3.hooks.{extra} could not import what it adapts ({error}); "
+        f"pip install 'torch-lc3[{extra}]'"
+    )
 
 
 def require(package: str, found: str, least: str) -> None:

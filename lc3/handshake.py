@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.errors import FormatError, Lc3Error, PeerError, PlanMismatch
 from lc3.exchange import Exchange
 from lc3.workers import cores
@@ -39,7 +39,7 @@ _BOOT_ID = Path(
 def agree(
     exchange: Gathers,
     version: str,
-    config: Config,
+    config: Settings,
     shapes: Sequence[tuple[str, Sequence[int]]],
     build: Callable[[], T],
     facts: Mapping[str, object] | None = None,
@@ -98,12 +98,12 @@ def refuse(exchange: Exchange, version: str, error: Exception) -> None:
     def build() -> None:
         raise error
 
-    threads_for(exchange, Config())
+    threads_for(exchange, Settings())
     with suppress(type(error)):
-        agree(exchange, version, Config(), [], build)
+        agree(exchange, version, Settings(), [], build)
 
 
-def threads_for(exchange: Exchange, config: Config) -> int:
+def threads_for(exchange: Exchange, config: Settings) -> int:
     """Return how many threads this rank encodes with; collective.
 
     Raises:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _BufferCommHookLocation
 
+from lc3 import private
 from lc3.buffers import Buffers, send_buffers
 from lc3.errors import AttachError
 
@@ -68,9 +68,10 @@ def link_of(model: DistributedDataParallel) -> Link | None:
     Raises:
         AttachError: the model has another hook, or lc3 is attached to it.
     """
-    if not model._comm_hooks:
+    found = private.comm_hook(model)
+    if found is None:
         return None
-    hook, state = model._comm_hooks[0]
+    hook, state = found
     if isinstance(state, Link) and state.run is None:
         return state
     raise AttachError(
@@ -83,8 +84,8 @@ def link_of(model: DistributedDataParallel) -> Link | None:
 
 def buffers_are_free(model: DistributedDataParallel) -> bool:
     """Return whether nobody else has a hook for a model's buffers."""
-    hook = getattr(model, "buffer_hook", None)
-    return hook is None or isinstance(hook.buffer_comm_hook_state, Buffers)
+    state = private.buffer_state(model)
+    return state is None or isinstance(state, Buffers)
 
 
 def link_to(model: DistributedDataParallel, run: Run, buffers: Buffers | None) -> Link:
@@ -93,8 +94,14 @@ def link_to(model: DistributedDataParallel, run: Run, buffers: Buffers | None) -
     if link is None:
         link = Link(model.process_group)
         model.register_comm_hook(link, linked_hook)
+    fill(link, model, run, buffers)
+    return link
+
+
+def fill(
+    link: Link, model: DistributedDataParallel, run: Run, buffers: Buffers | None
+) -> None:
+    """Let a link lead to ``run``, and a model's buffers through ``buffers``."""
     link.run, link.buffers = run, buffers
     if buffers is not None:
-        before = _BufferCommHookLocation.PRE_FORWARD
-        model._register_buffer_comm_hook(buffers, send_buffers, before)
-    return link
+        private.register_buffer_hook(model, buffers, send_buffers)

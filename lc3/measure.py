@@ -32,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lc3.applied import Kind, kind_of, unsuited
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.errors import InputError
 from lc3.exchange import Loopback
@@ -96,7 +96,9 @@ class Recorder:
         all_reduce_s: seconds of an all-reduce of all gradients between them; 0: alone.
     """
 
-    def __init__(self, steps: int, sparsities: Sequence[float], config: Config) -> None:
+    def __init__(
+        self, steps: int, sparsities: Sequence[float], config: Settings
+    ) -> None:
         self.figures = [Figures(s) for s in sparsities]
         self.elements = self.measured = 0
         self.step_s: list[float] = []
@@ -167,7 +169,7 @@ class Recorder:
         engines = []
         for figures in self.figures:
             knobs = {**_knobs(self._config), "sparsity": figures.sparsity}
-            config = Config(**knobs)
+            config = Settings(**knobs)
             plan = make_plan(shapes, 1, config)
             engines.append(Engine(plan, config, exchange, self._coder, figures.meter))
         return engines
@@ -181,8 +183,8 @@ class Recorder:
         figures.residual_ratio = left / whole if whole else math.nan
 
 
-def _knobs(config: Config) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in Config.__dataclass_fields__}
+def _knobs(config: Settings) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in Settings.__dataclass_fields__}
 
 
 def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
@@ -353,7 +355,7 @@ def main(
         world: ranks that a job would have. ``None``: as many as the script trains on,
             or 4 where that is one.
     """
-    recorder = Recorder(steps, sparsities, Config())
+    recorder = Recorder(steps, sparsities, Settings())
     run_script(script, arguments, recorder)
     if os.environ.get("RANK", "0") == "0":
         ranks = world or (recorder.world if recorder.world > 1 else 4)

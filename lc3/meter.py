@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch.autograd import profiler
 
+from lc3.private import is_profiling
+
 log = logging.getLogger(__name__)
 
 _SOON, _LITTLE = 10, 2.0  # steps, and a ratio that is hardly worth it
@@ -182,7 +184,7 @@ class Meter:
         """Add the wall-clock seconds of the block to ``seconds[name]``."""
         start = time.perf_counter()
         try:
-            if profiler._is_profiler_enabled:  # a range takes microseconds
+            if is_profiling():  # a range takes microseconds
                 with profiler.record_function(f"lc3.{name}"):
                     yield
             else:

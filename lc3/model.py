@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lc3 import private
 from lc3.errors import AttachError
 from lc3.exchange import Exchange
 
@@ -99,7 +100,7 @@ class Model:
         small step.
         """
         now = self.last_seen.values()
-        self._marks = [(p.data_ptr(), p._version) for p in now]
+        self._marks = [(p.data_ptr(), private.version_of(p)) for p in now]
 
     def touched(self, *, look_up: bool = False) -> bool:
         """Return whether parameters were written, or moved, since ``mark``.
@@ -114,7 +115,7 @@ class Model:
         if any(now[name] is not before[name] for name in now):
             return True
         return any(
-            (p.data_ptr(), p._version) != mark
+            (p.data_ptr(), private.version_of(p)) != mark
             for p, mark in zip(now.values(), self._marks, strict=True)
         )
 

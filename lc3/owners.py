@@ -5,8 +5,8 @@ ranks say about a share to its owner, the owner changes its masters, and the pul
 everybody 3LC of ``master − replica``. What a pull does not carry is still in that
 difference, so it needs no residual of its own, and replicas stay bit-identical.
 
-Where ranks exchange without owners (``Config.exchange``) the push brings every mean to
-every rank, the replica is the master, and there is nothing to pull.
+Where ranks exchange without owners (``Tuning.topology``) the push brings every mean
+to every rank, the replica is the master, and there is nothing to pull.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.errors import ConfigError
 
 
@@ -49,7 +49,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """The division of labour, made once from names, shapes, world size and ``Config``.
+    """The division of labour, made once from names, shapes, world and ``Settings``.
 
     It knows nothing of buckets, so that results do not depend on them. The rules are in
     ``lc3.format``.
@@ -94,7 +94,7 @@ class Plan:
 def make_plan(
     shapes: Sequence[tuple[str, Sequence[int]]],
     world: int,
-    config: Config,
+    config: Settings,
     extras: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Return the plan for parameters ``shapes``, an ordered list of (name, shape).
@@ -106,16 +106,16 @@ def make_plan(
         extras: elements, by name, of what is no parameter and travels raw with them.
 
     Raises:
-        ConfigError: a pattern of ``config.raw`` or ``config.coded`` matches no name, or
-            one name is matched by both.
+        ConfigError: a pattern of ``config.exclude`` or ``config.include`` matches no
+            name, or one name is matched by both.
     """
     numel = {name: math.prod(shape) for name, shape in shapes}
     ndim = {name: len(shape) for name, shape in shapes}
-    forced_raw = _matching(config.raw, "raw", numel)
-    forced_coded = _matching(config.coded, "coded", numel)
+    forced_raw = _matching(config.exclude, "exclude", numel)
+    forced_coded = _matching(config.include, "include", numel)
     if both := sorted(forced_raw & forced_coded):
         raise ConfigError(
-            f"{both[0]!r} is matched by raw and by coded; narrow one of them"
+            f"{both[0]!r} is matched by exclude and by include; narrow one of them"
         )
 
     def is_coded(name: str) -> bool:
@@ -129,7 +129,7 @@ def make_plan(
     dealt = {True: 0, False: 0}  # of coded and raw ones, which often alternate
     for name, n in numel.items():
         kind = name in coded
-        cuts = list(_cut(n, world, config.min_share))
+        cuts = list(_cut(n, world, config.min_shard))
         slices[name] = tuple(
             Slice(name, start, stop, (dealt[kind] + index) % world, kind)
             for index, (start, stop) in enumerate(cuts)
@@ -138,9 +138,9 @@ def make_plan(
     lines = [
         "lc3 plan 2",
         f"world {world}",
-        f"block {config.block or 0}",
+        f"block {config.block_size or 0}",
         f"min_numel {config.min_numel}",
-        f"min_share {config.min_share}",
+        f"min_share {config.min_shard}",
         *(
             f"{'coded' if name in coded else 'raw'} {n} {name}"
             for name, n in numel.items()
@@ -150,7 +150,7 @@ def make_plan(
     position = {name: index for index, name in enumerate(numel)}
     return Plan(
         world,
-        config.block,
+        config.block_size,
         numel,
         position,
         coded,
@@ -160,9 +160,9 @@ def make_plan(
     )
 
 
-def _cut(n: int, world: int, min_share: int) -> Iterator[tuple[int, int]]:
+def _cut(n: int, world: int, min_shard: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the nearly equal slices of ``n`` elements."""
-    count = min(world, -(-n // min_share))
+    count = min(world, -(-n // min_shard))
     start = 0
     for index in range(count):
         stop = start + n // count + (index < n % count)

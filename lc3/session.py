@@ -2,12 +2,12 @@
 
 import atexit
 import logging
+import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -18,24 +18,23 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import rans
+from lc3 import private, rans
 from lc3.auto import Auto, measure
 from lc3.buffers import Buffers
 from lc3.checkpoint import from_bytes, to_bytes
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
-from lc3.exchange import Divisible, Exchange, GroupExchange
+from lc3.exchange import Divisible, Exchange, GroupExchange, Loopback
 from lc3.handshake import agree, refuse, threads_for
 from lc3.lane import Lane
-from lc3.link import Link, Run, buffers_are_free, link_of, link_to
+from lc3.link import Link, Run, buffers_are_free, fill, link_of, link_to
 from lc3.meter import Meter
 from lc3.model import named_parameters
 from lc3.plan import Plan, make_plan
@@ -103,7 +102,10 @@ def _refuse(
 
 
 class _Sealed:
-    """Gathers messages that a rank which has failed can answer."""
+    """Gathers messages that a rank which has failed can answer.
+
+    Like the handshake before it, this is no part of training that a meter counts.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -111,7 +113,7 @@ class _Sealed:
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """See ``Exchange.all_gather``."""
         tag = self._engine.aside()
-        with self._engine.exchanging(0, *tag):
+        with self._engine.telling_others(*tag):
             return self._engine.share(message, *tag)
 
 
@@ -154,7 +156,7 @@ class Session:
     def __init__(
         self,
         parameters: Iterable[tuple[str, Tensor]],
-        config: Config,
+        config: Settings,
         exchange: Exchange,
         leave: Callable[[], None],
         mesh: DeviceMesh | int | None = None,
@@ -174,10 +176,11 @@ class Session:
         world = exchange.world
 
         def build() -> tuple[Coder, Plan, Nodes]:
+            private.check()
             device = _check_parameters(self.names, config)
             nodes = [[rank] for rank in range(world)]
             if mesh is not None:
-                check_form(config, "ddp with a mesh")
+                check_form(config, "hooks.ddp with a mesh")
                 nodes = nodes_of(mesh, ranks)
             coder = Coder(codec_for(device), threads, device)
             warm_up(coder.host)
@@ -248,7 +251,7 @@ class Session:
         # DDP would cast an exception to a tensor. Waiting at the end of backward,
         # before DDP does, raises it. Outside of backward (Join) nobody but DDP can.
         with suppress(RuntimeError):
-            Variable._execution_engine.queue_callback(partial(self.wait, future))
+            private.at_end_of_backward(partial(self.wait, future))
 
     def agree_on(self, facts: Mapping[str, object]) -> None:
         """Compare what else has to be the same on every rank; collective.
@@ -285,10 +288,23 @@ class Session:
                     "None compares nothing"
                 )
             self._compared = model.module, check_every
-        buffers = None
-        if self.engine.exchange.world > 1 and buffers_are_free(model):
-            buffers = Buffers(model, self.any_rank, self.count_buffers)
-        self._link = link_to(model, run, buffers)
+        self._link = link_to(model, run, self._buffers_of(model))
+
+    def adopt(self, model: DistributedDataParallel, run: Run) -> Link:
+        """Return a link for a model whose hook the user has registered.
+
+        Args:
+            model: that DDP wraps.
+            run: gets the buckets until this is closed.
+        """
+        self._link = Link(model.process_group)
+        fill(self._link, model, run, self._buffers_of(model))
+        return self._link
+
+    def _buffers_of(self, model: DistributedDataParallel) -> Buffers | None:
+        if self.engine.exchange.world == 1 or not buffers_are_free(model):
+            return None
+        return Buffers(model, self.any_rank, self.count_buffers)
 
     def any_rank(self, mine: Sequence[bool]) -> list[bool]:
         """Return where some rank says yes; collective."""
@@ -440,7 +456,7 @@ class Session:
 
 def session_beside(
     parameters: Iterable[tuple[str, Parameter]],
-    config: Config,
+    config: Settings,
     beside: dist.ProcessGroup,
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | int | None = None,
@@ -464,6 +480,29 @@ def session_beside(
     exchange, leave = connection(beside, group)
     ranks = dist.get_process_group_ranks(group or beside)
     return Session(parameters, config, exchange, leave, mesh, ranks, facts, extras)
+
+
+def alone() -> bool:
+    """Return whether this process is the only one of its job."""
+    if dist.is_initialized():
+        return dist.get_world_size() == 1
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def nobody() -> tuple[Exchange, Callable[[], None]]:
+    """Return an exchange with no other rank, and how to leave it."""
+    return Loopback(1).ranks[0], lambda: None
+
+
+def world_group() -> dist.ProcessGroup:
+    """Return the group of all ranks.
+
+    Raises:
+        AttachError: there is none yet.
+    """
+    if not dist.is_initialized() or dist.group.WORLD is None:
+        raise AttachError("call torch.distributed.init_process_group first")
+    return dist.group.WORLD
 
 
 def connection(
@@ -501,7 +540,7 @@ def attaching_to(
 
 def session_for(
     model: DistributedDataParallel,
-    config: Config,
+    config: Settings,
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | int | None = None,
     facts: Mapping[str, object] | None = None,
@@ -517,7 +556,7 @@ def session_for(
             f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
             "the module first: model = DistributedDataParallel(model)"
         )
-    if model._use_python_reducer:
+    if private.gives_no_buckets(model):
         raise AttachError(
             'with torch._dynamo.config.optimize_ddp = "python_reducer" DDP gives hooks '
             'no buckets; set it to "ddp_optimizer" before the model is wrapped'
@@ -533,25 +572,25 @@ def session_for(
     )
 
 
-def check_form(config: Config, hook: str) -> None:
+def check_form(config: Settings, hook: str) -> None:
     """Raise ``ConfigError`` if a configuration asks for what only one hook does."""
     if config.mode != "3lc":
         raise ConfigError(
-            f"mode={config.mode!r} is for hooks.ddp, where a bucket can travel "
-            f"uncoded; hooks.{hook} always sends 3LC: leave mode out"
+            f"mode={config.mode!r} lets a bucket of hooks.ddp without a mesh travel "
+            f"uncoded; {hook} always sends 3LC: leave mode out"
         )
 
 
-def check_owners(config: Config, what: str) -> None:
+def check_owners(config: Settings, what: str) -> None:
     """Raise ``ConfigError`` if there are no owners for what lives on them."""
-    if config.exchange == "direct":
+    if config.topology == "direct":
         raise ConfigError(
-            f"exchange='direct' leaves no owners, on whose masters {what} works; leave "
+            f"topology='direct' leaves no owners, on whose masters {what} works; leave "
             "one of them out"
         )
 
 
-def _check_parameters(names: Mapping[Tensor, str], config: Config) -> torch.device:
+def _check_parameters(names: Mapping[Tensor, str], config: Settings) -> torch.device:
     """Return the device that all parameters are on."""
     if not names:
         raise AttachError(
@@ -612,9 +651,7 @@ def _group_for(
     backend: str = dist.get_backend(beside)
     if backend not in ("gloo", "mpi", "ucc"):
         backend = "gloo"  # what lc3 sends is small, and on the host to be checked
-    device = next(iter(beside._device_types), _CPU)
-    options = getattr(beside._get_backend(device), "options", None)
-    timeout: timedelta | None = getattr(options, "_timeout", None)
+    timeout = private.timeout_of(beside)
     own = dist.new_group(timeout=timeout, backend=backend, group_desc="lc3")
     assert isinstance(own, dist.ProcessGroup)
     return own, True

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lc3.auto import Wire
 from lc3.coder import Coder
-from lc3.config import Config
+from lc3.config import Settings
 from lc3.engine import NO_HALVES, Engine, widen
 from lc3.errors import AttachError, PeerError
 from lc3.exchange import Divisible
@@ -82,7 +82,7 @@ class TwoLevels(Engine):
     def __init__(
         self,
         plan: Plan,
-        config: Config,
+        config: Settings,
         exchange: Divisible,
         nodes: Nodes,
         coder: Coder,
@@ -93,7 +93,7 @@ class TwoLevels(Engine):
         self._places = [list(place) for place in zip(*nodes, strict=True)]
         place = self._places[self._node.index(exchange.rank)]
         self.inside = Engine(
-            make_plan([], len(self._node), Config()),
+            make_plan([], len(self._node), Settings()),
             config,
             exchange.among(self._node),
             coder,

@@ -29,12 +29,12 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-import lc3
+from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd
 
 BATCH, BATCHES, EPOCHS = 8, 6, 4  # batches a rank and epoch
-CONFIG = lc3.Config(sparsity=1.5, min_numel=64, log_every=None)
-LOCAL = lc3.Config(density=0.2, min_numel=64, log_every=None)
+CONFIG = Settings(sparsity=1.5, min_numel=64, log_every=None)
+LOCAL = Settings(density=0.2, min_numel=64, log_every=None)
 CLIP = 0.25  # below every norm of these trainings
 ACCUMULATE = 2  # backward passes a step, where they accumulate
 

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lc3
 from lc3.checkpoint import PerRank
-from lc3.config import Topology
+from lc3.config import Settings, Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
+from tests.local_cases import NEUTRAL
 from tests.push_pull_cases import CODED, KINDS, small_net
 
 AVERAGING, WITHOUT_OWNERS = "local_sgd, averaging", "ddp, without owners"
@@ -42,11 +43,16 @@ class Run:
         self.optimizer: Any
         if hook.startswith("local_sgd"):
             self.optimizer = KINDS["adamw"](self.net.parameters())
-            config = lc3.Config(density=0.1, min_numel=64, min_share=500)
+            config = Settings(density=0.1, min_numel=64, min_shard=500)
             momentum = 0.0 if hook == AVERAGING else 0.5
-            config = dataclasses.replace(config, exchange=exchange)
+            config = dataclasses.replace(config, topology=exchange)
             self.state = local_sgd.attach(
-                self.net, self.optimizer, config, every=2, outer_momentum=momentum
+                self.net,
+                self.optimizer,
+                config,
+                sync_every=2,
+                outer_momentum=momentum,
+                **NEUTRAL,
             )
             return
         self.model = DistributedDataParallel(self.net)
@@ -55,7 +61,7 @@ class Run:
             self.state = self.optimizer
         else:
             self.optimizer = KINDS["adamw"](self.net.parameters())
-            config = dataclasses.replace(CODED, exchange=exchange)
+            config = dataclasses.replace(CODED, topology=exchange)
             self.state = ddp.attach(self.model, config=config)
 
     def train(self, rank: int, steps: range) -> None:
@@ -288,7 +294,9 @@ def uneven_local_steps(rank: int, world: int) -> tuple[str, float]:
     """Each rank makes another number of steps, the last one none; uncoded."""
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    state = local_sgd.attach(net, optimizer, lc3.Config(raw=("*",)), every=None)
+    state = local_sgd.attach(
+        net, optimizer, Settings(exclude=("*",)), sync_every="manual"
+    )
     apart = 0.0
     for round_ in range(4):
         for step in range(world - 1 - rank):

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import AttachError, Config, Lc3Error, applied
+from lc3 import AttachError, Lc3Error, applied
 from lc3.checkpoint import merge
 from lc3.codec import Encoded, cpu
 from lc3.coder import Coder
+from lc3.config import Settings
 from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
 from lc3.model import flat_view
@@ -29,7 +30,7 @@ from lc3.moments import matrix_of
 from lc3.two_levels import nodes_of
 from tests.oracle import ForOptimizers, Oracle, TwoLevels
 
-CONFIG = Config(sparsity=1.5, min_numel=64, min_share=5000)
+CONFIG = Settings(sparsity=1.5, min_numel=64, min_shard=5000)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Case:
     accumulate: int = 1
     channels_last: bool = False
     dtype: torch.dtype = torch.float32
-    config: Config = CONFIG
+    config: Settings = CONFIG
     steps: int = 20
     mesh: int | None = None
     device: str = "cpu"
@@ -267,16 +268,16 @@ def attach_outcome(rank: int, world: int, what: str) -> str:
     model: nn.Module = nn.Linear(40, 40)
     config = CONFIG
     if what == "config differs":
-        config = Config(sparsity=1.0 + 0.25 * (rank == 1))
+        config = Settings(sparsity=1.0 + 0.25 * (rank == 1))
     if what == "model differs":
         model.register_parameter("late", None)
-        config = Config(raw=("weight",)) if rank else Config()
+        config = Settings(exclude=("weight",)) if rank else Settings()
     if what == "complex":
         model = nn.Linear(4, 4, dtype=torch.cfloat)
     if what == "pattern matches nothing":
-        config = Config(raw=("wait.*",))
+        config = Settings(exclude=("wait.*",))
     if what == "pattern matches nothing on one rank":
-        config = Config(raw=("wait.*",)) if rank == 1 else Config()
+        config = Settings(exclude=("wait.*",)) if rank == 1 else Settings()
     if what != "not ddp":
         model = DistributedDataParallel(model)
     if what == "nothing trainable":
@@ -426,7 +427,7 @@ def resumes_bit_for_bit(
     A budget steers by true bytes, which depend on the buckets; a new DDP forms others
     in its first step, unless all fits into one.
     """
-    config = dataclasses.replace(CONFIG, budget=budget)
+    config = dataclasses.replace(CONFIG, bytes_per_step=budget)
     cap_mb = 0.02 if budget is None else 25
 
     def train(model: Any, state: ddp.State, optimizer: Any, steps: range) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lc3
 from lc3 import engine, session
 from lc3.coder import Coder
+from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import Broken, count_held
 
@@ -48,7 +49,7 @@ def wrong(form: str) -> Callable[[], Any]:
         "ddp, TypeError": lambda: ddp.attach(wrapped, optimizer, max_norm="1"),  # type: ignore[arg-type]
         "push_pull": lambda: push_pull.attach(wrapped, SGD, max_norm=-1.0),
         "push_pull, later": lambda: push_pull.attach(wrapped, _broken),
-        "local_sgd": lambda: local_sgd.attach(wrapped, optimizer, every=0),
+        "local_sgd": lambda: local_sgd.attach(wrapped, optimizer, sync_every=0),
     }[form]
 
 
@@ -95,7 +96,7 @@ def failed_attaches(rank: int, world: int, count: int) -> dict[str, int]:
     held: list[dict[str, int]] = []
     for number in range(count):
         wrongly: list[Callable[[], Any]] = [
-            lambda: ddp.attach(model, config=lc3.Config(raw=("nothing",))),
+            lambda: ddp.attach(model, config=Settings(exclude=("nothing",))),
             lambda: ddp.attach(model, "adam"),  # type: ignore[arg-type]
             lambda: push_pull.attach(model, _broken),
         ]

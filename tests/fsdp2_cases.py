@@ -10,11 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lc3
+from lc3.config import Settings
 from lc3.exchange import GroupExchange
 from lc3.hooks import fsdp2
 from tests.oracle import Oracle
 
-CONFIG = lc3.Config(sparsity=1.5, min_numel=64, min_share=1000)
+CONFIG = Settings(sparsity=1.5, min_numel=64, min_shard=1000)
 
 
 class Net(nn.Module):
@@ -77,7 +78,7 @@ def equals_the_oracle(
     assert isinstance(state.engine.exchange, GroupExchange)
     assert dist.get_process_group_ranks(state.engine.exchange._group) == peers
     numel = state.engine.plan.numel
-    shapes = [(name, tuple(p.shape)) for p, name in state._session.names.items()]
+    shapes = [(name, tuple(p.shape)) for p, name in state.session.names.items()]
     oracle = Oracle(shapes, len(peers), CONFIG)
     before: dict[str, Any] = {}
     reduced: dict[str, Tensor] = {}
@@ -128,7 +129,7 @@ def accumulates(rank: int, world: int) -> bool:
     found = []
     for together in (True, False):
         model = sharded(mesh)
-        state = fsdp2.attach(model, mesh, lc3.Config(raw=("*",)))
+        state = fsdp2.attach(model, mesh, Settings(exclude=("*",)))
         total: dict[str, Tensor] = {}
         for part in range(2):
             model(batch(rank, part)).square().mean().backward()
@@ -181,7 +182,7 @@ def resumes(rank: int, world: int) -> bool:
 def refused(rank: int, world: int, what: str) -> str:
     """Return what is said to something that cannot work."""
     mesh = mesh_of(world, 2)
-    config = lc3.Config(mode="auto") if what == "auto" else CONFIG
+    config = Settings(mode="auto") if what == "auto" else CONFIG
     model: nn.Module = Net()
     given = mesh
     if what == "one dimension":

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import Config, Lc3Error
+from lc3 import Lc3Error
 from lc3.checkpoint import merge
+from lc3.config import Settings
 from lc3.exchange import GroupExchange
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
@@ -89,8 +90,8 @@ def weights_are_loaded(
     optimizer = optimizer_of(module, kind)
     for group in optimizer.param_groups:
         group["lr"] *= 0.01
-    config = Config(density=0.1, min_ndim=0, min_numel=1)
-    state = local_sgd.attach(module, optimizer, config, every=8, delay=delay)
+    config = Settings(density=0.1, min_ndim=0, min_numel=1)
+    state = local_sgd.attach(module, optimizer, config, sync_every=8, overlap=delay)
     train(module, optimizer, rank, steps_before)
     if how == "copied":
         module.load_state_dict(weights)
@@ -122,7 +123,7 @@ def weights_are_loaded_by_one(rank: int, world: int, steps_before: int) -> str:
     weights = pretrained()
     module = net()
     optimizer = optimizer_of(module, "adamw")
-    state = local_sgd.attach(module, optimizer, every=4)
+    state = local_sgd.attach(module, optimizer, sync_every=4)
     train(module, optimizer, rank, steps_before)
     if rank == 1:
         module.load_state_dict(weights)
@@ -138,7 +139,7 @@ def weights_are_clamped(rank: int, world: int) -> tuple[float, float, list[str]]
     for attached in (True, False):
         module = net()
         optimizer = optimizer_of(module, "sgd")
-        state = local_sgd.attach(module, optimizer, every=4) if attached else None
+        state = local_sgd.attach(module, optimizer, sync_every=4) if attached else None
         for step in range(120):
             train(module, optimizer, rank, 1, step)
             with torch.no_grad():
@@ -164,7 +165,7 @@ def memory_is_replaced(rank: int, world: int, how: str) -> tuple[float, str]:
     """Move parameters' memory around, what they hold unchanged; the loss after it."""
     module = net()
     optimizer = optimizer_of(module, "adamw")
-    state = local_sgd.attach(module, optimizer, every=4)
+    state = local_sgd.attach(module, optimizer, sync_every=4)
     train(module, optimizer, rank, 6)
     if how == "vector":
         vector = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
@@ -199,7 +200,7 @@ class Odd(nn.Module):
 def all_is_copied(rank: int, world: int) -> tuple[list[float], str]:
     """What a model of every kind of tensor holds after attach, as numbers."""
     module = Odd(rank)
-    state = local_sgd.attach(module, optimizer_of(module, "adamw"), every=4)
+    state = local_sgd.attach(module, optimizer_of(module, "adamw"), sync_every=4)
     held = [float(t.double().sum()) for t in module.state_dict().values()]
     with torch.no_grad():
         next(module.parameters())[0, 0] += rank
@@ -212,7 +213,7 @@ def unfrozen_later(rank: int, world: int) -> str:
     module = net()
     module[0].requires_grad_(False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    state = local_sgd.attach(module, optimizer, every=4)
+    state = local_sgd.attach(module, optimizer, sync_every=4)
     train(module, optimizer, rank, 4)
     module[0].requires_grad_(True)
     said = said_by(lambda: train(module, optimizer, rank, 8))
@@ -249,7 +250,7 @@ def steps_are_counted(rank: int, world: int, what: str) -> tuple[int, int, str]:
     optimizer: Any = optimizer_of(module, "adamw")
     if what == "inside":
         optimizer = Ascent(module.parameters(), lr=0.1)
-    state = local_sgd.attach(module, optimizer, every=4)
+    state = local_sgd.attach(module, optimizer, sync_every=4)
     if what == "inside":
         generator = torch.Generator().manual_seed(rank)
         for _ in range(24):
@@ -305,10 +306,10 @@ def a_batch_is_bad(
     messages = Messages()
     module = nn.Sequential(net(), nn.BatchNorm1d(16))
     optimizer = optimizer_of(module, kind)
-    config = Config(
-        density=0.1, min_numel=1, min_ndim=0, exchange="direct" if direct else "owners"
+    config = Settings(
+        density=0.1, min_numel=1, min_ndim=0, topology="direct" if direct else "owners"
     )
-    state = local_sgd.attach(module, optimizer, config, every=4, delay=delay)
+    state = local_sgd.attach(module, optimizer, config, sync_every=4, overlap=delay)
     train(module, optimizer, rank, 9)
     if rank == 1:
         optimizer.zero_grad()
@@ -329,7 +330,7 @@ def a_batch_is_bad(
 def every_batch_is_bad(rank: int, world: int) -> str:
     module = net()
     optimizer = optimizer_of(module, "sgd")
-    state = local_sgd.attach(module, optimizer, every=2)
+    state = local_sgd.attach(module, optimizer, sync_every=2)
 
     def go_on() -> None:
         for step in range(40):
@@ -347,7 +348,7 @@ def taken_back(rank: int, world: int, delay: int, since: int) -> tuple[float, fl
     """Diverge, load what was saved before it, train on: losses loaded and then."""
     module = net()
     optimizer = optimizer_of(module, "sgd")
-    state = local_sgd.attach(module, optimizer, every=8, delay=delay)
+    state = local_sgd.attach(module, optimizer, sync_every=8, overlap=delay)
     for seed in range(20):
         train(module, optimizer, rank, 8, seed)
     state.sync()
@@ -405,7 +406,7 @@ def buffers_stay(rank: int, world: int, delay: int) -> tuple[list[str], float]:
         module.register_buffer(name.replace(" ", "_"), make())
     module.register_buffer("whole", torch.ones(256, 256))
     optimizer = optimizer_of(module, "adamw")
-    state = local_sgd.attach(module, optimizer, every=4, delay=delay)
+    state = local_sgd.attach(module, optimizer, sync_every=4, overlap=delay)
     train(module, optimizer, rank, 64)
     state.sync()
     buffers = dict(module.named_buffers())
@@ -426,7 +427,7 @@ def buffers_are_averaged(rank: int, world: int, delay: int, bad: bool) -> list[f
     module.register_buffer("time", torch.full((2,), 1e9, dtype=torch.float64))
     buffers = dict(module.named_buffers())
     optimizer = optimizer_of(module, "sgd")
-    state = local_sgd.attach(module, optimizer, every=2, delay=delay)
+    state = local_sgd.attach(module, optimizer, sync_every=2, overlap=delay)
     for step in range(4):
         train(module, optimizer, rank, 1, step)
         buffers["seen"] += 1.0 + rank
@@ -441,7 +442,7 @@ def buffers_are_averaged(rank: int, world: int, delay: int, bad: bool) -> list[f
 def push_pull_of(module: nn.Module) -> tuple[Any, Any]:
     model = DistributedDataParallel(module)
     sgd = partial(torch.optim.SGD, lr=0.1)
-    return model, push_pull.attach(model, sgd, Config(min_numel=1, min_ndim=0))
+    return model, push_pull.attach(model, sgd, Settings(min_numel=1, min_ndim=0))
 
 
 def owners_take_over(
@@ -584,7 +585,7 @@ def a_long_message(rank: int, world: int) -> str:
 def large_halves(rank: int, world: int) -> bool:
     """float16 gradients near the largest, at s = 1.75: whether all stay finite."""
     model = DistributedDataParallel(nn.Linear(64, 64, bias=False).half())
-    config = Config(sparsity=1.75, min_numel=1, min_ndim=0)
+    config = Settings(sparsity=1.75, min_numel=1, min_ndim=0)
     state = ddp.attach(model, config=config)
     weight = model.module.weight
     (model(torch.ones(1, 64).half()).float() * 60_000.0).sum().backward()

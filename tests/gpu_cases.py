@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import lc3
 from lc3.codec import codec_for
 from lc3.coder import Coder
+from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import CONFIG, hash_of
 
@@ -31,14 +31,14 @@ def trains(rank: int, world: int, hook: str, kind: str) -> list[float]:
     model: Any = net
     optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     if hook == "local_sgd":
-        state: Any = local_sgd.attach(net, optimizer, every=4, delay=1)
+        state: Any = local_sgd.attach(net, optimizer, sync_every=4, overlap=1)
     else:
         model = DistributedDataParallel(net)
         if hook == "ddp":
             state = ddp.attach(model, config=CONFIG)
         else:
             optimizer = push_pull.attach(
-                model, partial(torch.optim.SGD, lr=0.1, momentum=0.9), lc3.Config()
+                model, partial(torch.optim.SGD, lr=0.1, momentum=0.9), Settings()
             )
             state = optimizer
     generator = torch.Generator().manual_seed(rank)

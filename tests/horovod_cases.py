@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import lc3
+from lc3.config import Settings
 from lc3.hooks import horovod as hook
 from tests.oracle import Oracle
 
-CONFIG = lc3.Config(min_numel=64, min_share=500)
+CONFIG = Settings(min_numel=64, min_shard=500)
 STEPS = 24
 
 
@@ -73,7 +74,7 @@ def gradients(
     }
 
 
-def wrapped(net: nn.Module, config: lc3.Config = CONFIG, **options: Any) -> Any:
+def wrapped(net: nn.Module, config: Settings = CONFIG, **options: Any) -> Any:
     plain = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     return hook.DistributedOptimizer(
         plain, net.named_parameters(), config=config, **options
@@ -236,7 +237,7 @@ def sent_on_loopback() -> list[float]:
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(1000, 1000) for _ in range(4)))
     # Nothing is coded, so that there is something to count.
-    optimizer = wrapped(net, lc3.Config(raw=("*",), entropy="none"))
+    optimizer = wrapped(net, Settings(exclude=("*",), entropy="none"))
     torch.manual_seed(hvd.rank())
     hvd.barrier()
     before, start = counted(), time.monotonic()

@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import Config, Lc3Error
+from lc3 import Lc3Error
+from lc3.config import Config, Settings
 from lc3.hooks import local_sgd
 from tests.ddp_cases import flat, hash_of
 from tests.oracle import Servers
 
-CODED = Config(density=0.1, min_numel=64, min_share=500)
-PLAIN = Config(raw=("*",))
+CODED = Settings(density=0.1, min_numel=64, min_shard=500)
+NEUTRAL: dict[str, Any] = {
+    "outer_lr": 1.0,
+    "residual_decay": 1.0,
+    "inner_momentum_scale": 1.0,
+}
+PLAIN = Settings(exclude=("*",))
 
 
 class Net(nn.Module):
@@ -97,15 +103,16 @@ def equals_the_servers(
     net = make_net(rank, channels_last)  # attach makes all ranks start like rank 0
     optimizer = make_optimizer(net, kind)
     # With owners on three ranks, without them on two.
-    config = dataclasses.replace(CODED, exchange="direct") if world == 2 else CODED
+    config = dataclasses.replace(CODED, topology="direct") if world == 2 else CODED
     state = local_sgd.attach(
         net,
         optimizer,
         config,
-        every=every,
-        delay=delay,
+        sync_every=every,
+        overlap=delay,
+        outer_lr=1,
         residual_decay=decay,
-        momentum_decay=0.5 if halves else 1.0,
+        inner_momentum_scale=0.5 if halves else 1.0,
     )
     shadows = [make_net(0, channels_last) for _ in range(world)]
     theirs = [make_optimizer(shadow, kind) for shadow in shadows]
@@ -177,7 +184,13 @@ def moments_of_two_optimizers(rank: int, world: int, decay: float) -> list[Tenso
         torch.optim.SGD([*net.conv.parameters(), *net.norm.parameters()], 0.05, 0.9),
         torch.optim.AdamW(net.head.parameters(), lr=0.01),
     ]
-    state = local_sgd.attach(net, optimizers, CODED, every=2, momentum_decay=decay)
+    state = local_sgd.attach(
+        net,
+        optimizers,
+        CODED,
+        sync_every=2,
+        **{**NEUTRAL, "inner_momentum_scale": decay},
+    )
     for step in range(2):
         train_step(net, optimizers[0], rank, step)
         optimizers[1].step()
@@ -195,7 +208,13 @@ def decays_without_data(rank: int, world: int) -> str:
     """A rank that made no step has no first moment, and that is no error."""
     net = make_net(0)
     optimizer = make_optimizer(net, "adamw")
-    state = local_sgd.attach(net, optimizer, CODED, every=None, momentum_decay=0.5)
+    state = local_sgd.attach(
+        net,
+        optimizer,
+        CODED,
+        sync_every="manual",
+        **{**NEUTRAL, "inner_momentum_scale": 0.5},
+    )
     if rank == 0:
         train_step(net, optimizer, rank, 0)
     state.exchange()
@@ -208,7 +227,9 @@ def no_first_moment(rank: int, world: int) -> str:
     """What an optimizer without momentum meets at its first exchange."""
     net = make_net(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    state = local_sgd.attach(net, optimizer, CODED, every=2, momentum_decay=0.5)
+    state = local_sgd.attach(
+        net, optimizer, CODED, sync_every=2, inner_momentum_scale=0.5
+    )
     train_step(net, optimizer, rank, 0)
     try:
         train_step(net, optimizer, rank, 1)
@@ -226,7 +247,7 @@ def plain_averaging_is_ddp(rank: int, world: int) -> float:
         net.norm = nn.Identity()  # type: ignore[assignment]
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.05) for net in nets]
     wrapped = DistributedDataParallel(nets[0])
-    state = local_sgd.attach(nets[1], optimizers[1], PLAIN, every=1)
+    state = local_sgd.attach(nets[1], optimizers[1], PLAIN, sync_every=1)
     for step in range(20):
         train_step(wrapped, optimizers[0], rank, step)
         train_step(nets[1], optimizers[1], rank, step)
@@ -244,12 +265,12 @@ def resumes(
 
     At a step between two exchanges ranks save models that differ.
     """
-    config = dataclasses.replace(CODED, budget=budget)
+    config = dataclasses.replace(CODED, bytes_per_step=budget)
 
     def fresh() -> tuple[Net, torch.optim.Optimizer, local_sgd.State]:
         net = make_net(5)
         optimizer = make_optimizer(net, "adamw")
-        return net, optimizer, local_sgd.attach(net, optimizer, config, every=3)
+        return net, optimizer, local_sgd.attach(net, optimizer, config, sync_every=3)
 
     path = Path(f"{folder}-{rank}")
     net, optimizer, state = fresh()
@@ -280,7 +301,7 @@ def a_delay_hides_a_slow_exchange(rank: int, world: int) -> tuple[float, float]:
     for delay in (0, 3):
         net = make_net(1)
         optimizer = make_optimizer(net, "sgd")
-        state = local_sgd.attach(net, optimizer, CODED, every=8, delay=delay)
+        state = local_sgd.attach(net, optimizer, CODED, sync_every=8, overlap=delay)
         exchange = state.engine.exchange
         send = exchange.all_to_all
 
@@ -308,7 +329,7 @@ def shared_model(rank: int, world: int, delay: int) -> tuple[str, bool, str]:
     for evaluates in (False, True):
         net = make_net(0)
         optimizer = make_optimizer(net, "adamw")
-        state = local_sgd.attach(net, optimizer, CODED, every=4, delay=delay)
+        state = local_sgd.attach(net, optimizer, CODED, sync_every=4, overlap=delay)
         for step in range(10):
             train_step(net, optimizer, rank, step)
             if evaluates:
@@ -328,19 +349,25 @@ def shared_model(rank: int, world: int, delay: int) -> tuple[str, bool, str]:
 
 
 def chooses(rank: int, world: int) -> list[tuple[float, float, float]]:
-    """Return what was chosen when less and less was said."""
+    """Return what was chosen where one knob is given."""
     found = []
     cases: list[tuple[str, dict[str, Any]]] = [
         ("adamw", {}),
-        ("adamw", {"momentum_decay": 0.5}),
+        ("adamw", {"inner_momentum_scale": 0.4}),
         ("adamw", {"outer_momentum": 0.5}),
+        ("adamw", {"sync_every": 7}),
+        ("adamw", {"overlap": 1}),
+        ("adamw", {"outer_lr": 1.5}),
+        ("adamw", {"config": Config(density=0.1, log_every=7)}),
+        ("adamw", {"preset": "muon", "residual_decay": 0.9}),
         ("sgd", {}),
     ]
     for kind, given in cases:
         net = make_net(0)
         optimizer = make_optimizer(net, kind)
-        state = local_sgd.attach(net, optimizer, CODED, **given)
-        found.append((state.outer_lr, state.residual_decay, state.momentum_decay))
+        state = local_sgd.attach(net, optimizer, **{"config": CODED, **given})
+        knobs = state.knobs
+        found.append((knobs.outer_lr, knobs.residual_decay, knobs.inner_momentum_scale))
         state.close()
     return found
 
@@ -352,17 +379,21 @@ def refused(rank: int, world: int, what: str) -> str:
     if what == "ddp":
         net = DistributedDataParallel(net)
         net.register_comm_hook(None, allreduce_hook)
-    if what in ("every", "delay", "outer_lr", "residual_decay", "momentum_decay"):
-        given = {"every": {"every": 0}, "delay": {"every": 4, "delay": 4}}.get(
-            what, {what: 3.0}
-        )
+    numbers = ("outer_lr", "residual_decay", "inner_momentum_scale")
+    if what in ("sync_every", "overlap", "a word", *numbers):
+        cases: dict[str, dict[str, Any]] = {
+            "sync_every": {"sync_every": 0},
+            "overlap": {"sync_every": 4, "overlap": 4},
+            "a word": {"outer_lr": "2"},
+        }
+        given = cases.get(what, {what: 3.0})
     if what == "strides":
         net = nn.Linear(300, 10)
         net.weight = nn.Parameter(torch.zeros(10, 600)[:, ::2])
     if what == "differ":
-        given = {"config": Config(density=0.1 + 0.1 * rank)}
+        given = {"config": Settings(density=0.1 + 0.1 * rank)}
     if what == "every differs":
-        given = {"every": 4 + 4 * rank}
+        given = {"sync_every": 4 + 4 * rank}
     optimizers = [] if what == "no optimizer" else [optimizer]
     try:
         local_sgd.attach(net, optimizers, **given)
@@ -375,7 +406,7 @@ def non_finite_rank(rank: int, world: int) -> tuple[str, bool]:
     """One rank's parameters turn NaN: the round never was, and training goes on."""
     net = make_net(0)
     optimizer = make_optimizer(net, "sgd")
-    state = local_sgd.attach(net, optimizer, CODED, every=2)
+    state = local_sgd.attach(net, optimizer, CODED, sync_every=2)
     for step in range(8):
         if step == 3 and rank == 1:
             net.head.weight.data[0, 0] = torch.nan
@@ -409,7 +440,7 @@ def wrapped(rank: int, world: int, compiled: bool) -> tuple[str, str, bool, bool
         ddp = model
         if wraps and compiled:
             model = torch.compile(model, backend="eager")
-        state = local_sgd.attach(model, optimizer, CODED, every=4)
+        state = local_sgd.attach(model, optimizer, CODED, sync_every=4)
         for step in range(10):
             train_step(model, optimizer, rank, step)
         shared = shares_gradients()
@@ -426,7 +457,7 @@ def gathers(rank: int, world: int) -> bool:
     def fresh() -> tuple[Net, torch.optim.Optimizer, local_sgd.State]:
         net = make_net(5)
         optimizer = make_optimizer(net, "sgd")
-        return net, optimizer, local_sgd.attach(net, optimizer, CODED, every=3)
+        return net, optimizer, local_sgd.attach(net, optimizer, CODED, sync_every=3)
 
     net, optimizer, state = fresh()
     for step in range(7):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from lc3 import AttachError, Config
+from lc3 import AttachError
+from lc3.config import Settings
 from lc3.hooks import ddp
 from tests.ddp_cases import hash_of
 
@@ -168,7 +169,7 @@ def max_norm_of_two(rank: int, world: int) -> tuple[float, float]:
         halves = list(net.parameters())[:2], list(net.parameters())[2:]
         optimizers = [torch.optim.SGD(half, lr=1.0) for half in halves]
         model = DistributedDataParallel(net)
-        config = Config(raw=("*",))
+        config = Settings(exclude=("*",))
         state = None
         if attach:
             state = ddp.attach(model, optimizers, config, max_norm=0.1)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import Config, Lc3Error
+from lc3 import Lc3Error
+from lc3.config import Settings
 from lc3.hooks import ddp
 from tests.ddp_cases import CONFIG, Case, equals_the_oracle, flat, hash_of
 from tests.oracle import Oracle
@@ -250,11 +251,11 @@ def random_runs(rank: int, world: int, runs: int, seed: int) -> int:
             gradient_as_bucket_view=drawn.random() < 0.5,
         )
         mesh = 2 if world == 4 and drawn.random() < 0.4 else None
-        config = Config(
+        config = Settings(
             sparsity=drawn.uniform(1, 1.9),
             min_numel=drawn.choice([0, 50, 1000]),
-            min_share=drawn.choice([1, 500, 16384]),
-            block=drawn.choice([None, 64]),
+            min_shard=drawn.choice([1, 500, 16384]),
+            block_size=drawn.choice([None, 64]),
             entropy=drawn.choice(["auto", "none", "rans", "zstd"]),
             mode="3lc" if mesh else drawn.choice(["3lc", "3lc", "auto"]),
         )

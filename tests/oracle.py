@@ -1,6 +1,6 @@
 """The whole exchange in one process, in plain NumPy, straight from the paper.
 
-It shares no code with ``lc3`` but ``Config``: digits come from a division and a
+It shares no code with ``lc3`` but ``Settings``: digits come from a division and a
 rounding, not from comparisons; there are no messages, owners or bytes. Every multi-rank
 result must equal it bit for bit.
 """
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lc3 import Config
+from lc3.config import Settings
 
 Floats = NDArray[np.float32]
 Shapes = Sequence[tuple[str, Sequence[int]]]
@@ -63,9 +63,9 @@ class Oracle:
     Without owners nothing is pulled: the mean of what was pushed is what all have.
     """
 
-    def __init__(self, shapes: Shapes, world: int, config: Config) -> None:
+    def __init__(self, shapes: Shapes, world: int, config: Settings) -> None:
         self.shapes, self.world, self.config = shapes, world, config
-        self.direct = config.exchange == "direct"
+        self.direct = config.topology == "direct"
         self.sent = [
             {name: np.zeros(prod(shape), np.float32) for name, shape in shapes}
             for _ in range(world)
@@ -120,9 +120,9 @@ class Oracle:
 
     def coded(self, name: str, shape: Sequence[int]) -> bool:
         config = self.config
-        if any(fnmatchcase(name, pattern) for pattern in config.raw):
+        if any(fnmatchcase(name, pattern) for pattern in config.exclude):
             return False
-        if any(fnmatchcase(name, pattern) for pattern in config.coded):
+        if any(fnmatchcase(name, pattern) for pattern in config.include):
             return True
         return prod(shape) >= config.min_numel and len(shape) >= config.min_ndim
 
@@ -130,10 +130,10 @@ class Oracle:
         if n == 0:
             return
         shape = dict(self.shapes)[name]
-        count = max(1, min(self.world, ceil(n / self.config.min_share)))
+        count = max(1, min(self.world, ceil(n / self.config.min_shard)))
         start = 0
         for size in [n // count + 1] * (n % count) + [n // count] * (count - n % count):
-            step = (self.config.block or size) if self.coded(name, shape) else size
+            step = (self.config.block_size or size) if self.coded(name, shape) else size
             for at in range(start, start + size, step):
                 yield slice(at, min(at + step, start + size))
             start += size
@@ -147,7 +147,9 @@ class ForOptimizers(Oracle):
     divided by their roots before they are coded, and multiplied after.
     """
 
-    def __init__(self, shapes: Shapes, world: int, config: Config, most: float) -> None:
+    def __init__(
+        self, shapes: Shapes, world: int, config: Settings, most: float
+    ) -> None:
         super().__init__(shapes, world, config)
         self.most = np.float32(most)
         self.expected = 1.0
@@ -220,7 +222,9 @@ class ForOptimizers(Oracle):
 class TwoLevels(Oracle):
     """A plain mean in each node first, then 3LC between nodes; cut as for all ranks."""
 
-    def __init__(self, shapes: Shapes, nodes: Sequence[Sequence[int]], config: Config):
+    def __init__(
+        self, shapes: Shapes, nodes: Sequence[Sequence[int]], config: Settings
+    ):
         super().__init__(shapes, sum(map(len, nodes)), config)
         self.nodes = nodes
 
@@ -239,7 +243,7 @@ class Servers(Oracle):
         self,
         shapes: Shapes,
         world: int,
-        config: Config,
+        config: Settings,
         start: Mapping[str, Floats],
     ) -> None:
         super().__init__(shapes, world, config)

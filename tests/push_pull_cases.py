@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import AttachError, Config, Lc3Error
+from lc3 import AttachError, Lc3Error
+from lc3.config import Settings
 from lc3.hooks import push_pull
 from tests.ddp_cases import Case, Net, batch, flat, hash_of, local_gradients, loss_of
 from tests.ddp_cases import make_net as net_of
 from tests.oracle import Servers
 
-CODED = Config(min_numel=64, min_share=500)
+CODED = Settings(min_numel=64, min_shard=500)
 KINDS: dict[str, Any] = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
     "adamw": partial(torch.optim.AdamW, lr=0.01, foreach=False),
@@ -105,7 +106,7 @@ def uncoded_is_ddp(rank: int, world: int, kind: str) -> float:
     nets = [small_net(), small_net()]
     wrapped = [DistributedDataParallel(net) for net in nets]
     plain = KINDS[kind](nets[0].parameters())
-    ours = push_pull.attach(wrapped[1], KINDS[kind], Config(raw=("*",)))
+    ours = push_pull.attach(wrapped[1], KINDS[kind], Settings(exclude=("*",)))
     for step in range(30):
         for model, optimizer in zip(wrapped, (plain, ours), strict=True):
             train_step(model, rank, step)
@@ -134,7 +135,7 @@ def groups_schedule_and_clipping(rank: int, world: int) -> float:
     ours = push_pull.attach(
         wrapped[1],
         KINDS["sgd"],
-        Config(raw=("*",)),
+        Settings(exclude=("*",)),
         params=groups(nets[1]),
         max_norm=0.1,
     )
@@ -182,7 +183,7 @@ def resumes(rank: int, world: int, folder: str, dtype: torch.dtype) -> bool:
 
     With a budget, which steers after the eighth.
     """
-    config = dataclasses.replace(CODED, budget=600)
+    config = dataclasses.replace(CODED, bytes_per_step=600)
 
     def fresh() -> tuple[nn.Module, DistributedDataParallel, push_pull.PushPull]:
         net = small_net().to(dtype)
@@ -232,7 +233,7 @@ def muon_on_whole_matrices(rank: int, world: int) -> str:
         parameter.requires_grad_(parameter.dim() == 2)
     wrapped = DistributedDataParallel(net)
     make = partial(torch.optim.Muon, lr=0.02)
-    config = Config(min_numel=64, min_share=2**40)
+    config = Settings(min_numel=64, min_shard=2**40)
     optimizer = push_pull.attach(wrapped, make, config)
     before = hash_of(net)
     for step in range(4):
@@ -299,7 +300,7 @@ def beside_ddp(rank: int, world: int, what: str) -> tuple[float, list[float]]:
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         if attached:
             make = partial(torch.optim.SGD, lr=0.5)
-            optimizer = push_pull.attach(model, make, Config(raw=("*",)))
+            optimizer = push_pull.attach(model, make, Settings(exclude=("*",)))
         for step in range(6):
             torch.manual_seed(10 * step + rank)
             x = torch.randn(32, 64)

@@ -6,6 +6,7 @@ ranks and slow ones, and checks every step bit for bit, residuals included.
 ``raises`` lets some stage fail on some rank and looks how soon the others know.
 ``kills`` kills workers of a torchrun job at random moments until it has got through
 anyway. ``worlds`` kills whole jobs, and goes on with other numbers of ranks.
+``signals.campaign`` kills, stops and holds up ranks that nobody starts again.
 """
 
 import argparse
@@ -27,23 +28,23 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from lc3 import Config
 from lc3.checkpoint import load_checkpoint, merge
 from lc3.codec import codec_for
 from lc3.coder import Coder
+from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.exchange import Loopback
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from tests import checkpoint_cases
+from tests import checkpoint_cases, signals
 from tests.oracle import Oracle
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 WORLD = 3
 SHAPES = [("a", (50, 40)), ("bias", (30,)), ("b", (1, 3000)), ("c", (7, 11, 13))]
-CONFIG = Config(min_numel=64, min_share=900, threads=1)
-DIRECT = dataclasses.replace(CONFIG, exchange="direct")
+CONFIG = Settings(min_numel=64, min_shard=900, threads=1)
+DIRECT = dataclasses.replace(CONFIG, topology="direct")
 GROWTH_FROM = 0.3  # of the run; before it, allocators are still warming up
 
 
@@ -58,7 +59,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def steps(count: int, seed: int, config: Config = CONFIG) -> dict[str, float]:
+def steps(count: int, seed: int, config: Settings = CONFIG) -> dict[str, float]:
     """Run ``count`` steps with faults; return what was seen.
 
     Raises:
@@ -324,6 +325,7 @@ def main() -> None:
     parser.add_argument("--overflows", type=int, default=100, help="for each hook")
     parser.add_argument("--raises", type=int, default=100)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--signals", type=int, default=100)
     parser.add_argument("--train", type=int, default=400, help="steps of a killed job")
     parser.add_argument(
         "--worlds", type=int, nargs="*", default=[4, 3, 4], help="numbers of ranks"
@@ -340,6 +342,8 @@ def main() -> None:
         if options.raises:
             print(raises(options.raises, options.seed, pool))
         pool.close()
+    if options.signals:
+        print(signals.campaign(options.signals, options.seed))
     if options.worlds:
         print(worlds(options.worlds, options.train, options.seed))
     if options.kills:

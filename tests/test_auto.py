@@ -15,6 +15,7 @@ import lc3
 from lc3.auto import TRIAL_STEPS, Auto, Costs, measure
 from lc3.codec import cpu
 from lc3.coder import Coder
+from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.exchange import Exchange
 from lc3.hooks import ddp, local_sgd, push_pull
@@ -81,7 +82,7 @@ def test_measuring_gives_every_rank_the_same() -> None:
                     time.sleep(0.002)
                 return getattr(exchange, name)
 
-        return measure(Late(), cpu, lc3.Config(), 1)
+        return measure(Late(), cpu, Settings(), 1)
 
     first, *others = in_threads(3, job)
     assert isinstance(first, Costs)
@@ -136,7 +137,7 @@ def train_auto(rank: int, world: int, seed: int) -> tuple[list[str], float]:
     torch.manual_seed(seed)
     net = nn.Sequential(*(nn.Linear(300, 300) for _ in range(4)))
     model = DistributedDataParallel(net, bucket_cap_mb=0.3)
-    state = ddp.attach(model, config=lc3.Config(mode="auto"))
+    state = ddp.attach(model, config=Settings(mode="auto"))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     chance = random.Random(seed * 100 + rank)
     for step in range(TRIAL_STEPS + 4):
@@ -163,7 +164,7 @@ def test_ranks_choose_alike_under_noise(ranks: Pools, seed: int) -> None:
 
 def refused(rank: int, world: int, hook: str) -> str:
     net = nn.Linear(40, 40)
-    config = lc3.Config(mode="auto")
+    config = Settings(mode="auto")
     try:
         if hook == "push_pull":
             model = DistributedDataParallel(net)
@@ -181,7 +182,7 @@ def test_hooks_that_always_code_refuse_it(ranks: Pools, hook: str) -> None:
     for said in ranks(2).run(refused, hook):
         assert f"hooks.{hook} always sends 3LC" in said
     with pytest.raises(lc3.ConfigError, match="mode='fast' must be one of"):
-        lc3.Config(mode="fast")  # type: ignore[arg-type]
+        Settings(mode="fast")  # type: ignore[arg-type]
 
 
 NEVER_CODED = Costs(1.0, 1.0, 1.0, 1.0, 1e-3, 0.0)
@@ -196,7 +197,7 @@ def train_beside_ddp(rank: int, world: int, costs: Costs, halves: bool) -> list[
         net = nn.Sequential(*(nn.Linear(100, 100) for _ in range(4)))
         net.to(torch.bfloat16 if halves else torch.float32)
         models.append(DistributedDataParallel(net, bucket_cap_mb=0.05))
-    state = ddp.attach(models[0], config=lc3.Config(mode="auto", min_numel=1))
+    state = ddp.attach(models[0], config=Settings(mode="auto", min_numel=1))
     assert state.engine.auto is not None
     state.engine.auto.costs = costs
     lane, submit = 0, state.session.lane.submit

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lc3 import Config, ConfigError
+from lc3 import ConfigError
 from lc3.budget import LOOK_EVERY, Budget
+from lc3.config import Settings
 from lc3.exchange import Exchange
 from tests.test_engine import engine_of, in_threads
 
 SHAPES = [("a", (120, 130)), ("b", (90, 200)), ("bias", (130,))]
-PLAIN = Config(min_numel=500, min_share=4000)
+PLAIN = Settings(min_numel=500, min_shard=4000)
 
 
 def gradients(rank: int, step: int, tails: float) -> dict[str, Tensor]:
@@ -31,7 +32,7 @@ def gradients(rank: int, step: int, tails: float) -> dict[str, Tensor]:
 
 
 def run(
-    config: Config, steps: int, tails: float = 3, world: int = 3
+    config: Settings, steps: int, tails: float = 3, world: int = 3
 ) -> list[tuple[list[int], list[float]]]:
     """Return of each rank the bytes of every step, and what it sent by then."""
 
@@ -64,7 +65,7 @@ def test_a_sparsity_holds_a_budget(begin: float, share: float) -> None:
     most = mean_bytes(run(PLAIN, 60), 30)
     least = mean_bytes(run(dataclasses.replace(PLAIN, sparsity=1.95), 60), 30)
     target = round(least + share * (most - least))
-    config = dataclasses.replace(PLAIN, sparsity=begin, budget=target)
+    config = dataclasses.replace(PLAIN, sparsity=begin, bytes_per_step=target)
     results = run(config, 360)
     assert mean_bytes(results, 120) == pytest.approx(target, rel=0.1)
     chosen = [by_rank for _, by_rank in results]
@@ -76,7 +77,7 @@ def test_a_density_holds_a_budget() -> None:
     least = mean_bytes(run(dataclasses.replace(PLAIN, density=0.02), 60, 1), 30)
     most = mean_bytes(run(dataclasses.replace(PLAIN, density=0.2), 60, 1), 30)
     target = round((least * most) ** 0.5)
-    config = dataclasses.replace(PLAIN, density=0.2, budget=target)
+    config = dataclasses.replace(PLAIN, density=0.2, bytes_per_step=target)
     results = run(config, 300, 1)
     assert mean_bytes(results, 100) == pytest.approx(target, rel=0.1)
     chosen = [by_rank for _, by_rank in results]
@@ -87,16 +88,16 @@ def test_a_budget_that_cannot_be_held_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="lc3.budget"):
-        results = run(dataclasses.replace(PLAIN, budget=10), 160, world=1 + 1)
+        results = run(dataclasses.replace(PLAIN, bytes_per_step=10), 160, world=1 + 1)
     said = {record.getMessage() for record in caplog.records}
-    assert all("budget=10 cannot be held" in sentence for sentence in said)
+    assert all("bytes_per_step=10 cannot be held" in sentence for sentence in said)
     assert len(caplog.records) == 2  # a rank each
     assert results[0][1][-1] == 1.98
 
 
 def test_a_budget_goes_on_from_its_counters() -> None:
     """The same decisions follow from the same counters."""
-    config = dataclasses.replace(PLAIN, budget=1000, pull_sparsity=1.2)
+    config = dataclasses.replace(PLAIN, bytes_per_step=1000, pull_sparsity=1.2)
     straight = Budget(config)
     for exchange in range(40):
         if straight.due():
@@ -122,10 +123,10 @@ def test_without_a_budget_nothing_is_shared_or_moved() -> None:
 
 @pytest.mark.parametrize("budget", [0, -5, 1.5, True, "10kB"])
 def test_a_budget_is_a_count_of_bytes(budget: Any) -> None:
-    with pytest.raises(ConfigError, match="budget="):
-        Config(budget=budget)
+    with pytest.raises(ConfigError, match="bytes_per_step="):
+        Settings(bytes_per_step=budget)
 
 
 def test_a_budget_needs_3lc() -> None:
     with pytest.raises(ConfigError, match="mode='auto' may send without it"):
-        Config(budget=1000, mode="auto")
+        Settings(bytes_per_step=1000, mode="auto")

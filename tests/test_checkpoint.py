@@ -17,6 +17,7 @@ import torch
 import lc3
 from lc3 import checkpoint
 from lc3.checkpoint import Parts
+from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.errors import StateError
 from lc3.exchange import Loopback
@@ -262,7 +263,7 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
         numpy.float64(0.5),
         argparse.Namespace(lr=1),
         Path("x"),
-        lc3.Config(),
+        Settings(),
     ]
     for value in refused:
         with pytest.raises(lc3.StateError, match="load_checkpoint refuses"):

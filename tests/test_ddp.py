@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import lc3
+from lc3.config import Settings
 from lc3.hooks import ddp
 from tests import ddp_cases
 from tests.ddp_cases import Case
@@ -26,7 +26,7 @@ def options(**given: Any) -> tuple[tuple[str, Any], ...]:
 
 
 ADAM = dataclasses.replace(ddp_cases.CONFIG, min_numel=1, min_ndim=0)
-DIRECT = dataclasses.replace(ddp_cases.CONFIG, exchange="direct")
+DIRECT = dataclasses.replace(ddp_cases.CONFIG, topology="direct")
 CASES = {
     "one bucket": Case(options(bucket_cap_mb=25)),
     "buckets of 1 MB": Case(options(bucket_cap_mb=1)),
@@ -73,7 +73,7 @@ CASES = {
     ),
     "blocks": Case(
         options(bucket_cap_mb=0.1),
-        config=lc3.Config(pull_sparsity=1.25, block=1000, min_numel=0, min_ndim=0),
+        config=Settings(pull_sparsity=1.25, block_size=1000, min_numel=0, min_ndim=0),
     ),
 }
 SAME_RESULT = (
@@ -121,7 +121,7 @@ WITH_OPTIMIZER = {
         channels_last=True,
     ),
     "Adam, direct": Case(
-        config=dataclasses.replace(ADAM, exchange="direct"), adam=True
+        config=dataclasses.replace(ADAM, topology="direct"), adam=True
     ),
     "Adam, biases raw": Case(config=ddp_cases.CONFIG, adam=True),
 }
@@ -210,7 +210,7 @@ def test_fifty_runs_with_many_buckets(ranks: Pools) -> None:
         ),
         (
             "pattern matches nothing",
-            "ConfigError: raw pattern 'wait.*' matches no train",
+            "ConfigError: exclude pattern 'wait.*' matches no train",
         ),
     ],
 )
@@ -223,9 +223,9 @@ def test_attach_refuses(ranks: Pools, what: str, words: str) -> None:
 
 def test_an_error_on_one_rank_at_attach_is_an_error_on_all(ranks: Pools) -> None:
     said = ranks(3).run(ddp_cases.attach_outcome, "pattern matches nothing on one rank")
-    assert said[1].startswith("ConfigError: raw pattern 'wait.*'")
+    assert said[1].startswith("ConfigError: exclude pattern 'wait.*'")
     assert said[0] == said[2]
-    assert said[0].startswith("PeerError: rank 1 stopped: raw pattern 'wait.*'")
+    assert said[0].startswith("PeerError: rank 1 stopped: exclude pattern 'wait.*'")
 
 
 def test_a_failing_rank_ends_backward_everywhere_with_its_reason(ranks: Pools) -> None:

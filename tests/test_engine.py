@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lc3
-from lc3 import Config
 from lc3.auto import Auto, Costs
 from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.coder import Coder
-from lc3.config import ENTROPY_STAGES, EntropyStage, Topology
+from lc3.config import ENTROPY_STAGES, EntropyStage, Settings, Topology
 from lc3.engine import Engine
 from lc3.exchange import MOST_BYTES, Exchange, Loopback
 from lc3.format import HEADER_BYTES
@@ -34,8 +33,8 @@ SHAPES = [
     ("c", (900, 3)),
     ("d", (11, 3)),
 ]
-SMALL = Config(min_numel=100, min_share=400)
-DIRECT = dataclasses.replace(SMALL, exchange="direct")
+SMALL = Settings(min_numel=100, min_shard=400)
+DIRECT = dataclasses.replace(SMALL, topology="direct")
 
 
 def in_threads(
@@ -61,7 +60,10 @@ def in_threads(
 
 
 def engine_of(
-    exchange: Exchange, config: Config = SMALL, codec: Codec = cpu, shapes: Any = SHAPES
+    exchange: Exchange,
+    config: Settings = SMALL,
+    codec: Codec = cpu,
+    shapes: Any = SHAPES,
 ) -> Engine:
     plan = make_plan(shapes, exchange.world, config)
     coder = Coder(codec, config.threads or 1)
@@ -82,7 +84,7 @@ def random_gradients(rank: int, step: int, shapes: Any = SHAPES) -> dict[str, Te
 def run(
     world: int,
     steps: int,
-    config: Config,
+    config: Settings,
     gradients: Gradients = random_gradients,
     codecs: Sequence[Codec] = (cpu,),
     shapes: Any = SHAPES,
@@ -129,8 +131,8 @@ def run(
 def test_the_exchange_equals_the_oracle(
     world: int, block: int | None, exchange: Topology
 ) -> None:
-    config = Config(
-        sparsity=1.5, min_numel=100, min_share=400, block=block, exchange=exchange
+    config = Settings(
+        sparsity=1.5, min_numel=100, min_shard=400, block_size=block, topology=exchange
     )
     run(world, 20, config)
 
@@ -139,7 +141,7 @@ def test_the_exchange_equals_the_oracle(
 def test_two_ranks_send_as_much_with_owners_as_without(entropy: EntropyStage) -> None:
     """But for a header and a size; in one round instead of two, and coded once."""
     owners, direct = (
-        run(2, 6, dataclasses.replace(SMALL, exchange=exchange, entropy=entropy))[0]
+        run(2, 6, dataclasses.replace(SMALL, topology=exchange, entropy=entropy))[0]
         for exchange in ("owners", "direct")
     )
     assert direct.meter.rounds == 6
@@ -155,9 +157,9 @@ def test_two_ranks_send_as_much_with_owners_as_without(entropy: EntropyStage) ->
 
 def test_what_a_pull_would_carry_needs_owners() -> None:
     with pytest.raises(lc3.ConfigError, match="there is none"):
-        Config(exchange="direct", pull_sparsity=1.5)
+        Settings(topology="direct", pull_sparsity=1.5)
     with pytest.raises(lc3.ConfigError, match="one of 'owners', 'direct'"):
-        Config(exchange="ring")  # type: ignore[arg-type]
+        Settings(topology="ring")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("largest", [3e38, 1e38])
@@ -255,7 +257,7 @@ def test_half_precision_goes_the_way_of_what_it_stands_for(
 
 @pytest.mark.parametrize("entropy", ENTROPY_STAGES)
 def test_the_entropy_stage_changes_bytes_only(entropy: EntropyStage) -> None:
-    config = dataclasses.replace(SMALL, entropy=entropy, min_share=4000)
+    config = dataclasses.replace(SMALL, entropy=entropy, min_shard=4000)
     shapes = [("a", (60, 90)), ("b", (70, 80))]
 
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
@@ -274,14 +276,16 @@ def test_the_entropy_stage_changes_bytes_only(entropy: EntropyStage) -> None:
     density=st.none() | st.floats(0.001, 0.999),
     min_numel=st.integers(0, 3000),
     min_ndim=st.integers(0, 3),
-    min_share=st.integers(1, 3000),
-    block=st.none() | st.integers(5, 3000),
+    min_shard=st.integers(1, 3000),
+    block_size=st.none() | st.integers(5, 3000),
     entropy=st.sampled_from(ENTROPY_STAGES),
 )
 def test_any_configuration_equals_the_oracle(
-    world: int, sparsity: float, pull: float | None, min_share: int, **knobs: Any
+    world: int, sparsity: float, pull: float | None, **knobs: Any
 ) -> None:
-    config = Config(sparsity=sparsity, pull_sparsity=pull, min_share=min_share, **knobs)
+    if knobs["density"] is not None:
+        sparsity, pull = 1.0, None
+    config = Settings(sparsity=sparsity, pull_sparsity=pull, **knobs)
     run(world, 3, config)
 
 
@@ -293,7 +297,9 @@ def test_threads_change_nothing(threads: int, entropy: EntropyStage) -> None:
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         return random_gradients(rank, step, shapes)
 
-    config = dataclasses.replace(SMALL, threads=threads, block=1000, entropy=entropy)
+    config = dataclasses.replace(
+        SMALL, threads=threads, block_size=1000, entropy=entropy
+    )
     for engine in run(2, 4, config, gradients, shapes=shapes):
         assert engine.coder.threads == threads
         engine.close()
@@ -440,7 +446,7 @@ def test_density_counts_nonzero_digits() -> None:
         grads["a"][[3, 500, 1999]] = torch.tensor([1.0, -1.0, 1.0])
         return grads
 
-    for engine in run(2, 1, Config(min_numel=100), few):
+    for engine in run(2, 1, Settings(min_numel=100), few):
         assert engine.meter.push.nonzero_digits == 3
         assert engine.meter.pull.nonzero_digits == (
             3 if engine.residuals.owned.get("a") is not None else 0
@@ -601,7 +607,7 @@ def test_dense_tensors_pass_through() -> None:
     ("theirs", "words"),
     [
         (
-            {"config": Config(sparsity=1.5)},
+            {"config": Settings(sparsity=1.5)},
             r"Config.sparsity is 1.0 on rank 0 and 1.5 on rank 1",
         ),
         ({"version": "9"}, "lc3 version is '1' on rank 0 and '9' on rank 1"),
@@ -617,7 +623,7 @@ def test_dense_tensors_pass_through() -> None:
 )
 def test_ranks_that_differ_all_say_the_same(theirs: dict[str, Any], words: str) -> None:
     def job(rank: int, exchange: Exchange) -> Any:
-        mine = {"version": "1", "config": Config(), "shapes": [("w", (4, 4))]}
+        mine = {"version": "1", "config": Settings(), "shapes": [("w", (4, 4))]}
         given = SimpleNamespace(**{**mine, **(theirs if rank == 1 else {})})
         return agree(
             exchange, given.version, given.config, given.shapes, lambda: "built"
@@ -637,7 +643,7 @@ def test_an_error_before_the_first_step_reaches_every_rank() -> None:
                 raise lc3.AttachError("out of luck")
             return "built"
 
-        return agree(exchange, "1", Config(), [], build)
+        return agree(exchange, "1", Settings(), [], build)
 
     results = in_threads(3, job)
     assert isinstance(results[2], lc3.AttachError)

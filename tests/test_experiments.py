@@ -33,7 +33,7 @@ from experiments import (
 from experiments.average import Average
 from experiments.methods import DEMO, METHODS
 from experiments.report import BASELINE
-from lc3.hooks import local_sgd
+from lc3 import knobs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -1327,9 +1327,7 @@ def test_what_is_said_of_halved_first_moments_at_the_tasks_rate_is_so() -> None:
 
 def test_what_the_experiments_halve_is_what_attach_chooses_for_adamw() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    assert (
-        local_sgd.chosen_for([optimizer], local_sgd.DEFAULT, 8, 0) == methods.FOR_ADAM
-    )
+    assert knobs.chosen_for([optimizer], knobs.DEFAULT)[0] == methods.FOR_ADAM
 
 
 def test_what_is_said_of_halved_first_moments_with_sgd_is_so() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lc3
+from lc3.config import Settings
 from lc3.exchange import Exchange
 from lc3.handshake import agree
 from tests import failing_cases
@@ -22,7 +23,7 @@ WRONG = {
     "ddp, TypeError": "TypeError: ",
     "push_pull": "ConfigError: max_norm=-1.0",
     "push_pull, later": "MemoryError: no memory left for moments",
-    "local_sgd": "ConfigError: every=0",
+    "local_sgd": "ConfigError: sync_every=0",
 }
 
 
@@ -92,7 +93,7 @@ def test_rubbish_in_a_handshake_is_named(rubbish: bytes) -> None:
                 )
             return ""
         try:
-            agree(exchange, "0", lc3.Config(), [("w", [3])], lambda: None)
+            agree(exchange, "0", Settings(), [("w", [3])], lambda: None)
         except lc3.FormatError as error:
             return str(error)
         return "agreed"
@@ -112,7 +113,7 @@ def test_what_is_said_of_strange_types_is_still_compared(kind: object) -> None:
                 )
             return ""
         try:
-            agree(exchange, "0", lc3.Config(), [("w", [3])], lambda: None)
+            agree(exchange, "0", Settings(), [("w", [3])], lambda: None)
         except lc3.Lc3Error as error:
             return type(error).__name__
         return "agreed"

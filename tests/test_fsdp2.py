@@ -52,7 +52,7 @@ def test_a_module_that_nobody_uses(ranks: Pools) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("auto", "ConfigError: mode='auto' is for hooks.ddp"),
+        ("auto", "ConfigError: mode='auto' lets a bucket of hooks.ddp"),
         ("one dimension", "AttachError: the mesh has the shape (4,), the job 4 ranks"),
         ("native HSDP", "AttachError: a module is sharded over a mesh of 2 dimensions"),
         ("not sharded", "AttachError: no module of this Net is sharded"),

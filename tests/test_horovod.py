@@ -65,7 +65,7 @@ def test_horovod(world: int) -> None:
         assert [s.split(";")[0].split(",")[0] for s in said] == [
             "op must be hvd.Average",
             "groups does not go with 3LC",
-            "backward_passes_per_step=0 must be 1 or more",
+            "backward_passes_per_step=0 must be an integer of at least 1",
             f"Horovod has {world} ranks",
             "Horovod sums what a compressor returns",
         ]

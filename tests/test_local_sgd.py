@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import lc3
-from lc3.hooks import local_sgd
+from lc3 import knobs
+from lc3.config import Settings
 from tests import local_cases
 from tests.ranks import Ranks
 
@@ -75,35 +75,39 @@ def test_first_moments_of_every_optimizer_decay(ranks: Pools) -> None:
 ADAM, NEUTRAL = (2.0, 0.8, 0.5), (1.0, 1.0, 1.0)
 
 
-def test_attach_chooses_for_the_optimizers_when_nothing_is_said(ranks: Pools) -> None:
+def test_a_knob_that_is_given_changes_that_one_only(ranks: Pools) -> None:
     for found in ranks(2).run(local_cases.chooses):
-        assert found == [ADAM, (1.0, 1.0, 0.5), NEUTRAL, NEUTRAL]
+        assert found == [
+            ADAM,
+            (2.0, 0.8, 0.4),
+            (1.0, 0.8, 0.5),  # as far in the long run
+            *(ADAM, ADAM),
+            (1.5, 0.8, 0.5),
+            (1.5, 0.9, 0.8),  # by one hop, as where no configuration is given
+            (2.0, 0.9, 0.5),
+            NEUTRAL,
+        ]
 
 
 @pytest.mark.parametrize(
-    ("kinds", "density", "every", "delay", "chosen"),
+    ("kinds", "density", "chosen"),
     [
-        (["AdamW"], 0.1, 8, 0, ADAM),
-        (["Adam", "AdamW"], 0.3, 32, 0, ADAM),
-        (["AdamW"], 0.1, 7, 0, NEUTRAL),
-        (["AdamW"], 0.1, None, 0, NEUTRAL),
-        (["AdamW"], 0.1, 8, 1, NEUTRAL),
-        (["AdamW"], 0.31, 8, 0, NEUTRAL),
-        (["AdamW"], None, 8, 0, NEUTRAL),
-        (["AdamW", "SGD"], 0.1, 8, 0, NEUTRAL),
-        (["Muon", "AdamW"], 0.1, 16, 0, NEUTRAL),
-        ([], 0.1, 8, 0, NEUTRAL),
-        (["SGD"], 0.1, 8, 0, NEUTRAL),
-        (["AdamW", "direct"], 0.1, 8, 0, (1.5, 0.9, 0.8)),
-        (["SGD", "direct"], 0.1, 8, 0, (1.25, 1.0, 1.0)),
-        (["SGD", "momentum", "direct"], 0.1, 8, 0, NEUTRAL),
+        (["AdamW"], 0.1, ADAM),
+        (["Adam", "AdamW"], 0.3, ADAM),
+        (["AdamW"], 0.31, NEUTRAL),
+        (["AdamW"], None, NEUTRAL),
+        (["AdamW", "SGD"], 0.1, NEUTRAL),
+        (["Muon", "AdamW"], 0.1, NEUTRAL),
+        ([], 0.1, NEUTRAL),
+        (["SGD"], 0.1, NEUTRAL),
+        (["AdamW", "direct"], 0.1, (1.5, 0.9, 0.8)),
+        (["SGD", "direct"], 0.1, (1.25, 1.0, 1.0)),
+        (["SGD", "momentum", "direct"], 0.1, NEUTRAL),
     ],
 )
 def test_what_is_chosen(
     kinds: list[str],
     density: float | None,
-    every: int | None,
-    delay: int,
     chosen: tuple[float, ...],
 ) -> None:
     given = {"momentum": 0.9} if "momentum" in kinds else {}
@@ -115,20 +119,21 @@ def test_what_is_chosen(
         if kind not in ("momentum", "direct")
     ]
     exchange: Any = "direct" if "direct" in kinds else "owners"
-    config = lc3.Config(density=density, exchange=exchange)
-    knobs = local_sgd.chosen_for(optimizers, config, every, delay)
-    assert tuple(knobs.values()) == chosen
+    config = Settings(density=density, topology=exchange)
+    found, why = knobs.chosen_for(optimizers, config)
+    assert tuple(found.values()) == chosen
+    assert ("plain" in why) == (chosen == NEUTRAL)
 
 
 def test_a_rank_without_data_has_no_first_moment(ranks: Pools) -> None:
     assert len(set(ranks(2).run(local_cases.decays_without_data))) == 1
 
 
-def test_momentum_decay_needs_a_first_moment(ranks: Pools) -> None:
+def test_inner_momentum_scale_needs_a_first_moment(ranks: Pools) -> None:
     for said in ranks(2).run(local_cases.no_first_moment):
         assert said == (
-            "momentum_decay=0.5 has nothing to multiply: the optimizer's state has no "
-            "exp_avg and no momentum_buffer; leave it 1"
+            "inner_momentum_scale=0.5 has nothing to multiply: the optimizer's state "
+            "has no exp_avg and no momentum_buffer; leave it 1"
         )
 
 
@@ -182,14 +187,18 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
     [
         ("ddp", "AttachError: the model already has .* allreduce_hook, which local"),
         ("no optimizer", "AttachError: no optimizer was given"),
-        ("every", "ConfigError: every=0 must be an integer from 1"),
-        ("delay", "ConfigError: delay=4 must be less than every=4"),
-        ("outer_lr", r"ConfigError: outer_lr=3\.0 must be in"),
-        ("residual_decay", r"ConfigError: residual_decay=3\.0 must be in \[0, 1\]"),
-        ("momentum_decay", r"ConfigError: momentum_decay=3\.0 must be in \[0, 1\]"),
+        ("sync_every", "ConfigError: sync_every=0 must be an integer of at least 1"),
+        ("overlap", "ConfigError: overlap=4 must be less than sync_every=4"),
+        ("outer_lr", r"ConfigError: outer_lr=3\.0 must be a number in \(0, 2\]"),
+        ("a word", r"ConfigError: outer_lr='2' must be a number in \(0, 2\]"),
+        ("residual_decay", r"ConfigError: residual_decay=3\.0 must be .* in \[0, 1\]"),
+        ("inner_momentum_scale", r"ConfigError: inner_momentum_scale=3\.0 must be a"),
         ("strides", r"AttachError: a parameter of shape \[10, 300\] has strides"),
         ("differ", r"PlanMismatch: ranks differ: Config\.density is 0\.1 on rank 0"),
-        ("every differs", r"PlanMismatch: ranks differ: every is 4 on rank 0 and 8 on"),
+        (
+            "every differs",
+            r"PlanMismatch: ranks differ: sync_every is 4 on rank 0 and 8 on",
+        ),
     ],
 )
 def test_attach_refuses(ranks: Pools, what: str, words: str) -> None:

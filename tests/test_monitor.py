@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lc3 import Config, ConfigError, monitor
+from lc3 import ConfigError, monitor
+from lc3.config import Settings
 from lc3.meter import Meter
 from tests.test_engine import SMALL, random_gradients, run
 
@@ -47,7 +48,7 @@ def test_a_line_every_n_steps(caplog: pytest.LogCaptureFixture) -> None:
     assert "times fewer bytes" in meter.line()
     assert "2.0 rounds, ms a step: encode " in meter.line()
     with pytest.raises(ConfigError, match="log_every=0"):
-        Config(log_every=0)
+        Settings(log_every=0)
 
 
 def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:

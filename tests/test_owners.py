@@ -29,7 +29,7 @@ CONFIGS = {
     ),
     "without owners": DIRECT,
     "density": dataclasses.replace(SMALL, density=0.1),
-    "blocks": dataclasses.replace(SMALL, block=64, entropy="none"),
+    "blocks": dataclasses.replace(SMALL, block_size=64, entropy="none"),
 }
 BAD_STEP = 7
 

@@ -1,4 +1,4 @@
-"""The division of labour: complete, balanced, the same everywhere; Config's limits."""
+"""The division of labour: complete, balanced, the same everywhere; limits of knobs."""
 
 import dataclasses
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lc3 import Config, ConfigError
+from lc3 import ConfigError
+from lc3.config import Settings
 from lc3.plan import make_plan
 from tests.oracle import Oracle
 
@@ -23,16 +24,16 @@ shapes = st.lists(
     st.tuples(st.integers(0, 300), st.integers(1, 300)), min_size=1, max_size=12
 ).map(lambda sizes: [(f"p{i}", size) for i, size in enumerate(sizes)])
 configs = st.builds(
-    Config,
+    Settings,
     min_numel=st.integers(0, 5000),
-    min_share=st.integers(1, 20_000),
-    block=st.none() | st.integers(5, 3000),
+    min_shard=st.integers(1, 20_000),
+    block_size=st.none() | st.integers(5, 3000),
 )
 
 
 @given(shapes=shapes, world=st.integers(1, 9), config=configs)
 def test_every_element_has_one_owner_and_the_oracles_pieces(
-    shapes: list[tuple[str, tuple[int, int]]], world: int, config: Config
+    shapes: list[tuple[str, tuple[int, int]]], world: int, config: Settings
 ) -> None:
     plan = make_plan(shapes, world, config)
     oracle = Oracle(shapes, world, config)
@@ -57,7 +58,7 @@ def test_every_element_has_one_owner_and_the_oracles_pieces(
 
 
 def test_small_and_one_dimensional_tensors_travel_raw() -> None:
-    plan = make_plan(SHAPES, 4, Config())
+    plan = make_plan(SHAPES, 4, Settings())
     assert plan.coded == {"conv.weight", "embedding"}
     assert [s.numel for s in plan.slices["conv.weight"]] == [9216, 9216]
     assert [s.owner for s in plan.slices["embedding"]] == [2, 3, 0, 1]
@@ -66,10 +67,10 @@ def test_small_and_one_dimensional_tensors_travel_raw() -> None:
 
 def test_names_and_rules_decide_what_is_coded() -> None:
     def coded(**knobs: object) -> frozenset[str]:
-        return make_plan(SHAPES, 2, Config(**knobs)).coded  # type: ignore[arg-type]
+        return make_plan(SHAPES, 2, Settings(**knobs)).coded  # type: ignore[arg-type]
 
-    assert coded(raw=("conv.*",)) == {"embedding"}
-    assert coded(coded=("fc.weight", "*bias")) == {
+    assert coded(exclude=("conv.*",)) == {"embedding"}
+    assert coded(include=("fc.weight", "*bias")) == {
         "conv.weight",
         "embedding",
         "fc.weight",
@@ -82,23 +83,23 @@ def test_names_and_rules_decide_what_is_coded() -> None:
         "fc.weight",
     }
     with pytest.raises(ConfigError, match=r"'fd\.\*' matches no trainable parameter"):
-        coded(raw=("fd.*",))
-    with pytest.raises(ConfigError, match="matched by raw and by coded"):
-        coded(raw=("conv*",), coded=("*.weight",))
+        coded(exclude=("fd.*",))
+    with pytest.raises(ConfigError, match="matched by exclude and by include"):
+        coded(exclude=("conv*",), include=("*.weight",))
 
 
 def test_whatever_changes_the_bytes_changes_the_fingerprint() -> None:
-    base = make_plan(SHAPES, 4, Config())
+    base = make_plan(SHAPES, 4, Settings())
     assert f"{base.fingerprint:08x}" == "1041e244"  # as specified in lc3.format
-    assert make_plan(SHAPES, 4, Config(sparsity=1.9)).fingerprint == base.fingerprint
+    assert make_plan(SHAPES, 4, Settings(sparsity=1.9)).fingerprint == base.fingerprint
     others = [
-        make_plan(SHAPES, 3, Config()),
-        make_plan(SHAPES, 4, Config(block=1024)),
-        make_plan(SHAPES, 4, Config(min_numel=1000)),
-        make_plan(SHAPES, 4, Config(min_share=1000)),
-        make_plan(SHAPES, 4, Config(raw=("conv.weight",))),
-        make_plan(SHAPES[::-1], 4, Config()),
-        make_plan([*SHAPES, ("more", (3,))], 4, Config()),
+        make_plan(SHAPES, 3, Settings()),
+        make_plan(SHAPES, 4, Settings(block_size=1024)),
+        make_plan(SHAPES, 4, Settings(min_numel=1000)),
+        make_plan(SHAPES, 4, Settings(min_shard=1000)),
+        make_plan(SHAPES, 4, Settings(exclude=("conv.weight",))),
+        make_plan(SHAPES[::-1], 4, Settings()),
+        make_plan([*SHAPES, ("more", (3,))], 4, Settings()),
     ]
     assert len({base.fingerprint, *(plan.fingerprint for plan in others)}) == 8
 
@@ -113,19 +114,19 @@ def test_whatever_changes_the_bytes_changes_the_fingerprint() -> None:
         ({"pull_sparsity": -1.0}, r"pull_sparsity=-1\.0 is outside"),
         ({"min_numel": -1}, "min_numel=-1 must be an integer of at least 0"),
         ({"min_ndim": 1.5}, "min_ndim=1.5"),
-        ({"min_share": 0}, "min_share=0 must be an integer of at least 1"),
-        ({"block": 4}, "block=4 must be an integer of at least 5"),
-        ({"raw": "fc.*"}, "tuple of name patterns"),
-        ({"coded": (1,)}, "tuple of name patterns"),
+        ({"min_shard": 0}, "min_shard=0 must be an integer of at least 1"),
+        ({"block_size": 4}, "block_size=4 must be an integer of at least 5"),
+        ({"exclude": "fc.*"}, "tuple of name patterns"),
+        ({"include": (1,)}, "tuple of name patterns"),
     ],
 )
 def test_config_refuses(knobs: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Config(**knobs)  # type: ignore[arg-type]
+        Settings(**knobs)  # type: ignore[arg-type]
 
 
 def test_config_is_a_value() -> None:
-    assert Config(sparsity=1.5) == Config(sparsity=1.5)
-    assert dataclasses.replace(Config(block=99), sparsity=1.25).block == 99
+    assert Settings(sparsity=1.5) == Settings(sparsity=1.5)
+    assert dataclasses.replace(Settings(block_size=99), sparsity=1.25).block_size == 99
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().sparsity = 1.5  # type: ignore[misc]
+        Settings().sparsity = 1.5  # type: ignore[misc]

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import lc3
 from experiments import record, scale
 from experiments.tasks import TASKS
+from lc3.config import Settings
 from tests.oracle import Oracle
 
 
 def test_virtual_ranks_equal_the_oracle() -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Linear(50, 30))
-    config = lc3.Config()
+    config = Settings()
     world = 5
     shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
     ranks = scale.VirtualRanks(module, world, config)

@@ -1,20 +1,28 @@
 """Imports point downward only, and a framework is imported in one file."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from lc3 import AttachError, private
 
 ROOT = Path(__file__).parents[1]
 BELOW = {
     "errors": set(),
     "version": set(),
-    "frameworks": {"config", "errors", "meter"},
-    "model": {"errors", "exchange"},
+    "private": {"errors"},
+    "frameworks": {"config", "errors", "meter", "state"},
+    "choices": set(),
+    "knobs": {"config", "errors"},
+    "state": {"checkpoint", "config", "engine", "meter", "session"},
+    "model": {"errors", "exchange", "private"},
     "says": {"errors"},
-    "buffers": {"model"},
-    "link": {"buffers", "errors"},
+    "buffers": {"model", "private"},
+    "link": {"buffers", "errors", "private"},
     "steps": {"errors", "model"},
     "format": {"errors"},
     "config": {"errors"},
@@ -26,10 +34,10 @@ BELOW = {
     "plan": {"config", "errors"},
     "residual": {"plan"},
     "checkpoint": {"errors", "plan"},
-    "meter": set(),
+    "meter": {"private"},
     "moments": set(),
     "sketch": set(),
-    "applied": {"errors", "model", "moments", "residual"},
+    "applied": {"errors", "model", "moments", "residual", "private"},
     "monitor": {"meter"},
     "message": {
         *("codec", "config", "entropy", "errors", "format", "plan", "rans"),
@@ -57,7 +65,7 @@ BELOW = {
             "lane",
             "link",
         ),
-        *("meter", "model", "plan", "rans", "two_levels", "version"),
+        *("meter", "model", "plan", "private", "rans", "two_levels", "version"),
     },
     "measure": {
         "applied",
@@ -73,7 +81,7 @@ BELOW = {
         "version",
         "workers",
     },
-    "__main__": {"config", "doctor", "errors", "measure"},
+    "__main__": {"config", "doctor", "errors", "measure", "version"},
     "auto": {"codec", "config", "exchange", "format", "message", "plan"},
     "engine": {
         *(
@@ -145,6 +153,40 @@ def test_nothing_below_imports_hooks_experiments_or_tests() -> None:
     for path in (ROOT / "hooks").glob("*.py"):
         tops = {name.partition(".")[0] for name in imported(path)}
         assert not tops & {"experiments", "tests", "launch"}, path
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Yield what a file uses of others that begins with an underscore."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("lc3"):
+            names = [alias.name for alias in node.names]
+            yield from (f"{node.module}.{n}" for n in names if n.startswith("_"))
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls", "part"):
+                yield f"{owner}.{node.attr}"
+
+
+def test_private_names_of_torch_are_used_in_one_file() -> None:
+    files = [path for paths in sources().values() for path in paths]
+    files += (ROOT / "hooks").glob("*.py")
+    others = {path.name: set(private_names(path)) for path in files}
+    assert len(others.pop("private.py")) > 10
+    assert {name: found for name, found in others.items() if found} == {
+        "accelerate.py": {"accelerator._optimizers"},
+        "horovod.py": {"horovod.torch.optimizer._DistributedOptimizer"},
+    }
+
+
+def test_a_torch_without_a_private_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    private.check()
+    monkeypatch.delattr(torch, "_foreach_norm")
+    with pytest.raises(
+        AttachError, match=r"has no torch\._foreach_norm, which lc3 uses"
+    ):
+        private.check()
 
 
 def test_a_framework_is_imported_in_one_file() -> None:

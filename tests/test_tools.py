@@ -14,6 +14,7 @@ import lc3
 from lc3 import __main__ as command
 from lc3 import doctor, measure
 from lc3.auto import Costs
+from lc3.config import Settings
 from tests.oracle import Oracle
 
 SCRIPT = """
@@ -113,7 +114,7 @@ def test_measure_under_torchrun_knows_ranks_link_and_optimizer(tmp_path: Path) -
 )
 def test_measure_says_which_line_suits_the_optimizer(kind: Any, words: str) -> None:
     weight = torch.nn.Parameter(torch.zeros(40, 50))
-    recorder = measure.Recorder(100, [1.0], lc3.Config())
+    recorder = measure.Recorder(100, [1.0], Settings())
     weight.grad = torch.randn(40, 50)
     recorder(kind([weight], lr=1.0))
     said = measure.report(recorder, 4)
@@ -123,7 +124,7 @@ def test_measure_says_which_line_suits_the_optimizer(kind: Any, words: str) -> N
 
 def test_the_link_is_that_of_the_scripts_ranks() -> None:
     weight = torch.nn.Parameter(torch.zeros(40, 50))
-    recorder = measure.Recorder(100, [1.0], lc3.Config())
+    recorder = measure.Recorder(100, [1.0], Settings())
     for _ in range(3):
         weight.grad = torch.randn(40, 50)
         recorder(torch.optim.SGD([weight], lr=1.0))
@@ -153,10 +154,10 @@ def test_measured_bytes_are_those_of_both_hops() -> None:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(40, 50))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    config = lc3.Config(entropy="none")
+    config = Settings(entropy="none")
     recorder = measure.Recorder(100, [1.0, 1.75], config)
     oracles = [
-        Oracle([("parameter 0", (40, 50))], 1, lc3.Config(sparsity=s))
+        Oracle([("parameter 0", (40, 50))], 1, Settings(sparsity=s))
         for s in (1.0, 1.75)
     ]
     for _ in range(5):

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lc3
 from lc3.coder import Coder
+from lc3.config import Settings
 from lc3.hooks import ddp
 from lc3.two_levels import TwoLevels
 from tests.ddp_cases import CONFIG, Broken, Deep, hash_of
@@ -63,7 +64,7 @@ def refused(rank: int, world: int, what: str) -> str:
         "differs": 2 if rank else None,
         "differs among meshes": 2 if rank else 1,
     }
-    config = lc3.Config(mode="auto") if what == "auto" else CONFIG
+    config = Settings(mode="auto") if what == "auto" else CONFIG
     model = DistributedDataParallel(nn.Linear(64, 64))
     try:
         ddp.attach(model, config=config, mesh=meshes.get(what, 2))

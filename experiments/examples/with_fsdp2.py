@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
-import lc3
 from experiments.examples.digits import accuracy, datasets
 from experiments.models import small_cnn
 from lc3.hooks import fsdp2
@@ -29,7 +28,7 @@ def main() -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             fully_shard(layer, mesh=mesh["in"])
     model: FSDPModule = fully_shard(net, mesh=mesh["in"])
-    state = fsdp2.attach(net, mesh, lc3.Config())
+    state = fsdp2.attach(net, mesh)
 
     train, test = datasets()
     sampler: DistributedSampler[object] = DistributedSampler(train)

@@ -1,0 +1,200 @@
+"""The knobs of local steps: their limits, what suits an optimizer, and presets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from torch.optim import SGD, Adam, Optimizer
+
+from lc3.config import Settings
+from lc3.errors import ConfigError
+
+_SPARSE = 0.3  # the largest density that the chosen knobs suit
+PresetName = Literal["adamw", "muon", "fewest-bytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """How ranks that train alone come together. See ``lc3.hooks.local_sgd.attach``.
+
+    Attributes:
+        sync_every: H, local steps between two exchanges. ``None``: the loop says when.
+        overlap: steps that go on while an exchange is under way.
+        outer_lr: of the masters' optimizer.
+        outer_momentum: of the masters' optimizer, Nesterov's.
+        residual_decay: what multiplies residuals after every exchange.
+        inner_momentum_scale: what multiplies the optimizers' first moments then.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+
+    sync_every: int | None = 8
+    overlap: int = 0
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+    residual_decay: float = 1.0
+    inner_momentum_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for knob, least in (("sync_every", 1), ("overlap", 0)):
+            value = getattr(self, knob)
+            if value is None and knob == "sync_every":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"{knob}={value!r} must be an integer of at least {least}"
+                )
+        if self.overlap and self.sync_every is None:
+            raise ConfigError(
+                f"overlap={self.overlap!r} counts steps, so it needs sync_every to be "
+                "a number, not 'manual'"
+            )
+        if self.sync_every is not None and self.overlap >= self.sync_every:
+            raise ConfigError(
+                f"overlap={self.overlap!r} must be less than sync_every="
+                f"{self.sync_every!r}"
+            )
+        _check_number("outer_lr", self.outer_lr, "in (0, 2]", 0, 2, without=0)
+        _check_number("outer_momentum", self.outer_momentum, "in [0, 1)", 0, 1, 1)
+        for knob in ("residual_decay", "inner_momentum_scale"):
+            value = getattr(self, knob)
+            _check_number(knob, value, "in [0, 1]; 1 changes nothing", 0, 1)
+
+    def said(self) -> dict[str, object]:
+        """Return the knobs by name, numbers alike on every rank."""
+        said: dict[str, object] = asdict(self)
+        floats = {k: float(v) for k, v in said.items() if isinstance(v, float | int)}
+        counts = {"sync_every": self.sync_every, "overlap": self.overlap}
+        return {**floats, **counts}
+
+
+def _check_number(
+    knob: str,
+    value: object,
+    limits: str,
+    least: float,
+    most: float,
+    without: float | None = None,
+) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_inside = is_number and least <= value <= most  # type: ignore[operator]
+    if not is_inside or value == without:
+        raise ConfigError(f"{knob}={value!r} must be a number {limits}")
+
+
+class Preset(NamedTuple):
+    """A documented set of values.
+
+    Attributes:
+        settings: what is compressed.
+        knobs: of ``Knobs``.
+        purpose: of the preset, in a sentence.
+    """
+
+    settings: Settings
+    knobs: Mapping[str, Any]
+    purpose: str
+
+
+# Every parameter is coded: biases and norms left raw would be most of the bytes.
+DEFAULT = Settings(density=0.115, min_ndim=0, min_numel=1, entropy="rans")
+# Two ranks send each other what they have coded, in one hop.
+FOR_TWO = Settings(
+    density=0.12, min_ndim=0, min_numel=1, entropy="rans", topology="direct"
+)
+
+_MOMENTUM_BETWEEN = {
+    "outer_lr": 2.0,
+    "residual_decay": 0.8,
+    "inner_momentum_scale": 0.5,
+}
+PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
+    {
+        "adamw": Preset(
+            DEFAULT,
+            {"sync_every": 8, **_MOMENTUM_BETWEEN},
+            "AdamW inside, at two to three times the rate it has alone",
+        ),
+        "muon": Preset(
+            Settings(density=0.11, min_ndim=0, min_numel=1, entropy="rans"),
+            {"sync_every": 16, **_MOMENTUM_BETWEEN},
+            "Muon inside, at its own rate or half of it",
+        ),
+        "fewest-bytes": Preset(
+            DEFAULT,
+            {"sync_every": 32, **_MOMENTUM_BETWEEN},
+            "Muon inside, where every byte counts",
+        ),
+    }
+)
+
+
+def preset_of(name: PresetName | None) -> Preset | None:
+    """Return a preset by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name is None:
+        return None
+    if name not in PRESETS:
+        raise ConfigError(
+            f"preset={name!r} must be one of {', '.join(map(repr, PRESETS))}"
+        )
+    return PRESETS[name]
+
+
+def knobs_for(
+    optimizers: Sequence[Optimizer], settings: Settings, given: Mapping[str, Any]
+) -> tuple[Knobs, str]:
+    """Return the knobs, and a sentence on those that were chosen.
+
+    Args:
+        optimizers: that train the model.
+        settings: what is compressed.
+        given: by name, what the user says; the rest is chosen.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    chosen, why = chosen_for(optimizers, settings)
+    knobs = Knobs(**{**chosen, **given})
+    if knobs.outer_momentum and "outer_lr" not in given:  # as far in the long run
+        outer_lr = chosen["outer_lr"] * (1 - knobs.outer_momentum)
+        knobs = Knobs(**{**chosen, **given, "outer_lr": outer_lr})
+    own = {k: v for k, v in asdict(knobs).items() if k in chosen and k not in given}
+    values = ", ".join(f"{knob}={value:g}" for knob, value in own.items())
+    return knobs, f"{values} chosen: {why}" if own else ""
+
+
+def chosen_for(
+    optimizers: Sequence[Optimizer], settings: Settings
+) -> tuple[dict[str, float], str]:
+    """Return what suits the optimizers, and why.
+
+    Where a density of 0.3 or less is sent and Adam or AdamW trains everything,
+    ``outer_lr`` 2, ``residual_decay`` 0.8 and ``inner_momentum_scale`` 0.5 (without
+    owners 1.5, 0.9 and 0.8): what they bring, and where, see docs/results.md, "Momentum
+    between exchanges". Without owners, with SGD without momentum: ``outer_lr`` 1.25,
+    since what waits in residuals is a momentum that is not there otherwise. Else 1.
+    """
+    names = "outer_lr", "residual_decay", "inner_momentum_scale"
+    kinds = " and ".join(sorted({type(one).__name__ for one in optimizers}))
+    chosen, why = (1.0, 1.0, 1.0), f"plain averaging, with {kinds}"
+    if settings.density is None or settings.density > _SPARSE:
+        why = f"plain averaging, where no density of {_SPARSE} or less is sent"
+    elif optimizers:
+        direct = settings.topology == "direct"
+        if all(isinstance(one, Adam) for one in optimizers):
+            chosen = (1.5, 0.9, 0.8) if direct else (2.0, 0.8, 0.5)
+            why = f"{kinds}, density {settings.density:g}"
+        elif direct and all(map(_without_momentum, optimizers)):
+            chosen, why = (1.25, 1.0, 1.0), "SGD without momentum, in one hop"
+    return dict(zip(names, chosen, strict=True)), why
+
+
+def _without_momentum(optimizer: Optimizer) -> bool:
+    groups = optimizer.param_groups
+    return isinstance(optimizer, SGD) and not any(g["momentum"] for g in groups)

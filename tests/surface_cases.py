@@ -1,0 +1,113 @@
+"""What the ranks of ``test_surface`` do: each function runs on every rank."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lc3.hooks import ddp, local_sgd, push_pull
+from tests.ddp_cases import hash_of
+
+
+class WithBuffers(nn.Module):
+    """Two layers, and a mask that never changes."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(30, 40), nn.Linear(40, 8)
+        self.register_buffer("mask", torch.ones(4000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.second(self.first(x).tanh() * self.mask[:40]))
+
+
+def train(model: nn.Module, optimizer: Any, rank: int, steps: int = 6) -> None:
+    for step in range(steps):
+        torch.manual_seed(100 * step + rank)
+        optimizer.zero_grad()
+        model(torch.randn(8, 30)).square().mean().backward()
+        optimizer.step()
+
+
+def runs(rank: int, world: int, lines: str) -> tuple[set[str], float]:
+    """Run lines of the documentation; return what they bind, and the ratio."""
+    model = DistributedDataParallel(WithBuffers())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "torch": torch,
+        "partial": partial,
+        "ddp": True,  # as nanoGPT has it
+    }
+    after = dict(before)
+    lines, _, end = lines.partition("state.sync()")
+    exec(lines, after)
+    state: Any = after.get("state", after["optimizer"])
+    train(after["model"], after["optimizer"], rank, 10)
+    if end:
+        state.sync()
+    state.close()
+    del after["__builtins__"]
+    bound = {key for key, value in after.items() if before.get(key) is not value}
+    return bound, state.meter.ratio
+
+
+def registered(rank: int, world: int) -> dict[str, bool]:
+    """Register the hook as torch's own are registered."""
+    digests, found = [], {}
+    for way in ("attach", "register"):
+        model = DistributedDataParallel(WithBuffers())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if way == "attach":
+            state = ddp.attach(model, optimizer)
+        else:
+            state = ddp.State(model, optimizer)
+            model.register_comm_hook(state, ddp.hook)
+        train(model, optimizer, rank)
+        digests.append(hash_of(model))
+        if way == "register":
+            found["buffers are lc3's"] = hasattr(model, "buffer_hook")
+        state.close()
+        sent = state.meter.sent_bytes
+        train(model, optimizer, rank, 1)
+        found["closed is plain"] = sent > 0 and state.meter.sent_bytes == sent
+    found["equal to attach"] = digests[0] == digests[1]
+    return found
+
+
+def shown(rank: int, world: int) -> dict[str, Any]:
+    """Return what the states of all forms show of themselves."""
+    found: dict[str, Any] = {}
+    model = DistributedDataParallel(WithBuffers())
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    with ddp.attach(model, optimizer) as state:
+        train(model, optimizer, rank)
+        found["ddp"] = repr(state)
+    model = DistributedDataParallel(WithBuffers())
+    make = partial(torch.optim.SGD, lr=0.1)
+    with push_pull.attach(model, make, max_norm=1.0) as stepped:
+        train(model, stepped, rank)
+        found["push_pull"] = repr(stepped)
+
+    lines: list[str] = []
+    log = logging.getLogger("lc3")
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    net = WithBuffers()
+    optimizer = torch.optim.AdamW(net.parameters())
+    with local_sgd.attach(net, optimizer, sync_every=16, outer_lr=1.2) as alone:
+        train(net, optimizer, rank)
+        found["local_sgd"] = repr(alone)
+    log.removeHandler(handler)
+    log.setLevel(logging.NOTSET)
+    found["chosen"] = [line for line in lines if "chosen" in line]
+    return found

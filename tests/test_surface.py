@@ -1,0 +1,335 @@
+"""What a person meets first: names, knobs, lines of the documentation, errors."""
+
+import doctest
+import importlib
+import itertools
+import logging
+import pydoc
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lc3
+from lc3 import ConfigError, auto, config, knobs
+from lc3.codec import cpu
+from lc3.config import Config, Settings, Tuning, settle
+from lc3.exchange import Exchange
+from lc3.hooks import ddp, local_sgd
+from lc3.version import __version__
+from tests import surface_cases
+from tests.ranks import Ranks
+from tests.test_engine import engine_of, in_threads, random_gradients
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+Pools = Callable[[int], Ranks]
+
+# Knobs with a value that has an effect on three tensors and three ranks.
+KNOBS: dict[str, Any] = {
+    "sparsity": 1.5,
+    "density": 0.05,
+    "entropy": "none",
+    "include": ("bias",),
+    "exclude": ("c",),
+    "bytes_per_step": 900,
+    "pull_sparsity": 1.25,
+    "topology": "direct",
+    "min_numel": 1100,
+    "min_ndim": 3,
+    "min_shard": 600,
+    "block_size": 64,
+}
+SHAPES = [("a", (50, 40)), ("bias", (30,)), ("b", (1, 1050)), ("c", (7, 11, 30))]
+MEANINGLESS = {
+    ("sparsity", "density"),
+    ("density", "pull_sparsity"),
+    ("pull_sparsity", "topology"),
+}
+
+
+def said(**given: Any) -> Config:
+    """Return a Config, its experts' knobs where they belong."""
+    own = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
+    others = {k: v for k, v in given.items() if k not in own}
+    return Config(**own, tuning=Tuning(**others) if others else None)
+
+
+def outcome(**given: Any) -> tuple[object, ...]:
+    """Return what ten steps with these knobs end with: residuals, bytes, plan."""
+    settings = settle(said(**given), Settings())
+
+    def job(rank: int, exchange: Exchange) -> tuple[object, ...]:
+        engine = engine_of(exchange, settings, shapes=SHAPES)
+        sums = []
+        for step in range(12):
+            grads = random_gradients(rank, step, SHAPES)
+            engine.all_reduce(grads, step, 0)
+            sums.append(sum(grad.double().sum().item() for grad in grads.values()))
+        engine.close()
+        return (sum(sums), engine.meter.sent_bytes, engine.plan.fingerprint)
+
+    found: list[tuple[object, ...]] = in_threads(3, job)
+    return found[0]
+
+
+def test_every_pair_of_knobs_has_an_effect_or_is_refused() -> None:
+    alone = {knob: outcome(**{knob: value}) for knob, value in KNOBS.items()}
+    assert len({*alone.values(), outcome()}) == len(KNOBS) + 1
+    refused = set()
+    for pair in itertools.combinations(KNOBS, 2):
+        try:
+            found = outcome(**{knob: KNOBS[knob] for knob in pair})
+        except ConfigError:
+            refused.add(pair)
+            continue
+        assert found not in (alone[pair[0]], alone[pair[1]]), pair
+    assert refused == MEANINGLESS
+
+
+def test_auto_goes_with_what_3lc_can_be_told_and_no_budget() -> None:
+    for knob, value in KNOBS.items():
+        if knob == "bytes_per_step":
+            with pytest.raises(ConfigError, match="mode='auto' may send without it"):
+                said(mode="auto", **{knob: value})
+        else:
+            said(mode="auto", **{knob: value})
+
+
+def test_a_config_that_says_nothing_of_a_knob_leaves_the_forms() -> None:
+    for defaults in (Settings(), ddp.FOR_ADAM, knobs.DEFAULT, knobs.FOR_TWO):
+        found = settle(Config(log_every=100), defaults)
+        assert found.log_every == 100
+        names = [n for n in Settings.__dataclass_fields__ if n != "log_every"]
+        assert all(getattr(found, n) == getattr(defaults, n) for n in names)
+    assert settle(Config(sparsity=1.5), knobs.DEFAULT).density is None
+    assert settle(Config(density=0.2), ddp.FOR_ADAM).sparsity == 1.0
+    pulled = settle(said(pull_sparsity=1.5), knobs.FOR_TWO)
+    assert (pulled.topology, pulled.density) == ("owners", None)
+
+
+def test_the_public_knobs_are_few() -> None:
+    assert len(Config.__dataclass_fields__) == 7 + 1  # and the experts'
+    both = {*Config.__dataclass_fields__, *Tuning.__dataclass_fields__} - {"tuning"}
+    assert both == set(Settings.__dataclass_fields__)
+    assert len(knobs.PRESETS) <= 3
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Config(sparsity=2.0), "sparsity=2.0 is outside"),
+        (lambda: Config(tuning={"min_numel": 3}), "must be a Tuning"),  # type: ignore[arg-type]
+        (lambda: Tuning(topology="ring"), "'owners', 'direct'"),  # type: ignore[arg-type]
+        (lambda: settle({"density": 1}, Settings()), "must be a Config"),  # type: ignore[arg-type]
+        (lambda: knobs.preset_of("best"), "'adamw', 'muon', 'fewest-bytes'"),  # type: ignore[arg-type]
+        (lambda: knobs.Knobs(outer_lr="2"), r"outer_lr='2' must be a number"),  # type: ignore[arg-type]
+        (lambda: knobs.Knobs(outer_lr=True), r"outer_lr=True must be a number"),
+        (lambda: knobs.Knobs(outer_lr=float("nan")), r"outer_lr=nan must be a num"),
+        (lambda: knobs.Knobs(sync_every=2.0), "sync_every=2.0 must be an integer"),  # type: ignore[arg-type]
+        (lambda: knobs.Knobs(sync_every=None, overlap=1), "overlap=1 counts steps"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_a_config_error(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_a_repr_names_what_is_said_only() -> None:
+    assert repr(Config()) == "Config()"
+    tuned = Config(density=0.1, tuning=Tuning(min_ndim=0))
+    assert repr(tuned) == "Config(density=0.1, tuning=Tuning(min_ndim=0))"
+    assert repr(Settings(entropy="rans")) == "Settings(entropy='rans')"
+
+
+def test_auto_predicts_from_the_configuration() -> None:
+    bits = {
+        name: auto.sent_bits(cpu, settle(given, Settings()))
+        for name, given in {
+            "s = 1": Config(),
+            "s = 1.75": Config(sparsity=1.75),
+            "s = 1.75 for the pull": said(pull_sparsity=1.75),
+            "density": Config(density=0.1),
+            "paper": Config(entropy="none"),
+        }.items()
+    }
+    assert bits["s = 1.75"] < bits["s = 1.75 for the pull"] < bits["s = 1"] < 0.8
+    assert bits["s = 1"] < bits["paper"] < bits["density"]
+    costs = [
+        auto.Costs(0, 0, 0, 1e-6, 0, 0, bits=bits[name]).predict(1000, 2, direct=False)
+        for name in ("s = 1", "density")
+    ]
+    assert costs[0]["3lc"] < costs[1]["3lc"]
+
+
+def test_hooks_are_there_without_an_import_and_import_no_framework() -> None:
+    code = (
+        "import lc3, sys; lc3.hooks.ddp.attach; lc3.hooks.local_sgd; lc3.hooks.fsdp2;"
+        "lc3.hooks.push_pull; assert 'lightning' in dir(lc3.hooks);"
+        "print(sorted({'lightning', 'accelerate', 'transformers', 'horovod'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    with pytest.raises(AttributeError, match="has no 'dpp'; there are accelerate, ddp"):
+        lc3.hooks.dpp  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["lightning", "accelerate", "transformers"])
+def test_a_framework_that_is_missing_is_named_with_its_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (name, f"{name}.pytorch"):
+        monkeypatch.setitem(sys.modules, part, None)
+    monkeypatch.delitem(sys.modules, f"lc3.hooks.{name}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'torch-lc3\[{name}\]'"):
+        importlib.import_module(f"lc3.hooks.{name}")
+
+
+def blocks(kind: str) -> list[str]:
+    """Return the code blocks of a kind in README and docs."""
+    texts = [page.read_text() for page in PAGES]
+    return [b for t in texts for b in re.findall(rf"```{kind}\n(.*?)```", t, re.DOTALL)]
+
+
+def test_every_name_in_the_documentation_resolves() -> None:
+    names = {
+        name.rstrip(".")
+        for page in PAGES
+        for name in re.findall(
+            r"`[^`]*?\b(lc3\.[A-Za-z_][A-Za-z_.0-9]*)", page.read_text()
+        )
+    }
+    frameworks = ("lightning", "accelerate", "transformers", "horovod")
+    assert len(names) > 15
+    for name in names - {"lc3.monitor"}:
+        found: Any = lc3
+        for part in name.split(".")[1:]:
+            if part in frameworks or part == "pt":
+                break  # test_adapters, test_horovod; a file
+            if not hasattr(found, part):
+                importlib.import_module(f"lc3.{part}")
+            found = getattr(found, part)
+
+
+def test_the_lines_of_the_documentation_run_as_they_stand(ranks: Pools) -> None:
+    added = [
+        "".join(line[2:] + "\n" for line in b.splitlines() if line.startswith("+ "))
+        for b in blocks("diff")
+    ]
+    added += [b for b in blocks("python") if "init_process_group" not in b]
+    assert len(added) >= 4
+    for lines in added:
+        for bound, ratio in ranks(2).run(surface_cases.runs, lines):
+            assert bound <= {"lc3", "state", "optimizer"}, lines
+            assert ("optimizer" in bound) == ("push_pull" in lines)
+            assert ratio > 1
+
+
+def test_hooks_register_as_torchs_do(ranks: Pools) -> None:
+    for found in ranks(2).run(surface_cases.registered):
+        assert found["equal to attach"]
+        assert found["buffers are lc3's"]
+        assert found["closed is plain"]
+
+
+def test_every_form_shows_itself_in_a_line(ranks: Pools) -> None:
+    for shown in ranks(2).run(surface_cases.shown):
+        assert re.fullmatch(
+            r"<lc3 ddp: 2 ranks; 1,\d+ of 1,\d+ parameters coded; .*sparsity=1\.1.*"
+            r"optimizer='adam'; \d+\.\d times fewer bytes than float32 so far>",
+            shown["ddp"],
+        )
+        assert "sync_every=16, overlap=0" in shown["local_sgd"]
+        assert "outer_lr=1.5, residual_decay=0.9" not in shown["local_sgd"]
+        assert "outer_lr=1.2" in shown["local_sgd"]
+        assert "inner_momentum_scale=0.8" in shown["local_sgd"]
+        assert "optimizer='SGD', max_norm=1.0" in shown["push_pull"]
+        assert shown["chosen"] == [
+            "lc3: local steps with residual_decay=0.9, inner_momentum_scale=0.8 "
+            "chosen: AdamW, density 0.12; a knob that is given stays"
+        ]
+
+
+def test_one_process_trains_as_without_lc3(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lc3")
+    for form in (ddp, local_sgd):
+        torch.manual_seed(0)
+        nets = [nn.Linear(8, 2), nn.Linear(8, 2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        optimizers = [torch.optim.AdamW(net.parameters()) for net in nets]
+        with form.attach(nets[0], optimizers[0]) as state:
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                net(torch.ones(4, 8)).sum().backward()
+                optimizer.step()
+            state.sync()
+            with state.shared_model():
+                assert torch.equal(nets[0].weight, nets[1].weight)
+            state.check_replicas()
+            assert state.meter.sent_bytes == 0
+            state.load_state_dict(state.state_dict())
+            state.load_gathered(state.gather_state())
+    assert "one process" in caplog.text
+
+
+def test_a_process_of_several_without_a_group_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    net = nn.Linear(8, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    with pytest.raises(lc3.AttachError, match="wrap the module first"):
+        ddp.attach(net, optimizer)  # type: ignore[arg-type]
+    with pytest.raises(lc3.AttachError, match="init_process_group first"):
+        local_sgd.attach(net, optimizer)
+
+
+def test_examples_in_docstrings_run() -> None:
+    for module in (config, local_sgd, importlib.import_module("lc3.choices")):
+        failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
+        assert tried
+        assert not failed
+
+
+def test_help_begins_with_what_it_is_and_how() -> None:
+    text = pydoc.plain(pydoc.render_doc(lc3))
+    screen = "\n".join(text.splitlines()[:40])
+    for words in ("gradient compression", "lc3.hooks.ddp.attach", "local_sgd.attach"):
+        assert words in screen
+
+
+def test_show_choices_prints_them() -> None:
+    code = (
+        "import lc3, torch; lc3.show_choices(); m = torch.nn.Linear(2, 2);"
+        "lc3.hooks.local_sgd.attach(m, torch.optim.AdamW(m.parameters()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert "outer_lr=2, residual_decay=0.8, inner_momentum_scale=0.5" in done.stderr
+
+
+def test_the_command_is_installed_and_says_its_units() -> None:
+    command = [str(Path(sys.executable).with_name("lc3"))]
+    for which, words in {
+        "measure": ["default: 50", "ranks of the job"],
+        "doctor": ["milliseconds", "default: 25000000"],
+    }.items():
+        done = subprocess.run(
+            [*command, which, "--help"], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0
+        for word in words:
+            assert word in " ".join(done.stdout.split()), done.stdout
+    done = subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split()[-1] == __version__
