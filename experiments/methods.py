@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
+from experiments.rivals import DiLoCo, FourBits, Outer, SparseLoCo
 from lc3.codec import Codec
 from lc3.coder import Coder
 from lc3.config import EntropyStage, Settings, Topology
@@ -308,6 +309,16 @@ def _local(every: int, config: Settings, **others: Any) -> Method:
     return start
 
 
+def _rival(make: Callable[..., Outer], every: int, **knobs: Any) -> Method:
+    """Return another form of local steps, written from its paper."""
+
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        outer = make(module, optimizers, every, **knobs)
+        return Training(module, optimizers, outer, outer.shared_model, every)
+
+    return start
+
+
 def _push_pull(config: Settings) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model, optimizer = push_pull_optimizer(module, optimizers, config)
@@ -434,6 +445,9 @@ METHODS: dict[str, Method] = {
         )
         for every, percent, decay in HALVED
     },
+    **{f"DiLoCo H={every}": _rival(DiLoCo, every) for every in (8, 32)},
+    **{f"DiLoCo E3M0 H={every}": _rival(FourBits, every) for every in (8, 32)},
+    **{f"SparseLoCo H={every}": _rival(SparseLoCo, every) for every in (8, 32)},
     "3LC s=1.00, rans": _lc3(1.0, entropy="rans"),
     "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),
 }

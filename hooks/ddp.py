@@ -33,7 +33,14 @@ from lc3.link import Link, linked_hook
 from lc3.meter import Meter
 from lc3.model import Frozen, flat_view, named_parameters
 from lc3.moments import Moments
-from lc3.session import alone, attaching_to, session_for
+from lc3.session import (
+    alone,
+    attaching_to,
+    check_module,
+    check_norm,
+    check_scaler,
+    session_for,
+)
 from lc3.sketch import SUMS, Sketch, squares
 from lc3.state import FormState
 
@@ -104,6 +111,9 @@ def attach(
     """
     model = cast(DistributedDataParallel, private.uncompiled(model))
     if alone() and not isinstance(model, DistributedDataParallel):
+        check_module(model)
+        check_scaler(scaler)
+        _check_clipping(max_norm, [] if optimizer is None else unwrapped(optimizer))
         log.info("lc3: one process, so there is nothing to exchange")
         return _Alone(settle(config, Settings()))
     with attaching_to(model, group):
@@ -152,6 +162,8 @@ class State(FormState):
         self.kind: Kind | None = None
         if kinds:
             self.kind = kinds.pop() if len(kinds) == 1 else "other"
+        check_module(model)
+        check_scaler(scaler)
         _check_clipping(max_norm, optimizers)
         defaults = Settings()
         if self.kind == "adam":
@@ -163,6 +175,11 @@ class State(FormState):
         self.session = session_for(model, self.settings, group, mesh, facts, extras)
         self.meter = self.session.meter
         self.engine = self.session.engine
+        if (
+            self.settings != settle(config, Settings())
+            and not self.engine.exchange.rank
+        ):
+            log.info("lc3: %s, chosen for %s", self.settings, _kinds(optimizers))
         self._group = model.process_group
         self._wrapper = weakref.ref(model)
         self._link: Link | None = None
@@ -615,14 +632,21 @@ class _Alone(State):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing: one process owes itself nothing."""
+        """Owe nothing; what several ranks have saved as owed is dropped, and said."""
+        if state:
+            log.warning(
+                "lc3: one process owes nothing; what the state's ranks have not sent "
+                "is dropped"
+            )
 
     def gather_state(self) -> list[dict[str, Any]]:
         """Return that there is nothing to keep."""
         return []
 
     def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Do nothing: one process owes itself nothing."""
+        """See ``load_state_dict``."""
+        for state in states[:1]:
+            self.load_state_dict(state)
 
     def close(self) -> None:
         """Do nothing."""
@@ -631,12 +655,13 @@ class _Alone(State):
         return "<lc3 ddp: one process, nothing to exchange>"
 
 
+def _kinds(optimizers: Sequence[Optimizer]) -> str:
+    return " and ".join(sorted({type(one).__name__ for one in optimizers}))
+
+
 def _check_clipping(max_norm: float | None, optimizers: list[Optimizer]) -> None:
-    if max_norm is None:
-        return
-    if not max_norm > 0:
-        raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
-    if not optimizers:
+    check_norm(max_norm)
+    if max_norm is not None and not optimizers:
         raise ConfigError(
             f"max_norm={max_norm!r} clips right before the optimizer steps; pass it, "
             "too: attach(model, optimizer, max_norm=...)"
@@ -652,7 +677,7 @@ def _senders(model: DistributedDataParallel, mesh: DeviceMesh | int | None) -> i
         return world
     if isinstance(mesh, int):
         return world // mesh if mesh > 0 else 0
-    return int(mesh.mesh.shape[0])
+    return int(mesh.mesh.shape[0]) if isinstance(mesh, DeviceMesh) else 0
 
 
 def _betas_of(

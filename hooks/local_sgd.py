@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, DivergedError, StateError
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
+from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
 from lc3.model import Model, named_parameters, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
@@ -36,6 +36,7 @@ from lc3.session import (
     alone,
     attaching_to,
     check_form,
+    check_module,
     check_owners,
     nobody,
     session_beside,
@@ -52,7 +53,6 @@ MOMENTA = ("exp_avg", "momentum_buffer")
 _BUFFERS_EVERY = 8  # exchanges: statistics are for evaluation
 _MOST_IN_A_ROW = 10  # exchanges that go on without a rank
 Choose = Callable[[Sequence[Optimizer]], tuple[Knobs, str]]
-_ATTACHED: WeakKeyDictionary[nn.Module, "State"] = WeakKeyDictionary()
 
 
 def attach(
@@ -153,12 +153,12 @@ def attach(
         two = dist.is_initialized() and dist.get_world_size(group) == 2
         defaults = FOR_TWO if two and not outer_momentum else DEFAULT
         if found is not None:
-            defaults, given = found.settings, {**found.knobs, **given}
+            defaults = found.settings
         settings = settle(config, defaults)
         check_form(settings, "hooks.local_sgd")
         if outer_momentum:
             check_owners(settings, "outer_momentum")
-        choose = partial(knobs_for, settings=settings, given=given)
+        choose = partial(knobs_for, settings=settings, given=given, preset=found)
         return State(model, optimizers, settings, choose, group)
 
 
@@ -189,10 +189,10 @@ class State(FormState):
             raise AttachError("no optimizer was given, so there are no steps to count")
         self._choose = choose
         self.knobs, why = choose(optimizers)
-        if why:
-            log.info("lc3: local steps with %s; a knob that is given stays", why)
+        check_module(model)
         model, wrapper = _without_ddp(model)
-        _check_alone(model)
+        _check_dtypes(model)
+        check_unclaimed(model)
         trained = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         facts = {**self.knobs.said(), "buffers": buffers}
@@ -204,6 +204,8 @@ class State(FormState):
         )
         self.meter = self.session.meter
         self.engine = self.session.engine
+        if why and self.engine.exchange.rank == 0:
+            log.info("lc3: local steps with %s; %s", settings, why)
         self._model = Model(model, list(self.session.names.values()))
         flats = self._model.flats()
         self._model.copy_from_first(self.engine.exchange)
@@ -228,10 +230,11 @@ class State(FormState):
         self._watch = Watch(self._model)
         self._loaded = False
         self._counting = Counting(optimizers, self._model, self._before, self._after)
-        _ATTACHED[model] = self
+        claim(model)
         self._wrapped = ExitStack()
         if wrapper is not None:
             self._wrapped.enter_context(wrapper.no_sync())
+            self._wrapped.callback(keep_apart(wrapper).close)
         self._model.mark_buffers()
         self._look_anew()
 
@@ -659,7 +662,7 @@ class State(FormState):
         A model that DistributedDataParallel wraps exchanges its gradients again.
         """
         self._counting.close()
-        _ATTACHED.pop(self._model.module, None)
+        release(self._model.module)
         self._wrapped.close()
         self.session.close()
 
@@ -671,12 +674,7 @@ def _without_ddp(
     inner = private.uncompiled(model)
     if not isinstance(inner, DistributedDataParallel):
         return model, None
-    if (found := private.comm_hook(inner)) is not None:
-        raise AttachError(
-            f"the model already has the communication hook {found[0].__name__}, which "
-            "local steps "
-            "leave unused; wrap the module again, and attach one form only"
-        )
+    link_of(inner)
     return inner.module, inner
 
 
@@ -685,11 +683,7 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
     return not found or bool(torch.stack(found).all())
 
 
-def _check_alone(model: nn.Module) -> None:
-    if model in _ATTACHED:
-        raise AttachError(
-            "local steps are attached to this model already; close() that state first"
-        )
+def _check_dtypes(model: nn.Module) -> None:
     for name, parameter in named_parameters(model):
         if parameter.requires_grad and parameter.dtype == torch.float64:
             raise AttachError(

@@ -27,11 +27,19 @@ from lc3 import private
 from lc3.applied import smallest, watch_accumulation
 from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config, Settings, settle
-from lc3.errors import AttachError, ConfigError, ReplicasDiffer, StateError
+from lc3.errors import AttachError, ReplicasDiffer, StateError
 from lc3.model import flat_view, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
-from lc3.session import attaching_to, check_form, check_owners, session_for
+from lc3.session import (
+    attaching_to,
+    check_form,
+    check_module,
+    check_norm,
+    check_owners,
+    check_scaler,
+    session_for,
+)
 from lc3.sketch import Sketch, squares
 from lc3.state import FormState
 
@@ -83,8 +91,21 @@ def attach(
     """
     model = cast(DistributedDataParallel, private.uncompiled(model))
     with attaching_to(model, group):
-        if max_norm is not None and not max_norm > 0:
-            raise ConfigError(f"max_norm={max_norm!r} must be positive, or None")
+        check_module(model)
+        check_norm(max_norm)
+        check_scaler(scaler)
+        if not isinstance(model, DistributedDataParallel):
+            raise AttachError(
+                f"push_pull needs a DistributedDataParallel, got "
+                f"{type(model).__name__}; wrap the module first: model = "
+                "DistributedDataParallel(model)"
+            )
+        if not callable(make_optimizer):
+            raise AttachError(
+                "push_pull makes the optimizer of this rank's share itself, and got an "
+                f"{type(make_optimizer).__name__}; give what makes one: "
+                "functools.partial(torch.optim.AdamW, lr=1e-3)"
+            )
         settings = settle(config, Settings())
         check_form(settings, "hooks.push_pull")
         check_owners(settings, "hooks.push_pull")
@@ -157,6 +178,11 @@ class PushPull(FormState, Optimizer):
                 for options in groups
             ]
         )
+        if not isinstance(self.inner, Optimizer):
+            raise AttachError(
+                f"make_optimizer returned {type(self.inner).__name__}, not an "
+                "optimizer of the groups that it was given"
+            )
         options = {
             f"optimizer's {key} of group {number}": repr(value)
             for number, group in enumerate(self.inner.param_groups)
@@ -609,7 +635,15 @@ def _groups(
     parameters: Mapping[str, Tensor],
 ) -> Groups:
     """Return parameter groups, checked: every parameter in one of them, once."""
-    given: Sequence[Any] = list(parameters.values() if params is None else params)
+    try:
+        given: Sequence[Any] = list(parameters.values() if params is None else params)
+    except TypeError as error:
+        raise AttachError(
+            f"params={params!r} must be parameters, or groups of them, as for any "
+            "optimizer"
+        ) from error
+    if any(isinstance(g, dict) and "params" not in g for g in given):
+        raise AttachError("a group in params has no key 'params'")
     groups = [g if isinstance(g, dict) else {"params": [g]} for g in given]
     if given and not isinstance(given[0], dict):
         groups = [{"params": given}]

@@ -20,6 +20,9 @@ Where the link is slower still, in the same place; and ``state.sync()`` at the e
 ``Config`` says what is compressed; ``show_choices`` shows what was chosen by itself.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from lc3 import hooks
 from lc3.checkpoint import PerRank, load_checkpoint, save_checkpoint
 from lc3.checkpoint import merge as merge_states
@@ -65,3 +68,9 @@ __all__ = [
     "save_checkpoint",
     "show_choices",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("knobs", "monitor"):
+        return import_module(f"lc3.{name}")
+    raise AttributeError(f"module 'lc3' has no attribute {name!r}")

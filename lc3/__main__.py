@@ -1,6 +1,7 @@
 """``python -m lc3``: look before you leap."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,16 @@ def _sparsity(text: str) -> float:
         check_sparsity("sparsity", value)
     except (ValueError, ConfigError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return value
 
 
@@ -80,7 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     checked.add_argument(
         "--compute-ms",
-        type=float,
+        type=_milliseconds,
         default=100.0,
         metavar="MS",
         help="milliseconds that a step computes, without the exchange (default: "

@@ -35,6 +35,7 @@ class Buffers:
     Attributes:
         sent_bytes: so far, from one rank on average.
         sends_all: whether all are sent before every pass, as without lc3.
+        sends_none: whether none are, where ranks train alone.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Buffers:
         self._moving: set[str] = set()
         self.sent_bytes = 0
         self.sends_all = False
+        self.sends_none = False
 
     def due(self, buffers: Mapping[str, Tensor]) -> list[str]:
         """Return the names of the buffers that are sent before this pass."""
@@ -89,6 +91,8 @@ class Buffers:
 
     def send(self, buffers: Mapping[str, Tensor]) -> None:
         """Give all ranks what rank 0 has of the buffers that are due."""
+        if self.sends_none and not self.sends_all:
+            return
         if self.sends_all:
             private.broadcast(self._group, list(buffers.values()), _MESSAGE_BYTES)
             return

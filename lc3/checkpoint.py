@@ -8,6 +8,7 @@ ranks can load: masters and optimizer state stay exact, and what was not sent ye
 kept as the mean over ranks, so that its sum is the same up to one division.
 """
 
+import copy
 import io
 import math
 import os
@@ -237,7 +238,7 @@ def save(hook: str, plan: Plan, rank: int, parts: Parts) -> dict[str, Any]:
                 kind: {name: t.clone() for name, t in named.items()}
                 for kind, named in parts.whole.items()
             },
-            "scalars": dict(parts.scalars),
+            "scalars": copy.deepcopy(parts.scalars),
         }
     )
 
@@ -351,6 +352,12 @@ def of_rank(
     Raises:
         StateError: the run had another number of ranks, and they cannot be merged.
     """
+    if not isinstance(states, Sequence) or not states:
+        raise StateError(
+            f"there are no states in {type(states).__name__}, but gather_state() "
+            "returns them on rank 0; give every rank that list: torch.distributed."
+            "broadcast_object_list, or load_checkpoint from a file that rank 0 saved"
+        )
     return states[rank] if len(states) == world else merge(states)
 
 
@@ -464,7 +471,7 @@ def load(
         dict(state["sent"]),
         dict(shares),
         dict(state["whole"]),
-        dict(state["scalars"]),
+        copy.deepcopy(dict(state["scalars"])),
     )
     _check(found, mine)
     return found

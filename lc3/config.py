@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from lc3.errors import ConfigError
 
+_MOST = 2**62  # of what is counted
+
 Mode = Literal["3lc", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Topology = Literal["owners", "direct"]
@@ -66,13 +68,13 @@ class Settings:
             raise ConfigError(
                 f"density={self.density!r} must be a float between 0 and 1, like 0.1"
             )
-        _check_count("bytes_per_step", self.bytes_per_step, 1)
-        _check_count("min_numel", self.min_numel, 0)
-        _check_count("min_ndim", self.min_ndim, 0)
-        _check_count("min_shard", self.min_shard, 1)
-        _check_count("block_size", self.block_size, 5)
-        _check_count("threads", self.threads, 1)
-        _check_count("log_every", self.log_every, 1)
+        check_count("bytes_per_step", self.bytes_per_step, 1)
+        check_count("min_numel", self.min_numel, 0)
+        check_count("min_ndim", self.min_ndim, 0)
+        check_count("min_shard", self.min_shard, 1)
+        check_count("block_size", self.block_size, 5)
+        check_count("threads", self.threads, 1)
+        check_count("log_every", self.log_every, 1)
         _check_patterns("include", self.include)
         _check_patterns("exclude", self.exclude)
         self._check_pairs()
@@ -206,6 +208,12 @@ class Config:
                 f"density={self.density!r} says how many values are sent, and "
                 f"sparsity={self.sparsity!r} would say it again; leave one of them out"
             )
+        pull = None if self.tuning is None else self.tuning.pull_sparsity
+        if self.density is not None and pull is not None:
+            raise ConfigError(
+                f"density={self.density!r} says how many values are sent, and "
+                f"pull_sparsity={pull!r} would say it again; leave one of them out"
+            )
         settle(self, Settings())
 
     def __repr__(self) -> str:
@@ -262,7 +270,7 @@ def check_sparsity(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} must be a number, got {value!r}")
     rounded = math.nan
-    if math.isfinite(value) and abs(value) < 4:
+    if -4 < value < 4:
         (rounded,) = struct.unpack("<f", struct.pack("<f", value))
     if not 1.0 <= rounded < 2.0:
         raise ConfigError(
@@ -278,11 +286,14 @@ def _check_word(name: str, value: str, words: tuple[str, ...]) -> None:
         )
 
 
-def _check_count(name: str, value: int | None, least: int) -> None:
+def check_count(name: str, value: int | None, least: int) -> None:
+    """Raise ``ConfigError`` unless a value is ``None``, or an integer in limits."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
+    if value > _MOST:
+        raise ConfigError(f"{name} must be at most {_MOST}, got one of more digits")
 
 
 def _check_patterns(name: str, value: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch.optim import SGD, Adam, Optimizer
 
-from lc3.config import Settings
+from lc3.config import Settings, check_count
 from lc3.errors import ConfigError
 
 _SPARSE = 0.3  # the largest density that the chosen knobs suit
@@ -42,10 +42,7 @@ class Knobs:
             value = getattr(self, knob)
             if value is None and knob == "sync_every":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f"{knob}={value!r} must be an integer of at least {least}"
-                )
+            check_count(knob, value, least)
         if self.overlap and self.sync_every is None:
             raise ConfigError(
                 f"overlap={self.overlap!r} counts steps, so it needs sync_every to be "
@@ -64,10 +61,8 @@ class Knobs:
 
     def said(self) -> dict[str, object]:
         """Return the knobs by name, numbers alike on every rank."""
-        said: dict[str, object] = asdict(self)
-        floats = {k: float(v) for k, v in said.items() if isinstance(v, float | int)}
-        counts = {"sync_every": self.sync_every, "overlap": self.overlap}
-        return {**floats, **counts}
+        counts = ("sync_every", "overlap")
+        return {k: v if k in counts else float(v) for k, v in asdict(self).items()}
 
 
 def _check_number(
@@ -139,7 +134,7 @@ def preset_of(name: PresetName | None) -> Preset | None:
     """
     if name is None:
         return None
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
             f"preset={name!r} must be one of {', '.join(map(repr, PRESETS))}"
         )
@@ -147,23 +142,32 @@ def preset_of(name: PresetName | None) -> Preset | None:
 
 
 def knobs_for(
-    optimizers: Sequence[Optimizer], settings: Settings, given: Mapping[str, Any]
+    optimizers: Sequence[Optimizer],
+    settings: Settings,
+    given: Mapping[str, Any],
+    preset: Preset | None = None,
 ) -> tuple[Knobs, str]:
     """Return the knobs, and a sentence on those that were chosen.
 
     Args:
         optimizers: that train the model.
         settings: what is compressed.
-        given: by name, what the user says; the rest is chosen.
+        given: by name, what the user says; the rest is the preset's, or chosen.
+        preset: that the user has chosen.
 
     Raises:
         ConfigError: one is out of range.
     """
     chosen, why = chosen_for(optimizers, settings)
-    knobs = Knobs(**{**chosen, **given})
+    every = {}
+    if preset is not None:
+        chosen = {knob: preset.knobs.get(knob, value) for knob, value in chosen.items()}
+        every = {k: v for k, v in preset.knobs.items() if k not in chosen}
+        why = f"the preset is for {preset.purpose}"
+    knobs = Knobs(**{**every, **chosen, **given})
     if knobs.outer_momentum and "outer_lr" not in given:  # as far in the long run
-        outer_lr = chosen["outer_lr"] * (1 - knobs.outer_momentum)
-        knobs = Knobs(**{**chosen, **given, "outer_lr": outer_lr})
+        outer_lr = round(chosen["outer_lr"] * (1 - knobs.outer_momentum), 9)
+        knobs = Knobs(**{**every, **chosen, **given, "outer_lr": outer_lr})
     own = {k: v for k, v in asdict(knobs).items() if k in chosen and k not in given}
     values = ", ".join(f"{knob}={value:g}" for knob, value in own.items())
     return knobs, f"{values} chosen: {why}" if own else ""

@@ -7,11 +7,14 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +23,25 @@ from lc3.buffers import Buffers, send_buffers
 from lc3.errors import AttachError
 
 Run = Callable[[dist.GradBucket], torch.futures.Future[torch.Tensor]]
+_CLAIMED: WeakSet[nn.Module] = WeakSet()  # modules that some form is attached to
+
+
+def check_unclaimed(module: nn.Module) -> None:
+    """Raise ``AttachError`` if a form is attached to a module."""
+    if module in _CLAIMED:
+        raise AttachError(
+            "lc3 is already attached to this model; close() that state first"
+        )
+
+
+def claim(module: nn.Module) -> None:
+    """Remember that a form is attached to a module."""
+    _CLAIMED.add(module)
+
+
+def release(module: nn.Module) -> None:
+    """Forget what ``claim`` has remembered."""
+    _CLAIMED.discard(module)
 
 
 class Link:
@@ -34,12 +56,15 @@ class Link:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.run: Run | None = None
+        self.module: weakref.ref[nn.Module] | None = None
         self.buffers: Buffers | None = None
         self.group = group
 
     def close(self) -> None:
         """Let buckets and buffers travel as they do without lc3."""
         self.run = None
+        if self.module is not None and (module := self.module()) is not None:
+            release(module)
         if self.buffers is not None:
             self.buffers.sends_all = True
 
@@ -74,8 +99,13 @@ def link_of(model: DistributedDataParallel) -> Link | None:
     hook, state = found
     if isinstance(state, Link) and state.run is None:
         return state
+    if isinstance(state, Link):
+        raise AttachError(
+            "lc3 is already attached to this model; close() that state first"
+        )
     raise AttachError(
-        "lc3 is already attached to this model; close() that state first"
+        "a state of lc3 is registered as this model's communication hook, for which "
+        "DDP takes one for good; wrap the module again, then attach"
         if type(state).__module__.startswith("lc3.")
         else f"the model already has the communication hook {hook.__name__}; "
         "DDP takes one only, so wrap the module again without it"
@@ -102,6 +132,33 @@ def fill(
     link: Link, model: DistributedDataParallel, run: Run, buffers: Buffers | None
 ) -> None:
     """Let a link lead to ``run``, and a model's buffers through ``buffers``."""
+    check_unclaimed(model.module)
+    claim(model.module)
+    link.module = weakref.ref(model.module)
     link.run, link.buffers = run, buffers
     if buffers is not None:
         private.register_buffer_hook(model, buffers, send_buffers)
+
+
+def keep_apart(model: DistributedDataParallel) -> Link:
+    """Let a wrapped model exchange nothing until the link that is returned is closed.
+
+    Whatever sets ``require_backward_grad_sync``, as nanoGPT's loop does in every step,
+    would otherwise average gradients densely.
+    """
+    link = link_of(model)
+    if link is None:
+        link = Link(model.process_group)
+        model.register_comm_hook(link, linked_hook)
+    link.run = _as_it_is
+    if buffers_are_free(model):
+        link.buffers = Buffers(model, list, lambda _: None)
+        link.buffers.sends_none = True
+        private.register_buffer_hook(model, link.buffers, send_buffers)
+    return link
+
+
+def _as_it_is(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future

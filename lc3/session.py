@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import math
 import os
 import threading
 import zlib
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -28,13 +30,21 @@ from lc3.buffers import Buffers
 from lc3.checkpoint import from_bytes, to_bytes
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
-from lc3.config import Settings
+from lc3.config import Settings, check_count
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
 from lc3.exchange import Divisible, Exchange, GroupExchange, Loopback
 from lc3.handshake import agree, refuse, threads_for
 from lc3.lane import Lane
-from lc3.link import Link, Run, buffers_are_free, fill, link_of, link_to
+from lc3.link import (
+    Link,
+    Run,
+    buffers_are_free,
+    check_unclaimed,
+    fill,
+    link_of,
+    link_to,
+)
 from lc3.meter import Meter
 from lc3.model import named_parameters
 from lc3.plan import Plan, make_plan
@@ -182,6 +192,13 @@ class Session:
             if mesh is not None:
                 check_form(config, "hooks.ddp with a mesh")
                 nodes = nodes_of(mesh, ranks)
+                if len(nodes) == 1 and world > 1 and exchange.rank == 0:
+                    log.warning(
+                        "lc3: the mesh puts all %d ranks into one node, so nothing is "
+                        "compressed; leave mesh out where they should compress among "
+                        "themselves",
+                        world,
+                    )
             coder = Coder(codec_for(device), threads, device)
             warm_up(coder.host)
             if config.entropy == "rans":
@@ -192,7 +209,9 @@ class Session:
 
         try:
             threads = threads_for(exchange, config)
-            table = mesh if isinstance(mesh, int | None) else mesh.mesh.tolist()
+            table: object = mesh if isinstance(mesh, int | None) else repr(mesh)
+            if isinstance(mesh, DeviceMesh):
+                table = mesh.mesh.tolist()
             facts = {"mesh": table, **(facts or {})}
             coder, plan, nodes = agree(
                 exchange, __version__, config, shapes, build, facts
@@ -280,13 +299,9 @@ class Session:
             ConfigError: ``check_every`` is less than 1, or no integer.
             PlanMismatch: it differs between ranks.
         """
-        self.agree_on({"check_every": check_every})
+        self.agree_on({"check_every": repr(check_every)})
         if check_every is not None:
-            if not isinstance(check_every, int) or check_every < 1:
-                raise ConfigError(
-                    f"check_every={check_every!r} is no number of steps from 1 up; "
-                    "None compares nothing"
-                )
+            check_count("check_every", check_every, 1)
             self._compared = model.module, check_every
         self._link = link_to(model, run, self._buffers_of(model))
 
@@ -532,7 +547,7 @@ def attaching_to(
         assert isinstance(beside, dist.ProcessGroup)
         try:
             return connection(beside, group)
-        except AttachError:
+        except (AttachError, ValueError):
             return connection(beside, None)
 
     return attaching(connect)
@@ -562,6 +577,7 @@ def session_for(
             'no buckets; set it to "ddp_optimizer" before the model is wrapped'
         )
     link_of(model)
+    check_unclaimed(model.module)
     trained = [
         (name, parameter)
         for name, parameter in named_parameters(model.module)
@@ -570,6 +586,31 @@ def session_for(
     return session_beside(
         trained, config, model.process_group, group, mesh, facts, extras
     )
+
+
+def check_module(model: object) -> None:
+    """Raise ``AttachError`` unless this is a module."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            f"attach needs the model, a torch.nn.Module, got {type(model).__name__}"
+        )
+
+
+def check_norm(max_norm: object) -> None:
+    """Raise ``ConfigError`` unless this is ``None`` or a norm to clip to."""
+    if max_norm is None:
+        return
+    is_number = isinstance(max_norm, int | float) and not isinstance(max_norm, bool)
+    if not is_number or not 0 < max_norm < math.inf:  # type: ignore[operator]
+        raise ConfigError(
+            f"max_norm={max_norm!r} must be a positive number, like 1.0, or None"
+        )
+
+
+def check_scaler(scaler: object) -> None:
+    """Raise ``ConfigError`` unless this is ``None`` or a GradScaler."""
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise ConfigError(f"scaler={scaler!r} must be a torch.amp.GradScaler, or None")
 
 
 def check_form(config: Settings, hook: str) -> None:
@@ -632,6 +673,11 @@ def _group_for(
     that differ between ranks; a second user would mix up the order of collectives.
     """
     ranks = dist.get_process_group_ranks(beside)
+    if given is not None and not isinstance(given, dist.ProcessGroup):
+        raise AttachError(
+            f"group={given!r} must be a process group, from dist.new_group({ranks}) "
+            "called on every rank, or None"
+        )
     if given is not None:
         others = dist.get_process_group_ranks(given)
         if others != ranks or given is beside:

@@ -75,7 +75,7 @@ class FormState:
         coded = sum(plan.numel[name] for name in plan.coded)
         trained = sum(n for name, n in plan.numel.items() if name not in plan.extras)
         said = [
-            f"{exchange.world} ranks",
+            f"{exchange.world} rank{'s' * (exchange.world > 1)}",
             f"{coded:,} of {trained:,} parameters coded",
             repr(self.settings).removeprefix("Settings(").removesuffix(")"),
             ", ".join(f"{k}={v!r}" for k, v in self._knobs().items()),

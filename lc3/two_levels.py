@@ -50,6 +50,11 @@ def nodes_of(mesh: DeviceMesh | int, ranks: Sequence[int]) -> Nodes:
                 "torchrun"
             )
         return [list(range(at, at + mesh)) for at in range(0, world, mesh)]
+    if not hasattr(mesh, "mesh"):
+        raise AttachError(
+            f"mesh={mesh!r} must be the number of ranks in every node, or a DeviceMesh "
+            "of two dimensions"
+        )
     table = mesh.mesh.tolist()
     flat = mesh.mesh.flatten().tolist()
     if mesh.mesh.dim() != 2 or sorted(flat) != sorted(ranks):

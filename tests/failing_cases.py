@@ -46,7 +46,7 @@ def wrong(form: str) -> Callable[[], Any]:
     return {
         "ddp": lambda: ddp.attach(wrapped, "adam"),  # type: ignore[arg-type]
         "ddp, not wrapped": lambda: ddp.attach(model, optimizer),
-        "ddp, TypeError": lambda: ddp.attach(wrapped, optimizer, max_norm="1"),  # type: ignore[arg-type]
+        "ddp, a word": lambda: ddp.attach(wrapped, optimizer, max_norm="1"),  # type: ignore[arg-type]
         "push_pull": lambda: push_pull.attach(wrapped, SGD, max_norm=-1.0),
         "push_pull, later": lambda: push_pull.attach(wrapped, _broken),
         "local_sgd": lambda: local_sgd.attach(wrapped, optimizer, sync_every=0),

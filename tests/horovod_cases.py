@@ -268,7 +268,7 @@ def refusals() -> list[str]:
     ):
         try:
             hook.DistributedOptimizer(plain, named, **options)
-        except lc3.AttachError as error:
+        except lc3.Lc3Error as error:
             said.append(str(error))
     os.environ["WORLD_SIZE"] = "7"  # as if torchrun had started this
     try:

@@ -5,9 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lc3 import Lc3Error
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
 
@@ -82,9 +84,100 @@ def registered(rank: int, world: int) -> dict[str, bool]:
     return found
 
 
+def refused(rank: int, world: int) -> list[str]:
+    """Return what is said to arguments of the wrong kind, on every rank alike."""
+    said = []
+    module = WithBuffers()
+    model = DistributedDataParallel(module)
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    make: Any = partial(torch.optim.SGD, lr=0.1)
+    wrong: Any = "x"
+    with local_sgd.attach(model, optimizer):
+        said += [_said(lambda: ddp.attach(model, optimizer))]
+        said += [_said(lambda: local_sgd.attach(module, optimizer))]
+    with ddp.attach(model, optimizer):
+        said += [_said(lambda: local_sgd.attach(module, optimizer))]
+        said += [_said(lambda: local_sgd.attach(model, optimizer))]
+    registered = DistributedDataParallel(WithBuffers())
+    state = ddp.State(registered)
+    registered.register_comm_hook(state, ddp.hook)
+    state.close()
+    said += [_said(lambda: ddp.attach(registered))]
+    for attach in (
+        lambda: ddp.attach(model, optimizer, max_norm=wrong),
+        lambda: ddp.attach(model, optimizer, max_norm=True),
+        lambda: ddp.attach(model, optimizer, scaler=wrong),
+        lambda: ddp.attach(model, optimizer, group=wrong),
+        lambda: ddp.attach(model, optimizer, mesh=wrong),
+        lambda: ddp.attach(model, optimizer, check_every=True),
+        lambda: ddp.attach(wrong, optimizer),
+        lambda: local_sgd.attach(wrong, optimizer),
+        lambda: local_sgd.attach(module, optimizer, preset=wrong),
+        lambda: push_pull.attach(module, make),  # type: ignore[arg-type]
+        lambda: push_pull.attach(model, optimizer),
+        lambda: push_pull.attach(model, lambda _: wrong),
+        lambda: push_pull.attach(model, make, params=wrong),
+        lambda: push_pull.attach(model, make, params=[{"lr": 1}]),
+    ):
+        said.append(_said(attach))
+    return said
+
+
+def _said(attach: Any) -> str:
+    try:
+        attach().close()
+    except Lc3Error as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def toggled(rank: int, world: int) -> bool:
+    """Train locally as nanoGPT's loop does; return whether gradients stay apart."""
+    model = DistributedDataParallel(WithBuffers())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with local_sgd.attach(model, optimizer, sync_every=8) as state:
+        for step in range(4):
+            for part in range(2):
+                model.require_backward_grad_sync = part == 1
+                torch.manual_seed(100 * step + 10 * part + rank)
+                model(torch.randn(8, 30)).square().mean().backward()
+            grads = torch.cat([p.grad.reshape(-1) for p in model.parameters()])  # type: ignore[union-attr]
+            everybody = [torch.empty_like(grads) for _ in range(world)]
+            dist.all_gather(everybody, grads)
+            optimizer.step()
+            optimizer.zero_grad()
+        apart = not torch.equal(everybody[0], everybody[1])
+        sent = state.meter.sent_bytes
+    train(model, optimizer, rank, 1)
+    return apart and sent < 2000
+
+
+def taken_twice(rank: int, world: int) -> bool:
+    """Load one state dict of push_pull twice, with steps between."""
+    model = DistributedDataParallel(WithBuffers())
+    make = partial(torch.optim.AdamW, lr=1e-3)
+    digests = []
+    with push_pull.attach(model, make) as state:
+        train(model, state, rank, 3)
+        net = {k: v.clone() for k, v in model.module.state_dict().items()}
+        taken = state.state_dict()
+        for _ in range(2):
+            model.module.load_state_dict(net)
+            state.load_state_dict(taken)
+            train(model, state, rank, 3)
+            digests.append(hash_of(model))
+    return digests[0] == digests[1]
+
+
 def shown(rank: int, world: int) -> dict[str, Any]:
     """Return what the states of all forms show of themselves."""
     found: dict[str, Any] = {}
+    lines: list[str] = []
+    log = logging.getLogger("lc3")
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     model = DistributedDataParallel(WithBuffers())
     optimizer: Any = torch.optim.AdamW(model.parameters())
     with ddp.attach(model, optimizer) as state:
@@ -96,12 +189,6 @@ def shown(rank: int, world: int) -> dict[str, Any]:
         train(model, stepped, rank)
         found["push_pull"] = repr(stepped)
 
-    lines: list[str] = []
-    log = logging.getLogger("lc3")
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
     net = WithBuffers()
     optimizer = torch.optim.AdamW(net.parameters())
     with local_sgd.attach(net, optimizer, sync_every=16, outer_lr=1.2) as alone:

@@ -13,6 +13,7 @@ import torch
 
 from lc3 import AttachError
 from lc3.frameworks import require
+from lc3.hooks import ddp
 
 ROOT = Path(__file__).parents[1]
 FRAMEWORKS = ["lightning", "accelerate", "transformers"]
@@ -124,14 +125,28 @@ def test_lightning_without_ddp_is_refused() -> None:
     assert callback.state is None
 
 
-def test_accelerate_without_ddp_is_refused() -> None:
+def test_accelerate_on_one_process_trains_as_without_lc3(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     needs("accelerate")
     from accelerate import Accelerator
 
-    from lc3.hooks import accelerate
+    from lc3.hooks import accelerate, local_sgd
 
+    accelerator = Accelerator(cpu=True)
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    model, optimizer = accelerator.prepare(net, optimizer)
+    for attach in (ddp.attach, local_sgd.attach):
+        with accelerate.attach(accelerator, model, optimizer, attach=attach) as state:
+            accelerator.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+            state.sync()
+            assert state.meter.sent_bytes == 0
+            accelerator.save_state(str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as if others had been started
     with pytest.raises(AttachError, match=r"with 1 process\(es\)"):
-        accelerate.attach(Accelerator(cpu=True), torch.nn.Linear(2, 2))
+        accelerate.attach(accelerator, model, optimizer)
 
 
 @pytest.mark.parametrize(

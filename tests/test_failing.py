@@ -20,7 +20,7 @@ Pools = Callable[[int], Ranks]
 WRONG = {
     "ddp": "AttachError: optimizer is a str",
     "ddp, not wrapped": "AttachError: attach needs a DistributedDataParallel",
-    "ddp, TypeError": "TypeError: ",
+    "ddp, a word": "ConfigError: max_norm='1'",
     "push_pull": "ConfigError: max_norm=-1.0",
     "push_pull, later": "MemoryError: no memory left for moments",
     "local_sgd": "ConfigError: sync_every=0",

@@ -185,7 +185,7 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("ddp", "AttachError: the model already has .* allreduce_hook, which local"),
+        ("ddp", "AttachError: the model already has .* allreduce_hook; DDP takes"),
         ("no optimizer", "AttachError: no optimizer was given"),
         ("sync_every", "ConfigError: sync_every=0 must be an integer of at least 1"),
         ("overlap", "ConfigError: overlap=4 must be less than sync_every=4"),

@@ -1,0 +1,368 @@
+"""What is compared with lc3's local steps: DiLoCo and SparseLoCo, from their papers.
+
+Ranks train alone; after every H-th step what each has moved is averaged, and an outer
+optimizer steps the parameters that all share. DiLoCo (arXiv 2311.08105) averages in
+float32 and steps by Nesterov's momentum; Streaming DiLoCo (arXiv 2501.18512) sends
+E3M0 floats of four bits. SparseLoCo (arXiv 2508.15706) keeps what it has not sent,
+sends 64 of 64 × 64 values in two bits each, and has no outer momentum. Bytes are those
+that their authors would send.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+FLOAT_BITS = 32
+_E3M0_LEVELS = 8  # zero, and 2⁻⁶ … 2⁰ of the largest magnitude
+SIDE, KEPT = 64, 64  # of a chunk, and values sent of it
+INDEX_BITS, CODE_BITS = 12, 2
+_SIGMAS = 6  # that the codes span
+_CODES = 2**CODE_BITS
+
+
+class Outer(ABC):
+    """Counts an optimizer's steps, and brings ranks together; a ``Traffic``.
+
+    Args:
+        module: that every rank trains alone; rank 0's parameters are copied to all.
+        optimizers: of this rank; the last one counts the steps.
+        every: H, steps between two exchanges.
+        lr: of the outer optimizer.
+        momentum: of the outer optimizer, Nesterov's; 0: none.
+
+    Attributes:
+        sent_bytes: from this rank so far.
+        codec_seconds: of coding so far.
+        exchanges: so far.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        every: int,
+        lr: float,
+        momentum: float = 0.0,
+    ) -> None:
+        self.every, self.world = every, dist.get_world_size()
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        for parameter in self._parameters:
+            dist.broadcast(parameter.detach(), 0)
+        self._shared = [nn.Parameter(p.detach().clone()) for p in self._parameters]
+        self._outer = SGD(self._shared, lr, momentum, nesterov=momentum > 0)
+        self._elements = sum(p.numel() for p in self._parameters)
+        self.sent_bytes = self.exchanges = self._steps = 0
+        self.codec_seconds = 0.0
+        self._hook = optimizers[-1].register_step_post_hook(self._after)
+
+    def _after(self, *_: Any) -> None:
+        self._steps += 1
+        if self._steps % self.every == 0:
+            self.exchange()
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Average what the ranks have moved, and step; collective."""
+        pairs = list(zip(self._shared, self._parameters, strict=True))
+        for (shared, _), mean in zip(
+            pairs, self.average([s - p for s, p in pairs]), strict=True
+        ):
+            shared.grad = mean
+        self._outer.step()
+        for shared, parameter in pairs:
+            parameter.copy_(shared)
+        self.exchanges += 1
+
+    @abstractmethod
+    def average(self, moved: list[Tensor]) -> list[Tensor]:
+        """Return the means over ranks of outer gradients; counts their bytes."""
+
+    def _gathered(self, payload: Tensor) -> list[Tensor]:
+        """Return every rank's bytes, uint8[n] each, of as many on every rank."""
+        everybody = [torch.empty_like(payload) for _ in range(self.world)]
+        dist.all_gather(everybody, payload)
+        self.sent_bytes += (self.world - 1) * payload.numel()
+        return everybody
+
+    @contextmanager
+    def shared_model(self) -> Iterator[None]:
+        """Lend the parameters that all ranks share."""
+        own = [p.detach().clone() for p in self._parameters]
+        with torch.no_grad():
+            for parameter, shared in zip(self._parameters, self._shared, strict=True):
+                parameter.copy_(shared)
+            yield
+            for parameter, kept in zip(self._parameters, own, strict=True):
+                parameter.copy_(kept)
+
+    def _bits(self, sent_bytes: float) -> float:
+        return 8 * sent_bytes / max(1, self.exchanges) / self._elements / self.every
+
+    @property
+    @abstractmethod
+    def push_bits(self) -> float:
+        """See ``Traffic``."""
+
+    @property
+    @abstractmethod
+    def pull_bits(self) -> float:
+        """See ``Traffic``."""
+
+    @property
+    def frame_bits(self) -> float:
+        """See ``Traffic``."""
+        return self.push_bits + self.pull_bits
+
+    def close(self) -> None:
+        """Count no more."""
+        self._hook.remove()
+
+
+class DiLoCo(Outer):
+    """Averages in float32, as an all-reduce, by a ring's bytes."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        every: int,
+        lr: float = 0.7,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__(module, optimizers, every, lr, momentum)
+
+    def average(self, moved: list[Tensor]) -> list[Tensor]:
+        """See ``Outer``."""
+        whole = torch.cat([one.reshape(-1) for one in moved])
+        dist.all_reduce(whole)
+        self.sent_bytes += 2 * (self.world - 1) * 4 * whole.numel() // self.world
+        parts = torch.split(whole.div_(self.world), [one.numel() for one in moved])
+        return [part.view_as(one) for part, one in zip(parts, moved, strict=True)]
+
+    @property
+    def push_bits(self) -> float:
+        """See ``Traffic``."""
+        return FLOAT_BITS / self.every
+
+    pull_bits = push_bits
+
+
+class FourBits(DiLoCo):
+    """DiLoCo whose outer gradients travel in E3M0, as an all-gather.
+
+    As in Streaming DiLoCo, without its fragments. A mean of such floats is none, so
+    that everybody gets everybody's; each tensor has a float32 for its largest value.
+    """
+
+    def average(self, moved: list[Tensor]) -> list[Tensor]:
+        """See ``Outer``."""
+        start = time.perf_counter()
+        coded = [e3m0(one) for one in moved]
+        payload = torch.cat([part for pair in coded for part in pair])
+        self.codec_seconds += time.perf_counter() - start
+        arrived = self._gathered(payload)
+        start = time.perf_counter()
+        sizes = [part.numel() for pair in coded for part in pair]
+        sums = [torch.zeros_like(one) for one in moved]
+        for said in arrived:
+            parts = torch.split(said, sizes)
+            for at, total in enumerate(sums):
+                total += of_e3m0(parts[2 * at], parts[2 * at + 1], total)
+        self.codec_seconds += time.perf_counter() - start
+        return [total.div_(self.world) for total in sums]
+
+    @property
+    def push_bits(self) -> float:
+        """See ``Traffic``."""
+        return self._bits(self.sent_bytes / (self.world - 1))
+
+    @property
+    def pull_bits(self) -> float:
+        """See ``Traffic``: what all the others have sent."""
+        return (self.world - 1) * self.push_bits
+
+
+def _levels(largest: Tensor) -> Tensor:
+    steps = torch.arange(_E3M0_LEVELS - 1, dtype=torch.float32)
+    return torch.cat([torch.zeros(1), largest * 2 ** (steps - steps[-1])])
+
+
+def e3m0(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bytes of a tensor in four bits a value, and of its largest one.
+
+    A value is zero, or ± the largest magnitude times 2⁻⁶ … 2⁰, whichever is nearest.
+
+    Args:
+        x: float32[*].
+
+    Returns:
+        uint8[ceil(n / 2)], a value in each half, and uint8[4], a float32.
+    """
+    flat = x.reshape(-1)
+    largest = flat.abs().max()
+    levels = _levels(largest)
+    codes = torch.bucketize(flat.abs(), (levels[1:] + levels[:-1]) / 2)
+    codes += _E3M0_LEVELS * (flat < 0)
+    return _packed(codes, 4), largest.reshape(1).view(torch.uint8)
+
+
+def of_e3m0(codes: Tensor, largest: Tensor, like: Tensor) -> Tensor:
+    """Return the values of what ``e3m0`` returned, in a tensor's shape."""
+    found = _unpacked(codes, 4, like.numel())
+    levels = _levels(largest.clone().view(torch.float32))
+    both = torch.cat([levels, -levels])
+    return both[found].reshape(like.shape)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Return numbers of some bits each in a row, uint8[ceil(n × bits / 8)]."""
+    places = torch.arange(bits)
+    stream = (codes.reshape(-1, 1) >> places & 1).reshape(-1)
+    stream = nn.functional.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
+    return (stream << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def _unpacked(data: Tensor, bits: int, count: int) -> Tensor:
+    """Return ``count`` numbers of what ``_packed`` returned, int64[count]."""
+    stream = (data.long().reshape(-1, 1) >> torch.arange(8) & 1).reshape(-1)
+    codes = stream[: count * bits].reshape(count, bits)
+    return (codes << torch.arange(bits)).sum(1)
+
+
+class SparseLoCo(Outer):
+    """Sends the largest values of every chunk, in two bits; an all-gather's bytes.
+
+    Args:
+        module: see ``Outer``.
+        optimizers: see ``Outer``.
+        every: see ``Outer``.
+        lr: see ``Outer``.
+        decay: what multiplies what was not sent, at every exchange.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        every: int,
+        lr: float = 1.0,
+        decay: float = 0.95,
+    ) -> None:
+        super().__init__(module, optimizers, every, lr)
+        self._decay = decay
+        self._owed = [torch.zeros_like(p) for p in self._shared]
+
+    def average(self, moved: list[Tensor]) -> list[Tensor]:
+        """See ``Outer``."""
+        start = time.perf_counter()
+        coded = []
+        for owed, one in zip(self._owed, moved, strict=True):
+            owed.mul_(self._decay).add_(one)
+            coded.append(sparse(owed))
+            owed.sub_(of_sparse(coded[-1], owed))
+        self.codec_seconds += time.perf_counter() - start
+        arrived = self._gathered(torch.cat(coded))
+        start = time.perf_counter()
+        sums = [torch.zeros_like(one) for one in moved]
+        for said in arrived:
+            parts = torch.split(said, [one.numel() for one in coded])
+            for part, total in zip(parts, sums, strict=True):
+                total += of_sparse(part, total)
+        self.codec_seconds += time.perf_counter() - start
+        return [total.div_(self.world) for total in sums]
+
+    @property
+    def push_bits(self) -> float:
+        """See ``Traffic``."""
+        return self._bits(self.sent_bytes / (self.world - 1))
+
+    @property
+    def pull_bits(self) -> float:
+        """See ``Traffic``: what all the others have sent."""
+        return (self.world - 1) * self.push_bits
+
+
+def sparse(x: Tensor) -> Tensor:
+    """Return the bytes of the largest values of each chunk, in two bits each.
+
+    Chunks are of 64 × 64 values, or of the largest divisors of its two sizes up to 64;
+    a vector's are of up to 64. Codes are of all kept values of the tensor: by how many
+    σ a value is from their mean; a code stands for the mean of its values. As in the
+    authors' code (one-covenant/templar, ``tplr/compress.py``), which the test's vectors
+    come from.
+
+    Args:
+        x: float32[*].
+
+    Returns:
+        uint8[*]: places of 12 bits, codes of 2, a float32 for each code and their mean.
+    """
+    chunks, _ = _chunked(x)
+    places = chunks.abs().topk(_kept(chunks), dim=-1).indices
+    found = chunks.gather(-1, places)
+    shift = found.mean()
+    centred = found - shift
+    sigma = centred.norm() / max(1, centred.numel() - 1) ** 0.5
+    scale = _SIGMAS * sigma / _CODES
+    if not (scale > 0 and scale.isfinite()):
+        scale = torch.ones_like(scale)
+    codes = (centred / scale + _CODES // 2).round().clamp(0, _CODES - 1).long().view(-1)
+    sums = centred.new_zeros(_CODES).index_add_(0, codes, centred.view(-1))
+    table = sums / codes.bincount(minlength=_CODES).clamp(min=1)
+    floats = torch.cat([table, shift.reshape(1)]).view(torch.uint8)
+    return torch.cat([_packed(places, INDEX_BITS), _packed(codes, CODE_BITS), floats])
+
+
+def of_sparse(data: Tensor, like: Tensor) -> Tensor:
+    """Return the values of what ``sparse`` returned, in a tensor's shape."""
+    chunks, shape = _chunked(like)
+    kept = _kept(chunks)
+    count = kept * len(chunks)
+    sizes = [-(-count * bits // 8) for bits in (INDEX_BITS, CODE_BITS)]
+    first, second, floats = torch.split(data, [*sizes, data.numel() - sum(sizes)])
+    places = _unpacked(first, INDEX_BITS, count).view(-1, kept)
+    codes = _unpacked(second, CODE_BITS, count).view(-1, kept)
+    table = floats.clone().view(torch.float32)
+    values = table[codes] + table[-1]
+    decoded = torch.zeros_like(chunks).scatter_(-1, places, values)
+    return _joined(decoded, like, shape)
+
+
+def _kept(chunks: Tensor) -> int:
+    """Return how many values of a chunk are sent: an even number, or all of it."""
+    size = chunks.shape[-1]
+    return min(size, max(2, min(KEPT, size) // 2 * 2))
+
+
+def _divisor(size: int) -> int:
+    """Return the largest divisor of a size up to 64."""
+    return max(d for d in range(1, min(size, SIDE) + 1) if size % d == 0)
+
+
+def _chunked(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return a tensor's chunks, one a row, and how they lie in it."""
+    if x.ndim < 2:
+        flat = x.reshape(-1)
+        side = _divisor(flat.numel())
+        return flat.reshape(-1, side).clone(), (side,)
+    rows, columns = x.shape[0], x.numel() // x.shape[0]
+    high, wide = _divisor(rows), _divisor(columns)
+    shape = (rows // high, high, columns // wide, wide)
+    chunks = x.reshape(shape).transpose(1, 2).reshape(-1, high * wide)
+    return chunks.clone(), shape
+
+
+def _joined(chunks: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return chunks as the tensor that they were cut from."""
+    if len(shape) == 1:
+        return chunks.reshape(like.shape)
+    up, high, across, wide = shape
+    laid = chunks.reshape(up, across, high, wide).transpose(1, 2)
+    return laid.reshape(like.shape)
