@@ -299,7 +299,8 @@ class Session:
             ConfigError: ``check_every`` is less than 1, or no integer.
             PlanMismatch: it differs between ranks.
         """
-        self.agree_on({"check_every": repr(check_every)})
+        said = check_every if isinstance(check_every, int | None) else repr(check_every)
+        self.agree_on({"check_every": said})
         if check_every is not None:
             check_count("check_every", check_every, 1)
             self._compared = model.module, check_every

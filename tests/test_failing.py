@@ -63,7 +63,7 @@ def test_replicas_are_compared_every_so_many_steps(ranks: Pools) -> None:
         )
     assert ranks(2).run(failing_cases.replicas_compared, "push_pull") == [[], []]
     for said in ranks(2).run(failing_cases.check_every_refused, [0, 0]):
-        assert said.startswith("check_every=0 is no number of steps from 1 up")
+        assert said.startswith("check_every=0 must be an integer of at least 1")
     for said in ranks(2).run(failing_cases.check_every_refused, [2, 3]):
         assert said.startswith("ranks differ: check_every is 2 on rank 0 and 3 on rank")
 

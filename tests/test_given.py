@@ -83,7 +83,7 @@ def test_steps_of_every_optimizer_count(ranks: Pools, what: str, steps: int) -> 
 
 def test_what_cannot_be_attached_is_said(ranks: Pools) -> None:
     for twice, stranger, wide in ranks(2).run(given_cases.attached_wrongly):
-        assert twice.startswith("AttachError: local steps are attached to this model")
+        assert twice.startswith("AttachError: lc3 is already attached to this model")
         assert "steps no parameter of this model" in stranger
         assert wide.startswith("AttachError: parameter '0.weight' is float64")
 

@@ -105,7 +105,7 @@ def test_one_rank_trains_as_without_lc3(ranks: Pools) -> None:
     [
         ("float64", "AttachError: parameter '0.weight' is torch.float64; push_pull"),
         ("params", r"AttachError: params must hold .* missing: \['2.bias'\]"),
-        ("max_norm", r"ConfigError: max_norm=0\.0 must be positive"),
+        ("max_norm", r"ConfigError: max_norm=0\.0 must be a positive"),
         ("no backward", r"AttachError: step\(\) without a synchronised backward"),
         ("twice", r"AttachError: a second synchronised backward pass adds .*no_sync"),
     ],
