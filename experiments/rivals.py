@@ -84,13 +84,6 @@ class Outer(ABC):
     def average(self, moved: list[Tensor]) -> list[Tensor]:
         """Return the means over ranks of outer gradients; counts their bytes."""
 
-    def _gathered(self, payload: Tensor) -> list[Tensor]:
-        """Return every rank's bytes, uint8[n] each, of as many on every rank."""
-        everybody = [torch.empty_like(payload) for _ in range(self.world)]
-        dist.all_gather(everybody, payload)
-        self.sent_bytes += (self.world - 1) * payload.numel()
-        return everybody
-
     @contextmanager
     def shared_model(self) -> Iterator[None]:
         """Lend the parameters that all ranks share."""
@@ -101,9 +94,6 @@ class Outer(ABC):
             yield
             for parameter, kept in zip(self._parameters, own, strict=True):
                 parameter.copy_(kept)
-
-    def _bits(self, sent_bytes: float) -> float:
-        return 8 * sent_bytes / max(1, self.exchanges) / self._elements / self.every
 
     @property
     @abstractmethod
@@ -154,34 +144,40 @@ class DiLoCo(Outer):
     pull_bits = push_bits
 
 
-class FourBits(DiLoCo):
-    """DiLoCo whose outer gradients travel in E3M0, as an all-gather.
+class Gathered(Outer):
+    """What every rank codes is sent to every other; all add it up in rank order."""
 
-    As in Streaming DiLoCo, without its fragments. A mean of such floats is none, so
-    that everybody gets everybody's; each tensor has a float32 for its largest value.
-    """
+    @abstractmethod
+    def encode(self, moved: list[Tensor]) -> list[Tensor]:
+        """Return the bytes of every outer gradient, as many on every rank."""
+
+    @abstractmethod
+    def decode(self, data: Tensor, like: Tensor) -> Tensor:
+        """Return the values of what ``encode`` returned, in a tensor's shape."""
 
     def average(self, moved: list[Tensor]) -> list[Tensor]:
         """See ``Outer``."""
         start = time.perf_counter()
-        coded = [e3m0(one) for one in moved]
-        payload = torch.cat([part for pair in coded for part in pair])
+        coded = self.encode(moved)
+        payload = torch.cat(coded)
         self.codec_seconds += time.perf_counter() - start
-        arrived = self._gathered(payload)
+        everybody = [torch.empty_like(payload) for _ in range(self.world)]
+        dist.all_gather(everybody, payload)
+        self.sent_bytes += (self.world - 1) * payload.numel()
         start = time.perf_counter()
-        sizes = [part.numel() for pair in coded for part in pair]
         sums = [torch.zeros_like(one) for one in moved]
-        for said in arrived:
-            parts = torch.split(said, sizes)
-            for at, total in enumerate(sums):
-                total += of_e3m0(parts[2 * at], parts[2 * at + 1], total)
+        for said in everybody:
+            parts = torch.split(said, [one.numel() for one in coded])
+            for part, total in zip(parts, sums, strict=True):
+                total += self.decode(part, total)
         self.codec_seconds += time.perf_counter() - start
         return [total.div_(self.world) for total in sums]
 
     @property
     def push_bits(self) -> float:
         """See ``Traffic``."""
-        return self._bits(self.sent_bytes / (self.world - 1))
+        elements = self._elements * self.every * max(1, self.exchanges)
+        return 8 * self.sent_bytes / (self.world - 1) / elements
 
     @property
     def pull_bits(self) -> float:
@@ -189,13 +185,39 @@ class FourBits(DiLoCo):
         return (self.world - 1) * self.push_bits
 
 
+class FourBits(Gathered):
+    """DiLoCo whose outer gradients travel in E3M0, as an all-gather.
+
+    As in Streaming DiLoCo, without its fragments. A mean of such floats is none, so
+    that everybody gets everybody's; each tensor has a float32 for its largest value.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        every: int,
+        lr: float = 0.7,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__(module, optimizers, every, lr, momentum)
+
+    def encode(self, moved: list[Tensor]) -> list[Tensor]:
+        """See ``Gathered``."""
+        return [e3m0(one) for one in moved]
+
+    def decode(self, data: Tensor, like: Tensor) -> Tensor:
+        """See ``Gathered``."""
+        return of_e3m0(data, like)
+
+
 def _levels(largest: Tensor) -> Tensor:
     steps = torch.arange(_E3M0_LEVELS - 1, dtype=torch.float32)
     return torch.cat([torch.zeros(1), largest * 2 ** (steps - steps[-1])])
 
 
-def e3m0(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bytes of a tensor in four bits a value, and of its largest one.
+def e3m0(x: Tensor) -> Tensor:
+    """Return the bytes of a tensor in four bits a value.
 
     A value is zero, or ± the largest magnitude times 2⁻⁶ … 2⁰, whichever is nearest.
 
@@ -203,20 +225,20 @@ def e3m0(x: Tensor) -> tuple[Tensor, Tensor]:
         x: float32[*].
 
     Returns:
-        uint8[ceil(n / 2)], a value in each half, and uint8[4], a float32.
+        uint8[ceil(n / 2) + 4]: a value in each half, then a float32, the largest.
     """
     flat = x.reshape(-1)
     largest = flat.abs().max()
     levels = _levels(largest)
     codes = torch.bucketize(flat.abs(), (levels[1:] + levels[:-1]) / 2)
     codes += _E3M0_LEVELS * (flat < 0)
-    return _packed(codes, 4), largest.reshape(1).view(torch.uint8)
+    return torch.cat([_packed(codes, 4), largest.reshape(1).view(torch.uint8)])
 
 
-def of_e3m0(codes: Tensor, largest: Tensor, like: Tensor) -> Tensor:
+def of_e3m0(data: Tensor, like: Tensor) -> Tensor:
     """Return the values of what ``e3m0`` returned, in a tensor's shape."""
-    found = _unpacked(codes, 4, like.numel())
-    levels = _levels(largest.clone().view(torch.float32))
+    found = _unpacked(data[:-4], 4, like.numel())
+    levels = _levels(data[-4:].clone().view(torch.float32))
     both = torch.cat([levels, -levels])
     return both[found].reshape(like.shape)
 
@@ -236,7 +258,7 @@ def _unpacked(data: Tensor, bits: int, count: int) -> Tensor:
     return (codes << torch.arange(bits)).sum(1)
 
 
-class SparseLoCo(Outer):
+class SparseLoCo(Gathered):
     """Sends the largest values of every chunk, in two bits; an all-gather's bytes.
 
     Args:
@@ -259,34 +281,18 @@ class SparseLoCo(Outer):
         self._decay = decay
         self._owed = [torch.zeros_like(p) for p in self._shared]
 
-    def average(self, moved: list[Tensor]) -> list[Tensor]:
-        """See ``Outer``."""
-        start = time.perf_counter()
+    def encode(self, moved: list[Tensor]) -> list[Tensor]:
+        """See ``Gathered``; what is not sent waits."""
         coded = []
         for owed, one in zip(self._owed, moved, strict=True):
             owed.mul_(self._decay).add_(one)
             coded.append(sparse(owed))
             owed.sub_(of_sparse(coded[-1], owed))
-        self.codec_seconds += time.perf_counter() - start
-        arrived = self._gathered(torch.cat(coded))
-        start = time.perf_counter()
-        sums = [torch.zeros_like(one) for one in moved]
-        for said in arrived:
-            parts = torch.split(said, [one.numel() for one in coded])
-            for part, total in zip(parts, sums, strict=True):
-                total += of_sparse(part, total)
-        self.codec_seconds += time.perf_counter() - start
-        return [total.div_(self.world) for total in sums]
+        return coded
 
-    @property
-    def push_bits(self) -> float:
-        """See ``Traffic``."""
-        return self._bits(self.sent_bytes / (self.world - 1))
-
-    @property
-    def pull_bits(self) -> float:
-        """See ``Traffic``: what all the others have sent."""
-        return (self.world - 1) * self.push_bits
+    def decode(self, data: Tensor, like: Tensor) -> Tensor:
+        """See ``Gathered``."""
+        return of_sparse(data, like)
 
 
 def sparse(x: Tensor) -> Tensor:

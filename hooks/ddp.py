@@ -162,7 +162,6 @@ class State(FormState):
         self.kind: Kind | None = None
         if kinds:
             self.kind = kinds.pop() if len(kinds) == 1 else "other"
-        check_module(model)
         check_scaler(scaler)
         _check_clipping(max_norm, optimizers)
         defaults = Settings()

@@ -34,7 +34,6 @@ from lc3.residual import arena_like
 from lc3.session import (
     attaching_to,
     check_form,
-    check_module,
     check_norm,
     check_owners,
     check_scaler,
@@ -91,15 +90,8 @@ def attach(
     """
     model = cast(DistributedDataParallel, private.uncompiled(model))
     with attaching_to(model, group):
-        check_module(model)
         check_norm(max_norm)
         check_scaler(scaler)
-        if not isinstance(model, DistributedDataParallel):
-            raise AttachError(
-                f"push_pull needs a DistributedDataParallel, got "
-                f"{type(model).__name__}; wrap the module first: model = "
-                "DistributedDataParallel(model)"
-            )
         if not callable(make_optimizer):
             raise AttachError(
                 "push_pull makes the optimizer of this rank's share itself, and got an "
@@ -148,9 +140,9 @@ class PushPull(FormState, Optimizer):
         scaler: GradScaler | None,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self._module = model.module
         self.settings = settings
         self.session = session_for(model, settings, group)
+        self._module = model.module
         self.meter, self.engine = self.session.meter, self.session.engine
         names = self.session.names
         self._parameters = {name: parameter for parameter, name in names.items()}

@@ -91,10 +91,10 @@ class Buffers:
 
     def send(self, buffers: Mapping[str, Tensor]) -> None:
         """Give all ranks what rank 0 has of the buffers that are due."""
-        if self.sends_none and not self.sends_all:
-            return
         if self.sends_all:
             private.broadcast(self._group, list(buffers.values()), _MESSAGE_BYTES)
+            return
+        if self.sends_none:
             return
         if not self._sums:
             sums = checksums(buffers.values()).tolist()

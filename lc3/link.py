@@ -112,6 +112,15 @@ def link_of(model: DistributedDataParallel) -> Link | None:
     )
 
 
+def _link_on(model: DistributedDataParallel) -> Link:
+    """Return a model's link: the one that a closed state has left, or a new one."""
+    link = link_of(model)
+    if link is None:
+        link = Link(model.process_group)
+        model.register_comm_hook(link, linked_hook)
+    return link
+
+
 def buffers_are_free(model: DistributedDataParallel) -> bool:
     """Return whether nobody else has a hook for a model's buffers."""
     state = private.buffer_state(model)
@@ -120,10 +129,7 @@ def buffers_are_free(model: DistributedDataParallel) -> bool:
 
 def link_to(model: DistributedDataParallel, run: Run, buffers: Buffers | None) -> Link:
     """Let a model's buckets go to ``run``, and its buffers through ``buffers``."""
-    link = link_of(model)
-    if link is None:
-        link = Link(model.process_group)
-        model.register_comm_hook(link, linked_hook)
+    link = _link_on(model)
     fill(link, model, run, buffers)
     return link
 
@@ -146,10 +152,7 @@ def keep_apart(model: DistributedDataParallel) -> Link:
     Whatever sets ``require_backward_grad_sync``, as nanoGPT's loop does in every step,
     would otherwise average gradients densely.
     """
-    link = link_of(model)
-    if link is None:
-        link = Link(model.process_group)
-        model.register_comm_hook(link, linked_hook)
+    link = _link_on(model)
     link.run = _as_it_is
     if buffers_are_free(model):
         link.buffers = Buffers(model, list, lambda _: None)

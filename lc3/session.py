@@ -548,7 +548,7 @@ def attaching_to(
         assert isinstance(beside, dist.ProcessGroup)
         try:
             return connection(beside, group)
-        except (AttachError, ValueError):
+        except AttachError:
             return connection(beside, None)
 
     return attaching(connect)

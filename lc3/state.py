@@ -99,5 +99,5 @@ class FormState:
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "an lc3 state holds a process group and cannot be pickled; save "
-            "state.state_dict()"
+            "state.state_dict(), and of a wrapped model model.module.state_dict()"
         )

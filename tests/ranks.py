@@ -81,15 +81,20 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+def join(rank: int, world: int, store: str, timeout_s: float) -> None:
+    """Make this process a gloo rank, on one thread."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
     )
+
+
+def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+    join(rank, world, store, GROUP_TIMEOUT_S)
     while True:
         try:
             function, args, timeout_s = pipe.recv()

@@ -58,9 +58,9 @@ def trains(rank: int, world: int, kind: str) -> tuple[float, bool, bool, bool]:
                     payload += coded.numel() * (r == rank)
                     moved = decoded
                 elif four:
-                    parts = rivals.e3m0(moved)
-                    payload += sum(p.numel() for p in parts) * (r == rank)
-                    moved = rivals.of_e3m0(*parts, moved)
+                    coded = rivals.e3m0(moved)
+                    payload += coded.numel() * (r == rank)
+                    moved = rivals.of_e3m0(coded, moved)
                 sent.append(moved)
             mean = sum(sent, torch.zeros_like(old)) / world
             if kind == "SparseLoCo":

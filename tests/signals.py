@@ -14,16 +14,15 @@ import random
 import signal
 import tempfile
 import time
-from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.progress import track
 
 from tests.checkpoint_cases import Run
+from tests.ranks import join
 
 WORLD = 3
 HOOKS = ("ddp", "push_pull", "local_sgd")
@@ -42,16 +41,9 @@ STEPS = 40  # of a training that is held up
 
 def work(rank: int, folder: str, hook: str, steps: int, pipe: Connection) -> None:
     """Train, tell the parent of each step, and at the end how it ended."""
-    torch.set_num_threads(1)
     said, digest = "", ""
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=WORLD,
-            timeout=timedelta(seconds=GROUP_TIMEOUT_S),
-        )
+        join(rank, WORLD, f"{folder}/store", GROUP_TIMEOUT_S)
         torch.manual_seed(0)
         run = Run(hook)
         for step in range(steps):
