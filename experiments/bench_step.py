@@ -29,7 +29,7 @@ from experiments.methods import METHODS, wrapped
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.train import mean_over_ranks
 from launch import ranks
-from lc3.exchange import GroupExchange
+from lc3.transport import GroupTransport
 
 NOOP = "no exchange"
 RATES = {"10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}  # bit/s
@@ -95,13 +95,13 @@ class Contender:
 
 def seconds_of_a_round() -> float:
     """Return what an exchange of next to nothing takes; collective."""
-    exchange = GroupExchange(
+    transport = GroupTransport(
         dist.distributed_c10d._get_default_group(), torch.device("cpu")
     )
     nothing, seconds = torch.zeros(48, dtype=torch.uint8), []
     for _ in range(30):
         start = time.perf_counter()
-        exchange.all_gather(nothing)
+        transport.all_gather(nothing)
         seconds.append(time.perf_counter() - start)
     return mean_over_ranks(median(seconds))[0]
 

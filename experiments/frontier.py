@@ -37,6 +37,7 @@ from experiments.report import (
     partly,
     step_ms_by_link,
 )
+from lc3.knobs import PRESETS, Knobs, Preset
 
 _HALVED = "rans, momentum 0.5, outer rate 2"
 
@@ -66,6 +67,20 @@ BEST = (
         f"local H=16, density 11 %, all coded, decay 0.8, {_HALVED}, lr × 0.5",
     ),
 )
+
+
+def _label(preset: Preset) -> str:
+    """Return the method that trains as a preset does."""
+    assert preset.settings.density is not None
+    knobs = Knobs(**preset.knobs)
+    return (
+        f"local H={knobs.sync_every}, density {100 * preset.settings.density:g} %, all "
+        f"coded, decay {knobs.residual_decay}, {preset.settings.entropy}, momentum "
+        f"{knobs.inner_momentum_scale}, outer rate {knobs.outer_lr:g}"
+    )
+
+
+_PRESETS = {_label(preset): f'"{name}"' for name, preset in PRESETS.items()}
 _NETWORKS = {
     "chars": "0.36 M, AdamW",
     "chars-large": "2.25 M, AdamW",
@@ -181,7 +196,7 @@ def best(results: Path) -> str:
     Raises:
         ResultError: one of them is missing, cannot be read or lacks the method.
     """
-    titles = ["transformer", "steps", "with `--methods`", "fewer bytes"]
+    titles = ["transformer", "steps", "with `--methods`", "preset", "fewer bytes"]
     titles += ["float32's best test loss", "its best", "above float32", "seeds"]
     lines = []
     for name, method in BEST:
@@ -201,6 +216,7 @@ def best(results: Path) -> str:
                 _NETWORKS[rows[0]["task"]],
                 f"{int(rows[0]['steps']):,}",
                 method,
+                _PRESETS.get(method.split(AT_RATE)[0], ""),
                 f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×",
                 f"{base.over(seeds):.4f}",
                 f"{point.over(seeds):.4f}",
@@ -208,7 +224,7 @@ def best(results: Path) -> str:
                 f"{len(seeds)}",
             ]
         )
-    return grid(titles, lines, words=(0, 2)) + "\n"
+    return grid(titles, lines, words=(0, 2, 3)) + "\n"
 
 
 def _is_mean(method: str) -> bool:

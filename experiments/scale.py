@@ -26,9 +26,9 @@ from lc3.codec import codec_for
 from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.engine import Engine
-from lc3.exchange import Loopback
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from lc3.transport import Loopback
 
 Gradients = list[dict[str, Tensor]]
 
@@ -47,8 +47,8 @@ class VirtualRanks:
         plan = make_plan(shapes, world, config)
         codec = codec_for(torch.device("cpu"))
         self.engines = [
-            Engine(plan, config, exchange, Coder(codec), Meter())
-            for exchange in Loopback(world).ranks
+            Engine(plan, config, transport, Coder(codec), Meter())
+            for transport in Loopback(world).ranks
         ]
         self._pool = ThreadPoolExecutor(world)
 

@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,13 +28,14 @@ from lc3 import private
 from lc3.applied import Applied, Kind, kind_of, unsuited, unwrapped
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
-from lc3.engine import NO_HALVES
+from lc3.engine import NO_HALF_GRADS
 from lc3.errors import AttachError, ConfigError, StateError
 from lc3.link import Link, linked_hook
 from lc3.meter import Meter
 from lc3.model import Frozen, flat_view, named_parameters
 from lc3.moments import Moments
 from lc3.session import (
+    alike_in,
     alone,
     attaching_to,
     check_module,
@@ -51,6 +53,7 @@ _CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Divided by their moments all gradients are of one kind, so that biases can be coded.
 FOR_ADAM = Settings(sparsity=1.1, min_ndim=0, min_numel=1)
+_PASSES = 4  # that a State is not registered by: something is wrong
 _NORM = "lc3.norm"  # travels with the last bucket of a step
 
 
@@ -127,6 +130,7 @@ def attach(
             mesh=mesh,
         )
         state.session.link_to(model, state.take, check_every)
+        state.is_registered()
     return state
 
 
@@ -137,6 +141,13 @@ def hook(state: "State", bucket: dist.GradBucket) -> torch.futures.Future[torch.
     hooks are registered; ``attach`` does the same in one call.
     """
     return linked_hook(state.link(), bucket)
+
+
+def _look(
+    state: "weakref.ref[State]", model: DistributedDataParallel, _: object
+) -> None:
+    if (found := state()) is not None:
+        found.look(model)
 
 
 class State(FormState):
@@ -176,12 +187,16 @@ class State(FormState):
         self.engine = self.session.engine
         if (
             self.settings != settle(config, Settings())
-            and not self.engine.exchange.rank
+            and not self.engine.transport.rank
         ):
             log.info("lc3: %s, chosen for %s", self.settings, _kinds(optimizers))
         self._group = model.process_group
         self._wrapper = weakref.ref(model)
         self._link: Link | None = None
+        self._passes = 0
+        self._pass_hook = model.register_forward_pre_hook(
+            partial(_look, weakref.ref(self))
+        )
         self._module = model.module
         self._frozen = Frozen(
             (name, parameter)
@@ -202,7 +217,7 @@ class State(FormState):
         plan, device = self.engine.plan, self.engine.coder.device
         names = self.session.names
         self._moments: Moments | None = None
-        alone = self.engine.exchange.world == 1
+        alone = self.engine.transport.world == 1
         if self.kind == "adam" and not alone:
             betas = _betas_of(optimizers, names)
             shapes = {n: list(p.shape) for p, n in names.items() if n in plan.coded}
@@ -236,7 +251,25 @@ class State(FormState):
             model = self._wrapper()
             assert model is not None  # its hook has called
             self._link = self.session.adopt(model, self.take)
+            self.is_registered()
         return self._link
+
+    def is_registered(self) -> None:
+        """Look no longer whether backward brings this state any bucket."""
+        self._pass_hook.remove()
+
+    def look(self, model: DistributedDataParallel) -> None:
+        """Warn where passes are made, and no bucket has come."""
+        trains = model.training and torch.is_grad_enabled()
+        self._passes += trains and model.require_backward_grad_sync
+        if self._passes == _PASSES:
+            self.is_registered()
+            log.warning(
+                "lc3: %d passes and nothing was compressed: this State is not "
+                "registered; model.register_comm_hook(state, lc3.hooks.ddp.hook), or "
+                "lc3.hooks.ddp.attach(model, optimizer) in place of both",
+                _PASSES - 1,
+            )
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -284,7 +317,7 @@ class State(FormState):
         self.meter.add_all_reduce(
             buffer.numel(),
             2 if narrow else buffer.element_size(),
-            self.engine.exchange.world,
+            self.engine.transport.world,
         )
         return (bf16_compress_hook if narrow else allreduce_hook)(self._group, bucket)
 
@@ -302,7 +335,7 @@ class State(FormState):
             return mean
         narrow = buffer.dtype != torch.float32
         if narrow and self._applied is None:
-            flat = self._room_for(buffer)
+            flat = self._buffer_for(buffer)
         else:
             flat = self._widened(buffer)
         sizes = [self.engine.plan.numel[name] for name in names]
@@ -313,9 +346,9 @@ class State(FormState):
             )
         grads = dict(zip(names, torch.split(flat, sizes), strict=True))
         parts = dict(zip(names, torch.split(buffer, sizes), strict=True))
-        halves = parts if narrow else NO_HALVES
+        half_grads = parts if narrow else NO_HALF_GRADS
         if self._applied is None or self._sketch is None:
-            self.engine.all_reduce(grads, step, bucket, halves)
+            self.engine.all_reduce(grads, step, bucket, half_grads)
             return _narrowed(flat, buffer) if narrow else buffer
         for name, grad in grads.items():
             if grad.numel():
@@ -393,7 +426,7 @@ class State(FormState):
         """Return a bucket in float32: itself, or a copy in memory used again."""
         if buffer.dtype == torch.float32:
             return buffer
-        return self._room_for(buffer).copy_(buffer)
+        return self._buffer_for(buffer).copy_(buffer)
 
     def _send_sums(self, step: int, bucket: int) -> None:
         """Exchange the sums alone, after a last bucket that is not coded."""
@@ -475,7 +508,7 @@ class State(FormState):
         """
         return math.nan if self._applied is None else self._applied.norm
 
-    def _room_for(self, buffer: Tensor) -> Tensor:
+    def _buffer_for(self, buffer: Tensor) -> Tensor:
         """Return float32[numel] for what a half-precision bucket becomes.
 
         Memory used again by the next bucket; first for the residuals to be, which the
@@ -512,7 +545,7 @@ class State(FormState):
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
-        self.session.check_replicas(self._module)
+        self.session.check_replicas(alike_in(self._module))
 
     def flush(self) -> None:
         """Add what is pending to the gradients, densely, and owe nothing; collective.
@@ -557,7 +590,7 @@ class State(FormState):
         for bit; ``lc3.merge_states`` of all ranks' fits any number of ranks.
         """
         self._settle()
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         return save("ddp", self.engine.plan, rank, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -567,7 +600,7 @@ class State(FormState):
             StateError: it does not fit; nothing was changed.
         """
         mine = self._parts()
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         found = load(state, "ddp", self.engine.plan, rank, mine)
         merged, senders = state["rank"] is None, found.counters["senders"]
         if not merged and senders != self.engine.senders:
@@ -594,6 +627,7 @@ class State(FormState):
 
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
+        self.is_registered()
         if self._applied is not None:
             self._applied.close()
         for watched in self._watched:

@@ -25,10 +25,10 @@ from lc3 import private
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
-from lc3.exchange import GroupExchange
 from lc3.model import Frozen, named_parameters
-from lc3.session import Session, attaching, check_form
+from lc3.session import Session, alike_in, attaching, check_form
 from lc3.state import FormState
+from lc3.transport import GroupTransport
 
 
 def attach(
@@ -69,20 +69,21 @@ class State(FormState):
         self, model: nn.Module, mesh: DeviceMesh, config: Config | Settings | None
     ) -> None:
         sites = _sites(mesh)
+        self._model = model
         for ranks in zip(*sites, strict=True):  # groups are made by everybody
             group = dist.new_group(list(ranks), backend="gloo", group_desc="lc3")
             if dist.get_rank() in ranks:
-                own = group
+                own, peers = group, ranks
 
-        exchange = GroupExchange(own, torch.device("cpu"))
-        leave = partial(exchange.leave, destroy=True)
-        with attaching(lambda: (exchange, leave)):
+        transport = GroupTransport(own, torch.device("cpu"))
+        leave = partial(transport.leave, destroy=True)
+        with attaching(lambda: (transport, leave)):
             self.settings = settle(config, Settings())
             check_form(self.settings, "hooks.fsdp2")
             modules = _shards(model)
             named = [shard for shards in modules.values() for shard in shards]
             self._frozen = Frozen(named_parameters(model))
-            self.session = Session(named, self.settings, exchange, leave)
+            self.session = Session(named, self.settings, transport, leave, ranks=peers)
             self.meter = self.session.meter
             self.engine = self.session.engine
             for module, shards in modules.items():
@@ -99,7 +100,7 @@ class State(FormState):
             follows: whether that may be any time until backward ends.
         """
         sizes = [self.engine.plan.numel[name] for name in names]
-        if self.engine.exchange.world == 1:
+        if self.engine.transport.world == 1:
             return
         self._frozen.check("close the state, and attach again")
         step, bucket = self.session.next_bucket(names)
@@ -138,7 +139,7 @@ class State(FormState):
         Every rank saves its own. The same rank of an equal run continues from it bit
         for bit.
         """
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         return save("fsdp2", self.engine.plan, rank, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -151,12 +152,19 @@ class State(FormState):
             StateError: it does not fit; nothing was changed.
         """
         mine = self._parts()
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         found = load(state, "fsdp2", self.engine.plan, rank, mine)
         mine.copy_from(found)
         self.engine.push_what_owners_owe()
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
+
+    def check_replicas(self) -> None:
+        """Raise ``ReplicasDiffer`` if sites hold other shards; collective.
+
+        Before a step or after one: in between FSDP gathers what it has sharded.
+        """
+        self.session.check_replicas(alike_in(self._model))
 
     def close(self) -> None:
         """End the lane and the group it made. The model can no longer run backward."""

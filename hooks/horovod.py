@@ -24,10 +24,10 @@ from torch.optim import Optimizer
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, ExchangeError
-from lc3.exchange import MOST_BYTES
 from lc3.model import flat_view
 from lc3.session import Session, attaching
 from lc3.state import FormState
+from lc3.transport import MOST_BYTES
 
 try:
     import horovod.torch as hvd
@@ -66,8 +66,8 @@ class Compression:
         decompress = compress
 
 
-class HorovodExchange:
-    """An ``Exchange`` over Horovod's own collectives, one at a time.
+class HorovodTransport:
+    """A ``Transport`` over Horovod's own collectives, one at a time.
 
     Args:
         process_set: the ranks.
@@ -77,13 +77,13 @@ class HorovodExchange:
         self.rank: int = process_set.rank()
         self.world: int = process_set.size()
         self.sent_bytes = self.rounds = 0
-        self.most_bytes = MOST_BYTES  # Horovod makes room before anybody can look
+        self.most_bytes = MOST_BYTES  # Horovod allocates before anybody can look
         self._process_set = process_set
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
     ) -> list[Tensor]:
-        """See ``lc3.exchange.Exchange``. Horovod tells the sizes itself."""
+        """See ``lc3.transport.Transport``. Horovod tells the sizes itself."""
         if self.world == 1:
             return list(messages)
         outgoing = [0 if r == self.rank else m.numel() for r, m in enumerate(messages)]
@@ -102,11 +102,11 @@ class HorovodExchange:
         return arrived
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        """See ``lc3.exchange.Exchange``."""
+        """See ``lc3.transport.Transport``."""
         return self.all_to_all([message] * self.world)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """See ``lc3.exchange.Exchange``. Counted as a ring sends it."""
+        """See ``lc3.transport.Transport``. Counted as a ring sends it."""
         self._wait(
             lambda: hvd.allreduce_async_(
                 tensor, name="lc3.sum", op=hvd.Sum, process_set=self._process_set
@@ -117,7 +117,7 @@ class HorovodExchange:
         self.rounds += 2 * (self.world - 1)
 
     def leave_word(self, reason: str) -> None:
-        """See ``lc3.exchange.Exchange``. Horovod has no place for it."""
+        """See ``lc3.transport.Transport``. Horovod has no place for it."""
 
     def _wait(self, start: Callable[[], int], timeout_s: float | None) -> Any:
         try:
@@ -159,12 +159,12 @@ class State(FormState):
         config: Config | Settings | None,
         process_set: Any,
     ) -> None:
-        exchange = HorovodExchange(process_set)
+        transport = HorovodTransport(process_set)
         trained = [(name, p) for name, p in named if p.requires_grad]
-        with attaching(lambda: (exchange, lambda: None)):
+        with attaching(lambda: (transport, lambda: None)):
             _check_devices(trained)
             self.settings = settle(config, Settings())
-        self.session = Session(trained, self.settings, exchange, lambda: None)
+        self.session = Session(trained, self.settings, transport, lambda: None)
         self.meter, self.engine = self.session.meter, self.session.engine
         self._buckets = _buckets([p for _, p in reversed(trained)])
         self._bucket_of = {p: i for i, some in enumerate(self._buckets) for p in some}
@@ -244,9 +244,18 @@ class State(FormState):
         counters = {"step": self.session.step, **self.engine.budget.counters()}
         return Parts(counters, residuals.sent, {"owned": residuals.owned})
 
+    def check_replicas(self) -> None:
+        """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective.
+
+        Of the parameters that the optimizer was given.
+        """
+        self.session.check_replicas(
+            {f"parameter {name!r}": p for p, name in self.session.names.items()}
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return residuals and step of this rank, see ``lc3.hooks.ddp.State``."""
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         return save("horovod", self.engine.plan, rank, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -256,7 +265,7 @@ class State(FormState):
             StateError: it does not fit; nothing was changed.
         """
         mine = self._parts()
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         found = load(state, "horovod", self.engine.plan, rank, mine)
         mine.copy_from(found)
         self.engine.push_what_owners_owe()
@@ -372,11 +381,11 @@ def _check_launcher() -> None:
 def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     """Return parameters in buckets, the first small, so that sending starts early."""
     buckets: list[list[Parameter]] = []
-    room = 0
+    left = 0
     for parameter in parameters:
-        if not buckets or room < parameter.nbytes:
+        if not buckets or left < parameter.nbytes:
             buckets.append([])
-            room = _BUCKET_BYTES if len(buckets) > 1 else _FIRST_BUCKET_BYTES
+            left = _BUCKET_BYTES if len(buckets) > 1 else _FIRST_BUCKET_BYTES
         buckets[-1].append(parameter)
-        room -= parameter.nbytes
+        left -= parameter.nbytes
     return buckets

@@ -33,6 +33,7 @@ from lc3.residual import arena_like
 from lc3.says import Says, loaded_alike
 from lc3.session import (
     Session,
+    alike_in,
     alone,
     attaching_to,
     check_form,
@@ -204,11 +205,11 @@ class State(FormState):
         )
         self.meter = self.session.meter
         self.engine = self.session.engine
-        if why and self.engine.exchange.rank == 0:
+        if why and self.engine.transport.rank == 0:
             log.info("lc3: local steps with %s; %s", settings, why)
         self._model = Model(model, list(self.session.names.values()))
         flats = self._model.flats()
-        self._model.copy_from_first(self.engine.exchange)
+        self._model.copy_from_first(self.engine.transport)
         replica = arena_like(flats)
         for name, flat in flats.items():
             replica[name].copy_(flat)
@@ -245,7 +246,7 @@ class State(FormState):
             self._model.parameters()
             self._model.mark()
             self._fresh = False
-        elif self.engine.exchange.world > 1:
+        elif self.engine.transport.world > 1:
             self._watch.look(self.owners.replica, fresh=self._fresh, new=new)
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
@@ -259,7 +260,7 @@ class State(FormState):
         self.steps += 1
         self.meter.at_step(self.steps)
         self._unsent += 1
-        if self.engine.exchange.world == 1 or self.knobs.sync_every is None:
+        if self.engine.transport.world == 1 or self.knobs.sync_every is None:
             return
         since = self.steps % self.knobs.sync_every
         if self._pending is not None and since == self.knobs.overlap:
@@ -276,7 +277,7 @@ class State(FormState):
         any number of steps since the last exchange, none too, as a rank without data or
         one whose GradScaler has skipped a step.
         """
-        if self.engine.exchange.world == 1:
+        if self.engine.transport.world == 1:
             return
         self._before(new=True)
         if self._pending is not None:
@@ -292,7 +293,7 @@ class State(FormState):
         What all ranks load alike is noticed without it.
         """
         self._drain()
-        self._model.copy_from_first(self.engine.exchange)
+        self._model.copy_from_first(self.engine.transport)
         self._go_on_from(self._model.flats(), forget=True)
         self._look_anew()
 
@@ -302,7 +303,7 @@ class State(FormState):
         Collective. At the end of training, or before an evaluation or a checkpoint that
         all ranks share. What ranks moved and did not send yet stays in the residuals.
         """
-        if self.engine.exchange.world == 1:
+        if self.engine.transport.world == 1:
             return
         self._before(new=True)
         if self._pending is not None:
@@ -324,7 +325,7 @@ class State(FormState):
         if self._pending is not None:
             self._pending.wait()
         own = {name: flat.clone() for name, flat in self._model.flats().items()}
-        if self.engine.exchange.world > 1:
+        if self.engine.transport.world > 1:
             self._copy_replica()
         try:
             yield
@@ -336,7 +337,7 @@ class State(FormState):
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
-        self.session.check_replicas(self._model.module, self.steps)
+        self.session.check_replicas(alike_in(self._model.module), self.steps)
 
     def _start(self, *, with_buffers: bool = False) -> None:
         """Begin an exchange of what the parameters, and some buffers, hold now."""
@@ -371,7 +372,7 @@ class State(FormState):
         pending, self._pending = self._pending, None
         with self.meter.stage("wait"):
             averaged = pending.wait()
-        mine = self._said[self.engine.exchange.rank]
+        mine = self._said[self.engine.transport.rank]
         self._take_buffers(averaged, mine)
         if self.knobs.overlap == 0 or not mine.finite:
             self._copy_replica()
@@ -407,8 +408,9 @@ class State(FormState):
                 if not _finite(held):
                     optimizer.state.pop(parameter)
                     repaired += 1
+        rank = self.engine.transport.rank
         said = (
-            f"after {self.steps} steps what rank {self.engine.exchange.rank} has moved "
+            f"after {self.steps} steps what rank {rank} has moved "
             "is not finite; the others went on without it, it has their model now, and "
             f"the optimizer forgot its state of {repaired} parameters"
         )
@@ -468,11 +470,11 @@ class State(FormState):
         Returns:
             The mean over ranks of the buffers that have changed: see ``_mean_buffers``.
         """
-        owners, step, exchange = self.owners, self.exchanges, self.engine.exchange
+        owners, step, transport = self.owners, self.exchanges, self.engine.transport
         self.meter.buckets += 1
         elements = sum(moved.numel() for moved in self._moved.values())
         with self.engine.exchanging(elements, step, 0):
-            said = self.engine.share(mine.to_bytes(), step, 2)
+            said = self.engine.all_gather_bytes(mine.to_bytes(), step, 2)
             count = len(mine.buffers)
             everybody = self._said = [Says.from_bytes(one, count) for one in said]
             alike = loaded_alike(everybody)
@@ -485,13 +487,13 @@ class State(FormState):
                     moved.zero_()  # says nothing, and keeps its residual
             if counted:
                 owners.push(self._moved, step, 0)
-                self._move_masters(exchange.world / counted)
+                self._move_masters(transport.world / counted)
                 owners.pull(self._moved, step, 0)
                 self._forget()
             averaged = self._mean_buffers(mine, step)
         # ``exchanging`` has counted one all-reduce; every step would have had one.
         others = self._unsent_then - 1
-        world = exchange.world
+        world = transport.world
         self.meter.dense_bytes += others * 8 * elements * (world - 1) / world
         self.exchanges += 1
         return averaged
@@ -610,15 +612,15 @@ class State(FormState):
         """
         if self._pending is not None:
             raise StateError("an exchange is under way; call state.sync() first")
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         return save("local_sgd", self.engine.plan, rank, self._parts())
 
     def _parts(self) -> Parts:
-        if self.engine.exchange.world == 1:  # its model is what others go on from
+        if self.engine.transport.world == 1:  # its model is what others go on from
             self._go_on_from(self._model.flats(), forget=False)
-        shares: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
+        slices: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
         if self._velocity:
-            shares["velocity"] = self._velocity
+            slices["velocity"] = self._velocity
         return Parts(
             {
                 "steps": self.steps,
@@ -626,7 +628,7 @@ class State(FormState):
                 **self.engine.budget.counters(),
             },
             self.engine.residuals.sent,
-            shares,
+            slices,
             {"replica": dict(self.owners.replica)},
         )
 
@@ -642,10 +644,10 @@ class State(FormState):
         """
         self._drain()
         mine = self._parts()
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         found = load(state, "local_sgd", self.engine.plan, rank, mine)
         mine.copy_from(found)
-        self.owners.take_lead(found.shares["masters"], self.knobs.outer_lr)
+        self.owners.take_lead(found.slices["masters"], self.knobs.outer_lr)
         self.steps = int(found.counters["steps"])
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)

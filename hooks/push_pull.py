@@ -32,6 +32,7 @@ from lc3.model import flat_view, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
 from lc3.session import (
+    alike_in,
     attaching_to,
     check_form,
     check_norm,
@@ -205,7 +206,7 @@ class PushPull(FormState, Optimizer):
         self._sketch: Sketch | None = None
         plan = self.engine.plan
         coded = {name: n for name, n in plan.numel.items() if name in plan.coded}
-        if coded and self.engine.exchange.world > 1:
+        if coded and self.engine.transport.world > 1:
             self._sketch = Sketch(coded, self.engine.coder.device)
 
     def _flats(self) -> dict[str, Tensor]:
@@ -214,7 +215,7 @@ class PushPull(FormState, Optimizer):
 
     def _own(self, name: str) -> Tensor:
         """Return this rank's share of a parameter of the model: a view, or a copy."""
-        (slice_,) = self.engine.plan.slices_of([name], self.engine.exchange.rank)
+        (slice_,) = self.engine.plan.slices_of([name], self.engine.transport.rank)
         flat = flat_view(self._parameters[name].detach())
         return flat[slice_.start : slice_.stop].float()
 
@@ -255,7 +256,7 @@ class PushPull(FormState, Optimizer):
                 self._sketch.add(name, values[name], step)
         self.meter.buckets += 1
         self.meter.at_step(step + 1)
-        if self.engine.exchange.world == 1:
+        if self.engine.transport.world == 1:
             for name, value in values.items():
                 self.engine.means[name].copy_(value)
         elif values:
@@ -424,7 +425,7 @@ class PushPull(FormState, Optimizer):
         self, mine: Sequence[float], step: int, bucket: int
     ) -> list[list[float]]:
         """Return every rank's numbers."""
-        shared = self.engine.share(
+        shared = self.engine.all_gather_bytes(
             torch.tensor(mine, dtype=torch.float64), step, bucket
         )
         return [data.clone().view(torch.float64).tolist() for data in shared]
@@ -473,7 +474,7 @@ class PushPull(FormState, Optimizer):
 
     def _pull(self) -> Tensor:
         step, bucket = self.meter.steps - 1, _PULL_BUCKET
-        if self.engine.exchange.world == 1:
+        if self.engine.transport.world == 1:
             for name, master in self.owners.masters.items():
                 self.owners.replica[name].copy_(master)
         else:
@@ -498,11 +499,11 @@ class PushPull(FormState, Optimizer):
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
-        self.session.check_replicas(self._module)
+        self.session.check_replicas(alike_in(self._module))
 
     def _parts(self) -> Parts:
         """Return what is kept; optimizer state by parameter, not by its number."""
-        shares: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
+        slices: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
         scalars: dict[str, Any] = {
             "": [
                 {key: group[key] for key in group if key != "params"}
@@ -512,7 +513,7 @@ class PushPull(FormState, Optimizer):
         for name, master in self._masters.items():
             for key, value in self.inner.state.get(master, {}).items():
                 if isinstance(value, Tensor) and value.shape == master.shape:
-                    shares.setdefault(OPTIONAL + key, {})[name] = value
+                    slices.setdefault(OPTIONAL + key, {})[name] = value
                 else:
                     scalars.setdefault(name, {})[key] = value
         return Parts(
@@ -522,7 +523,7 @@ class PushPull(FormState, Optimizer):
                 **self.engine.budget.counters(),
             },
             self.engine.residuals.sent,
-            shares,
+            slices,
             {
                 "replica": {
                     name: self.owners.replica[name]
@@ -540,7 +541,7 @@ class PushPull(FormState, Optimizer):
         ``lc3.merge_states`` of all ranks' fits any number of ranks, masters and
         optimizer state exactly.
         """
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         return save("push_pull", self.engine.plan, rank, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -552,7 +553,7 @@ class PushPull(FormState, Optimizer):
             StateError: it does not fit; nothing was changed.
         """
         mine = self._parts()
-        rank = self.engine.exchange.rank
+        rank = self.engine.transport.rank
         found = load(state, "push_pull", self.engine.plan, rank, mine)
         groups = found.scalars.pop("", None)
         if not isinstance(groups, list):
@@ -571,7 +572,7 @@ class PushPull(FormState, Optimizer):
                 f"the optimizer's state does not fit this {type(self.inner).__name__} "
                 f"({type(error).__name__}: {error}); nothing was changed"
             ) from error
-        mine.shares = {"masters": self.owners.masters}
+        mine.slices = {"masters": self.owners.masters}
         mine.copy_from(found)
         self._scale = float(found.counters["scale"])
         self.engine.budget.load(found.counters)
@@ -582,7 +583,7 @@ class PushPull(FormState, Optimizer):
         states: dict[str, dict[str, Any]] = {
             name: dict(found.scalars.get(name, {})) for name in self._masters
         }
-        for kind, named in found.shares.items():
+        for kind, named in found.slices.items():
             if kind.startswith(OPTIONAL):
                 for name, value in named.items():
                     shaped = value.view(self._masters[name].shape)

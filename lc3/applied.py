@@ -6,7 +6,7 @@ gradient's. So the hook hands it out with the norm of the mean gradient. Right b
 the optimizer steps it gets its own size back, times whatever the script has multiplied
 it by.
 Residuals and second moments take in as much of the exchange as was applied: all of it,
-a clipped share, or, if no optimizer steps, nothing.
+a clipped part, or, if no optimizer steps, nothing.
 
 Clipping has to come before coding. Once the script is seen to clip at one norm, or
 ``max_norm`` says so, every step's norm is exchanged before its gradients are pushed,
@@ -245,33 +245,33 @@ class Applied:
                 self._clip = min(1.0, self._max_norm / (total + 1e-6))
             clip = self._clip
         whole = _snap(norm / norm_given) if norm_given else 1.0
-        shares: dict[str, float] = {}
+        fractions: dict[str, float] = {}
         factors: dict[str, float] = {}
         for name, (of_given, restore, coded) in given.items():
             ratio = norms[name] / of_given if of_given else whole
             ratio = whole if abs(ratio - whole) < _ALIKE * whole else _snap(ratio)
             wanted = ratio * clip / scale  # of the gradient
-            share = _snap(min(1.0, min(1.0, wanted) / self.expected), _ALIKE)
+            fraction = _snap(min(1.0, min(1.0, wanted) / self.expected), _ALIKE)
             if coded:
-                shares[name] = share
-                size = share * max(1.0, wanted) * scale * restore
+                fractions[name] = fraction
+                size = fraction * max(1.0, wanted) * scale * restore
                 factors[name] = size / ratio if ratio else 1.0
             else:
                 factors[name] = clip
         private.multiply(list(grads.values()), list(factors.values()))
         if self._moments is not None:
-            self._set_second_moments(self._moments, optimizer, shares, scale)
-        share = min(1.0, whole * clip / scale)
-        self._settle(shares)
-        self.clips.saw(share, self.norm)
-        square, own_square = (share**2 * value for value in self._squares)
+            self._set_second_moments(self._moments, optimizer, fractions, scale)
+        fraction = min(1.0, whole * clip / scale)
+        self._settle(fractions)
+        self.clips.saw(fraction, self.norm)
+        square, own_square = (fraction**2 * value for value in self._squares)
         self.square += (1 - _DECAY) * (square - self.square)
         self.own_square += (1 - _DECAY) * (own_square - self.own_square)
 
-    def _settle(self, shares: Mapping[str, float]) -> None:
-        self._residuals.settle(shares)
+    def _settle(self, fractions: Mapping[str, float]) -> None:
+        self._residuals.settle(fractions)
         if self._moments is not None:
-            self._moments.settle(shares)
+            self._moments.settle(fractions)
 
     def _set_second_moments(
         self,
@@ -365,28 +365,28 @@ class Clipping:
             return self.scale
         return min(self.scale, self.limit / norm)
 
-    def saw(self, share: float, norm: float) -> None:
-        """Take in that a gradient of this norm was multiplied by ``share``."""
+    def saw(self, fraction: float, norm: float) -> None:
+        """Take in that a gradient of this norm was multiplied by ``fraction``."""
         before, self._unexplained = self._unexplained, None
-        clipped = share * norm
-        if _alike(share, self.scale):
+        clipped = fraction * norm
+        if _alike(fraction, self.scale):
             if self.limit is not None and clipped > 1.01 * self.limit:
                 self.limit = None  # it clips no longer
         elif self.limit is None or not _alike(clipped, self.limit):
             if before is not None and _alike(clipped, before[0] * before[1]):
                 self.limit = clipped
-            elif before is not None and _alike(share, before[0]):
-                self.scale = share
+            elif before is not None and _alike(fraction, before[0]):
+                self.scale = fraction
             else:
-                self._unexplained = share, norm
+                self._unexplained = fraction, norm
 
     def counters(self) -> dict[str, float]:
         """Return what goes on from a checkpoint, the same on every rank."""
-        share, norm = self._unexplained or (0.0, 0.0)
+        fraction, norm = self._unexplained or (0.0, 0.0)
         return {
             "clip_limit": self.limit or 0.0,
             "clip_scale": self.scale,
-            "clip_share": share,
+            "clip_share": fraction,
             "clip_norm": norm,
         }
 

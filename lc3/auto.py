@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lc3.codec import Codec
 from lc3.config import Settings
-from lc3.exchange import Exchange
 from lc3.format import Tag
 from lc3.message import pack, unpack
 from lc3.plan import Piece
+from lc3.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -110,15 +110,15 @@ def codec_costs(
     generator = torch.Generator().manual_seed(0)
     x = 0.2 * torch.rand(_ELEMENTS, generator=generator, dtype=torch.float32)
     x[torch.rand(_ELEMENTS, generator=generator, dtype=torch.float32) < _DENSITY] = 1.0
-    room = torch.empty(codec.max_frame_bytes(_ELEMENTS), dtype=torch.uint8)
+    buffer = torch.empty(codec.max_frame_bytes(_ELEMENTS), dtype=torch.uint8)
     residual, values, work = torch.zeros_like(x), torch.zeros_like(x), x.clone()
     piece, tag = Piece("", 0, _ELEMENTS, 0, coded=True), Tag(0, 0, 0, 0)
-    message = room[:0]
+    message = buffer[:0]
 
     def encode() -> None:
         nonlocal message
-        used, _ = codec.encode(work, 1.0, room, residual)
-        message = pack([piece], [room[:used]], tag, config.entropy).message
+        used, _ = codec.encode(work, 1.0, buffer, residual)
+        message = pack([piece], [buffer[:used]], tag, config.entropy).message
 
     def decode() -> None:
         (frame,) = unpack(message, tag, [piece], codec)
@@ -140,15 +140,15 @@ def sent_bits(codec: Codec, config: Settings) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     piece, tag = Piece("", 0, _TRIED, 0, coded=True), Tag(0, 0, 0, 0)
-    room = torch.empty(codec.max_frame_bytes(_TRIED), dtype=torch.uint8)
+    buffer = torch.empty(codec.max_frame_bytes(_TRIED), dtype=torch.uint8)
     sent = 0
     for sparsity in (config.sparsity, config.pull_sparsity or config.sparsity):
         residual = torch.zeros(_TRIED, dtype=torch.float32)
         for step in range(_TRIES):
             x = torch.randn(_TRIED, generator=generator, dtype=torch.float32)
-            used, _ = codec.encode(x, sparsity, room, residual, config.density)
+            used, _ = codec.encode(x, sparsity, buffer, residual, config.density)
             if 2 * step >= _TRIES:
-                packed = pack([piece], [room[:used]], tag, config.entropy)
+                packed = pack([piece], [buffer[:used]], tag, config.entropy)
                 sent += 8 * packed.message.numel()
     return sent / (_TRIES // 2) / _TRIED
 
@@ -162,34 +162,36 @@ def cast_cost() -> float:
     )
 
 
-def link_costs(exchange: Exchange) -> tuple[float, float, float, float]:
+def link_costs(transport: Transport) -> tuple[float, float, float, float]:
     """Return ``Costs``' round, byte, reduce and reduce_byte; collective."""
-    others = exchange.world - 1
+    others = transport.world - 1
 
     def gather(sent: int) -> None:
-        exchange.all_gather(torch.zeros(max(1, sent // others), dtype=torch.uint8))
+        transport.all_gather(torch.zeros(max(1, sent // others), dtype=torch.uint8))
 
     def reduce(size: int) -> None:
-        exchange.all_reduce(torch.zeros(max(1, size // 4), dtype=torch.float32))
+        transport.all_reduce(torch.zeros(max(1, size // 4), dtype=torch.float32))
 
-    round_s, byte_s = _line(exchange, gather)
-    reduce_s, reduce_byte_s = _line(exchange, reduce)
+    round_s, byte_s = _line(transport, gather)
+    reduce_s, reduce_byte_s = _line(transport, reduce)
     return round_s, byte_s, reduce_s, reduce_byte_s
 
 
-def measure(exchange: Exchange, codec: Codec, config: Settings, threads: int) -> Costs:
+def measure(
+    transport: Transport, codec: Codec, config: Settings, threads: int
+) -> Costs:
     """Measure everything, the same on every rank; collective."""
     own = (*codec_costs(codec, config, threads), cast_cost(), sent_bits(codec, config))
-    encode, decode, cast, bits = _slowest(exchange, own)
-    return Costs(encode, decode, *link_costs(exchange), cast, bits)
+    encode, decode, cast, bits = _slowest(transport, own)
+    return Costs(encode, decode, *link_costs(transport), cast, bits)
 
 
-def _line(exchange: Exchange, send: Callable[[int], None]) -> tuple[float, float]:
+def _line(transport: Transport, send: Callable[[int], None]) -> tuple[float, float]:
     """Return seconds of nothing and of a byte more; larger until it takes a while."""
 
     def timed(size: int) -> float:
-        _slowest(exchange, (0.0,))  # all ranks begin together
-        return _slowest(exchange, (_seconds(lambda: send(size)),))[0]
+        _slowest(transport, (0.0,))  # all ranks begin together
+        return _slowest(transport, (_seconds(lambda: send(size)),))[0]
 
     timed(1)
     nothing = median(timed(1) for _ in range(_REPEATS))
@@ -199,9 +201,9 @@ def _line(exchange: Exchange, send: Callable[[int], None]) -> tuple[float, float
     return nothing, max(whole - nothing, 0.0) / size
 
 
-def _slowest(exchange: Exchange, seconds: tuple[float, ...]) -> list[float]:
+def _slowest(transport: Transport, seconds: tuple[float, ...]) -> list[float]:
     message = torch.tensor(seconds, dtype=torch.float64).view(torch.uint8)
-    everybody = [d.clone().view(torch.float64) for d in exchange.all_gather(message)]
+    everybody = [d.clone().view(torch.float64) for d in transport.all_gather(message)]
     slowest: list[float] = torch.stack(everybody).amax(dim=0).tolist()
     return slowest
 

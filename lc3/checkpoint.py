@@ -31,12 +31,12 @@ from lc3.errors import StateError
 from lc3.plan import Plan, Slice
 
 FORMAT = 3
-OPTIONAL = "optimizer."  # shares that a fresh run does not have yet begin like this
+OPTIONAL = "optimizer."  # slices that a fresh run does not have yet begin like this
 Named = dict[str, Tensor]
 _COUNTS = {"step", "steps", "exchanges", "scale", "senders"}
 _KEYS = {
     *("format", "hook", "rank", "world", "plan", "numel", "counters", "sent"),
-    *("starts", "shares", "whole", "scalars", "checksum"),
+    *("starts", "slices", "whole", "scalars", "checksum"),
 }
 
 
@@ -47,7 +47,7 @@ class Parts:
     Attributes:
         counters: numbers that are the same on every rank.
         sent: this rank's worker-side residuals, float32[numel] by coded parameter.
-        shares: by kind, then by parameter: one tensor of as many elements as the slice
+        slices: by kind, then by parameter: one tensor of as many elements as the slice
             that this rank owns.
         whole: by kind, then by parameter: one tensor, the same on every rank.
         scalars: of the optimizer, by parameter: numbers and tensors of one element, and
@@ -56,13 +56,13 @@ class Parts:
 
     counters: dict[str, int | float]
     sent: Named
-    shares: dict[str, Named] = field(default_factory=dict)
+    slices: dict[str, Named] = field(default_factory=dict)
     whole: dict[str, Named] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (kind, parameter, tensor) of everything with a fixed size."""
-        for kind, named in (("sent", self.sent), *self.shares.items()):
+        for kind, named in (("sent", self.sent), *self.slices.items()):
             for name, tensor in named.items():
                 yield kind, name, tensor
         for kind, named in self.whole.items():
@@ -230,9 +230,9 @@ def save(hook: str, plan: Plan, rank: int, parts: Parts) -> dict[str, Any]:
             "starts": {s.name: s.start for s in _slices(plan, rank)},
             "counters": dict(parts.counters),
             "sent": {name: t.clone() for name, t in parts.sent.items()},
-            "shares": {
+            "slices": {
                 kind: {name: t.reshape(-1).clone() for name, t in named.items()}
-                for kind, named in parts.shares.items()
+                for kind, named in parts.slices.items()
             },
             "whole": {
                 kind: {name: t.clone() for name, t in named.items()}
@@ -324,11 +324,11 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 )
     ordered = [by_rank[rank] for rank in range(world)]
     senders = first["counters"].get("senders", world)
-    kinds = dict.fromkeys(kind for state in ordered for kind in state["shares"])
+    kinds = dict.fromkeys(kind for state in ordered for kind in state["slices"])
     scalars: dict[str, Any] = {}
     for state in reversed(ordered):
         scalars.update(state["scalars"])
-    for kind in ("sent", "shares", "whole"):
+    for kind in ("sent", "slices", "whole"):
         _alike(ordered, kind)
     merged = {
         **ordered[0],
@@ -338,7 +338,7 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             name: (sum(s["sent"][name].double() for s in ordered) / senders).float()
             for name in ordered[0]["sent"]
         },
-        "shares": {kind: _joined(ordered, kind, first["numel"]) for kind in kinds},
+        "slices": {kind: _joined(ordered, kind, first["numel"]) for kind in kinds},
         "scalars": scalars,
     }
     return with_checksum(merged)
@@ -371,27 +371,27 @@ def _shared(value: Any) -> Any:
 def _joined(
     states: Sequence[Mapping[str, Any]], kind: str, numel: Mapping[str, int]
 ) -> Named:
-    """Return whole parameters from every rank's shares; 0 where no rank has any."""
+    """Return whole parameters from every rank's slices; 0 where no rank has any."""
     whole: Named = {}
     covered: dict[str, int] = {}
     for state in states:
-        for name, share in state["shares"].get(kind, {}).items():
+        for name, part in state["slices"].get(kind, {}).items():
             start = state["starts"][name]
             if name not in whole:
-                whole[name] = torch.zeros(numel[name], dtype=share.dtype)
-            if share.dtype != whole[name].dtype:
+                whole[name] = torch.zeros(numel[name], dtype=part.dtype)
+            if part.dtype != whole[name].dtype:
                 raise StateError(
-                    f"{kind} of {name!r} is {share.dtype} on rank {state['rank']} and "
+                    f"{kind} of {name!r} is {part.dtype} on rank {state['rank']} and "
                     f"{whole[name].dtype} on another"
                 )
-            whole[name][start : start + share.numel()] = share.reshape(-1)
-            covered[name] = covered.get(name, 0) + share.numel()
+            whole[name][start : start + part.numel()] = part.reshape(-1)
+            covered[name] = covered.get(name, 0) + part.numel()
     if not kind.startswith(OPTIONAL):
         for name, count in covered.items():
             if count != numel[name]:
                 raise StateError(
                     f"{kind} of {name!r} are there for {count} of {numel[name]} "
-                    "elements; a rank's share is missing"
+                    "elements; a rank's slice is missing"
                 )
     return whole
 
@@ -399,7 +399,7 @@ def _joined(
 def _alike(states: Sequence[Mapping[str, Any]], kind: str) -> None:
     """Raise ``StateError`` if ranks keep things of different names."""
     for state in states:
-        if kind == "shares":
+        if kind == "slices":
             same = {k for k in state[kind] if not k.startswith(OPTIONAL)} == {
                 k for k in states[0][kind] if not k.startswith(OPTIONAL)
             }
@@ -426,7 +426,7 @@ def load(
         hook: that reads it.
         plan: of this run.
         rank: this one.
-        mine: what it must have, each of its shape; shares whose kind begins with
+        mine: what it must have, each of its shape; slices whose kind begins with
             ``OPTIONAL`` come on top.
 
     Raises:
@@ -448,28 +448,28 @@ def load(
         raise StateError(
             f"the state is of a model with {_difference(state['numel'], plan.numel)}"
         )
-    shares = state["shares"]
+    owned = state["slices"]
     if merged:
         slices = {s.name: s for s in _slices(plan, rank)}
-        for kind, named in shares.items():
+        for kind, named in owned.items():
             for name, tensor in named.items():
                 if tensor.numel() != plan.numel.get(name):
                     raise StateError(
                         f"{kind} of {name!r} has {tensor.numel()} elements, expected "
                         f"{plan.numel.get(name)}"
                     )
-        shares = {
+        owned = {
             kind: {
                 name: whole[slices[name].start : slices[name].stop]
                 for name, whole in named.items()
                 if name in slices
             }
-            for kind, named in shares.items()
+            for kind, named in owned.items()
         }
     found = Parts(
         dict(state["counters"]),
         dict(state["sent"]),
-        dict(shares),
+        dict(owned),
         dict(state["whole"]),
         copy.deepcopy(dict(state["scalars"])),
     )
@@ -484,7 +484,7 @@ def _check(found: Parts, mine: Parts) -> None:
             f"{sorted(mine.counters)}; was it saved with the same arguments of attach?"
         )
     for side, theirs, ours in (
-        ("shares", found.shares, mine.shares),
+        ("slices", found.slices, mine.slices),
         ("whole", found.whole, mine.whole),
         ("sent", {"sent": found.sent}, {"sent": mine.sent}),
     ):
@@ -536,7 +536,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "world": (int, type(None)),
     "plan": (int, type(None)),
     **dict.fromkeys(("numel", "starts", "counters"), (Mapping,)),
-    **dict.fromkeys(("sent", "shares", "whole", "scalars"), (Mapping,)),
+    **dict.fromkeys(("sent", "slices", "whole", "scalars"), (Mapping,)),
     "checksum": (int,),
 }
 
@@ -567,7 +567,7 @@ def _check_state(state: Any) -> None:
     if not state["counters"].get("scale", 1) or not state["counters"].get("senders", 1):
         raise StateError("the state has a scale of 0, or no senders; is it changed?")
     _check_named("sent", state["sent"], state["numel"], whole=True)
-    for side in ("shares", "whole"):
+    for side in ("slices", "whole"):
         for kind, named in state[side].items():
             if not isinstance(named, Mapping):
                 raise StateError(
@@ -575,7 +575,7 @@ def _check_state(state: Any) -> None:
                 )
             _check_named(str(kind), named, state["numel"], whole=False)
     starts, numel = state["starts"], state["numel"]
-    for kind, named in () if merged else state["shares"].items():
+    for kind, named in () if merged else state["slices"].items():
         for name, tensor in named.items():
             end = int(starts.get(name, numel[name])) + tensor.numel()
             if end > numel[name]:

@@ -75,20 +75,20 @@ class Coder:
         sizes = [self._codec.max_frame_bytes(x.numel()) for x in values]
         if self._scratch.numel() < sum(sizes):
             self._scratch = self._scratch.new_empty(sum(sizes))
-        rooms = torch.split(self._scratch[: sum(sizes)], sizes)
-        frames = list(rooms)
+        buffers = torch.split(self._scratch[: sum(sizes)], sizes)
+        frames = list(buffers)
         digits = [0] * len(values)
 
         def encode(index: int) -> None:
             used, digits[index] = self._codec.encode(
                 values[index],
                 sparsity,
-                rooms[index],
+                buffers[index],
                 residuals[index],
                 density,
                 sources[index] if sources else None,
             )
-            frames[index] = rooms[index][:used]
+            frames[index] = buffers[index][:used]
 
         self._workers.run(
             [(x.numel(), partial(encode, index)) for index, x in enumerate(values)]

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from lc3.auto import Costs, codec_costs, measure
 from lc3.codec import codec_for, warm_up
 from lc3.config import Settings
-from lc3.exchange import GroupExchange
 from lc3.handshake import machines
 from lc3.measure import LINKS_BIT_S
+from lc3.transport import GroupTransport
 from lc3.version import __version__
 from lc3.workers import cores
 
@@ -79,9 +79,9 @@ def report(elements: int, compute_ms: float) -> None:
     world = dist.get_world_size()
     if world > 1:
         assert dist.group.WORLD is not None
-        exchange = GroupExchange(dist.group.WORLD, torch.device("cpu"))
-        costs = measure(exchange, codec, config, threads=1)
-        alone = len(set(machines(exchange))) == 1
+        transport = GroupTransport(dist.group.WORLD, torch.device("cpu"))
+        costs = measure(transport, codec, config, threads=1)
+        alone = len(set(machines(transport))) == 1
         if first:
             print(
                 f"{world} ranks, the slowest of them: {1e3 * costs.round:.2f} ms a "

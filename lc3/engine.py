@@ -23,7 +23,6 @@ from lc3.budget import Budget
 from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.errors import ExchangeError, PeerError
-from lc3.exchange import Exchange
 from lc3.format import (
     HEADER_BYTES,
     Tag,
@@ -37,12 +36,13 @@ from lc3.message import Packed, pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Piece, Plan
 from lc3.residual import Residuals, arena
+from lc3.transport import Transport
 
 _ABORT_TIMEOUT_S = 5.0
 _FEW_RANKS = 8  # that send each other a kilobyte rather than wait for another round
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 _ASIDE_BUCKET, _BUDGET_BUCKET = 0xFFFFFFFD, 0xFFFFFFFC
-NO_HALVES: Mapping[str, Tensor] = MappingProxyType({})  # of float32 gradients
+NO_HALF_GRADS: Mapping[str, Tensor] = MappingProxyType({})  # of float32 gradients
 
 
 class Engine:
@@ -54,7 +54,7 @@ class Engine:
     Args:
         plan: the same on every rank.
         config: the same on every rank.
-        exchange: moves the messages.
+        transport: moves the messages.
         coder: for the device of the gradients.
         meter: is written to.
         auto: lets buckets travel uncoded; ``None``: none does.
@@ -74,28 +74,28 @@ class Engine:
         self,
         plan: Plan,
         config: Settings,
-        exchange: Exchange,
+        transport: Transport,
         coder: Coder,
         meter: Meter,
         auto: Auto | None = None,
         owners: Sequence[int] | None = None,
         residuals: Residuals | None = None,
     ) -> None:
-        self.owners = range(exchange.world) if owners is None else owners
+        self.owners = range(transport.world) if owners is None else owners
         self.direct = config.topology == "direct"
-        me = self.owners[exchange.rank]
+        me = self.owners[transport.rank]
         self.auto = auto
         self.owing: set[str] = set()
         self.plan = plan
         self.config = config
-        self.exchange = exchange
+        self.transport = transport
         self.coder = coder
         self.meter = meter
         self._me = me
         self.residuals = residuals or Residuals(plan, me, coder.device)
         slices = [] if self.direct else list(plan.slices_of(plan.numel, me))
-        rooms = arena([slice_.numel for slice_ in slices], coder.device)
-        self.means = {s.name: room for s, room in zip(slices, rooms, strict=True)}
+        buffers = arena([slice_.numel for slice_ in slices], coder.device)
+        self.means = {s.name: buffer for s, buffer in zip(slices, buffers, strict=True)}
         self.budget = Budget(config)
         self._asides = 0
         self._failure: BaseException | None = None
@@ -105,7 +105,7 @@ class Engine:
         grads: Mapping[str, Tensor],
         step: int,
         bucket: int,
-        halves: Mapping[str, Tensor] = NO_HALVES,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
     ) -> None:
         """Replace every gradient by its 3LC mean over ranks, the same bits everywhere.
 
@@ -114,8 +114,8 @@ class Engine:
                 names on every rank.
             step: synchronised backward passes before this one, the same on every rank.
             bucket: its number in this step, the same on every rank.
-            halves: by the same names float16 or bfloat16[numel], contiguous: the
-                gradients, if those of ``grads`` are only room for the result.
+            half_grads: by the same names float16 or bfloat16[numel], contiguous: the
+                gradients, if those of ``grads`` are only the output.
 
         Raises:
             FormatError, PlanMismatch: what arrived does not fit; every other rank is
@@ -125,8 +125,8 @@ class Engine:
         """
         pieces = self.pieces(grads)
         self.meter.buckets += 1
-        if self.exchange.world == 1 or not any(pieces):
-            widen(grads, halves)
+        if self.transport.world == 1 or not any(pieces):
+            widen(grads, half_grads)
             return
         elements = sum(
             piece.numel
@@ -136,9 +136,9 @@ class Engine:
         )
         with self.exchanging(elements, step, bucket):
             if self.auto is None:
-                self.push_and_pull(pieces, grads, step, bucket, halves)
+                self.push_and_pull(pieces, grads, step, bucket, half_grads)
             else:
-                widen(grads, halves)
+                widen(grads, half_grads)
                 self._first_to_arrive(self.auto, pieces, grads, step, bucket)
 
     def _first_to_arrive(
@@ -160,7 +160,7 @@ class Engine:
         median = auto.took(names, time.perf_counter() - start)
         if median is not None:
             mine = torch.tensor([median], dtype=torch.float64)
-            shared = self.share(mine, step, bucket)
+            shared = self.all_gather_bytes(mine, step, bucket)
             medians = [one.clone().view(torch.float64) for one in shared]
             auto.compare(names, elements, medians)
 
@@ -174,7 +174,7 @@ class Engine:
         owing = [name for name in grads if name in self.owing]
         for name in owing:
             grads[name].add_(self.residuals.sent[name])
-        world = self.exchange.world
+        world = self.transport.world
         owned = [p for p in self._owned(pieces) if p.name in owing]
         for piece in owned:
             values = grads[piece.name][piece.start : piece.stop]
@@ -183,10 +183,10 @@ class Engine:
         if wire == "bfloat16":
             flat = (flat / world).bfloat16()
             with self.meter.stage("exchange"):
-                self.exchange.all_reduce(flat)
+                self.transport.all_reduce(flat)
         else:
             with self.meter.stage("exchange"):
-                self.exchange.all_reduce(flat)
+                self.transport.all_reduce(flat)
             flat /= world
         parts = torch.split(flat, [grad.numel() for grad in grads.values()])
         for grad, part in zip(grads.values(), parts, strict=True):
@@ -205,14 +205,14 @@ class Engine:
         grads: Mapping[str, Tensor],
         step: int,
         bucket: int,
-        halves: Mapping[str, Tensor] = NO_HALVES,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
     ) -> None:
         """Do what ``all_reduce`` does, at any world size; see there."""
         if self.direct:
-            self.broadcast_all(pieces, grads, step, bucket, halves)
+            self.broadcast_all(pieces, grads, step, bucket, half_grads)
             return
-        owned = pieces[self.exchange.rank]
-        means = self.reduce_scatter(pieces, grads, step, bucket, halves)
+        owned = pieces[self.transport.rank]
+        means = self.reduce_scatter(pieces, grads, step, bucket, half_grads)
         residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
         pulled = self.all_gather(pieces, means, residuals, step, bucket)
         with self.meter.stage("decode"):
@@ -221,7 +221,7 @@ class Engine:
                 if piece.coded:
                     values.zero_()
             self.apply(pieces, pulled, grads)
-            mine = pulled[self.exchange.rank]
+            mine = pulled[self.transport.rank]
             for piece, mean, chunk in zip(owned, means, mine, strict=True):
                 if piece.coded:
                     left = None if is_nan_frame(chunk) else mean
@@ -242,7 +242,7 @@ class Engine:
 
     def _owned(self, pieces: Sequence[Sequence[Piece]]) -> Sequence[Piece]:
         """Return the pieces that this rank is the owner of; if direct, of none."""
-        return () if self.direct else pieces[self.exchange.rank]
+        return () if self.direct else pieces[self.transport.rank]
 
     def native_form(self, names: Collection[str], elements: int) -> Wire | None:
         """Return the form of a bucket that DDP's own all-reduce can average as well.
@@ -267,17 +267,17 @@ class Engine:
             bucket: see ``all_reduce``.
             hops: 2 for a push and a pull, 1 for one of them.
         """
-        sent_before, rounds_before = self.exchange.sent_bytes, self.exchange.rounds
+        sent_before, rounds_before = self.transport.sent_bytes, self.transport.rounds
         with self.telling_others(step, bucket):
             yield
-        share = (self.exchange.world - 1) / self.exchange.world
-        sent = self.exchange.sent_bytes - sent_before
+        share = (self.transport.world - 1) / self.transport.world
+        sent = self.transport.sent_bytes - sent_before
         if elements:
             self.budget.sent_bytes += sent
         self.meter.add(
             sent,
             hops * share * 4 * elements,
-            self.exchange.rounds - rounds_before,
+            self.transport.rounds - rounds_before,
         )
 
     def pass_through(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
@@ -298,7 +298,7 @@ class Engine:
         self.meter.passed_through_bytes += sent
         return mean
 
-    def share(self, data: Tensor, step: int, bucket: int) -> list[Tensor]:
+    def all_gather_bytes(self, data: Tensor, step: int, bucket: int) -> list[Tensor]:
         """Send a tensor to every rank; return every rank's bytes, uint8[*], by rank.
 
         For what is no gradient, inside of ``exchanging``. In messages of their own
@@ -309,7 +309,7 @@ class Engine:
             step: see ``all_reduce``.
             bucket: the same on every rank, and no other exchange's in this step.
         """
-        arrived = self.exchange.all_gather(self._sealed(data, step, bucket))
+        arrived = self.transport.all_gather(self._sealed(data, step, bucket))
         return self._unsealed(arrived, step, bucket)
 
     def mean(self, values: Tensor, step: int, bucket: int) -> Tensor:
@@ -321,10 +321,12 @@ class Engine:
         Args:
             values: of a floating type, the same shape on every rank.
             step: see ``all_reduce``.
-            bucket: see ``share``.
+            bucket: see ``all_gather_bytes``.
         """
-        parts = values.reshape(-1).tensor_split(self.exchange.world)
-        everybody = self.share(self.mean_here(parts, step, bucket), step, bucket)
+        parts = values.reshape(-1).tensor_split(self.transport.world)
+        everybody = self.all_gather_bytes(
+            self.mean_here(parts, step, bucket), step, bucket
+        )
         whole = torch.cat([data.clone() for data in everybody]).view(values.dtype)
         return whole.view(values.shape).to(values.device)
 
@@ -334,12 +336,12 @@ class Engine:
         Args:
             values: float32[*].
             step: see ``all_reduce``.
-            bucket: see ``share``.
+            bucket: see ``all_gather_bytes``.
         """
-        world = self.exchange.world
+        world = self.transport.world
         if world > _FEW_RANKS:
             return self.mean(values, step, bucket)
-        everybody = self.share(values, step, bucket)
+        everybody = self.all_gather_bytes(values, step, bucket)
         total = _sum(everybody).div_(world)
         return total.to(values.device)
 
@@ -350,26 +352,26 @@ class Engine:
             parts: by rank, what it is to get, of a floating type, flat; the same shapes
                 on every rank.
             step: see ``all_reduce``.
-            bucket: see ``share``.
+            bucket: see ``all_gather_bytes``.
 
         Returns:
             The mean, on the CPU; added up in float32 at least.
         """
         messages = [self._sealed(part, step, bucket) for part in parts]
-        arrived = self._unsealed(self.exchange.all_to_all(messages), step, bucket)
+        arrived = self._unsealed(self.transport.all_to_all(messages), step, bucket)
         dtype = parts[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
         total, *others = [data.clone().view(dtype).to(wide) for data in arrived]
         for other in others:
             total += other
-        total /= torch.tensor(float(self.exchange.world), dtype=torch.float32)
+        total /= torch.tensor(float(self.transport.world), dtype=torch.float32)
         return total.to(dtype)
 
     def _sparse_mean(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
         """Return the mean of sparse tensors: everybody gets everybody's entries."""
         mine = tensor.coalesce()
-        indices = self.share(mine.indices(), step, bucket)
-        values = self.share(mine.values(), step, bucket)
+        indices = self.all_gather_bytes(mine.indices(), step, bucket)
+        values = self.all_gather_bytes(mine.values(), step, bucket)
         total = torch.sparse_coo_tensor(
             torch.cat(
                 [
@@ -387,7 +389,7 @@ class Engine:
             mine.shape,
             check_invariants=True,  # the indices came from other ranks
         ).coalesce()
-        return (total / self.exchange.world).to(tensor.device)
+        return (total / self.transport.world).to(tensor.device)
 
     def aside(self) -> tuple[int, int]:
         """Return (step, bucket) of an exchange that belongs to no step."""
@@ -400,7 +402,7 @@ class Engine:
         values: Mapping[str, Tensor],
         step: int,
         bucket: int,
-        halves: Mapping[str, Tensor] = NO_HALVES,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
     ) -> list[Tensor]:
         """Push: send every owner its pieces, return the means of this rank's own.
 
@@ -411,17 +413,17 @@ class Engine:
                 see ``keep_residuals``.
             step: see ``all_reduce``.
             bucket: see ``all_reduce``.
-            halves: see ``all_reduce``.
+            half_grads: see ``all_reduce``.
 
         Returns:
             For each piece of this rank a view, float32[piece], of memory that the next
             exchange uses again. NaN where some rank's values were not finite.
         """
-        messages = self._pushes(pieces, values, step, bucket, halves)
+        messages = self._pushes(pieces, values, step, bucket, half_grads)
         with self.meter.stage("exchange"):
-            arrived = self.exchange.all_to_all(messages)
+            arrived = self.transport.all_to_all(messages)
         with self.meter.stage("decode"):
-            owned = pieces[self.exchange.rank]
+            owned = pieces[self.transport.rank]
             by_sender = self._unpack(arrived, [owned] * len(arrived), step, bucket)
             means = [self.mean_of(piece).zero_() for piece in owned]
             said = list(zip(*by_sender, strict=True))
@@ -439,7 +441,7 @@ class Engine:
         values: Mapping[str, Tensor],
         step: int,
         bucket: int,
-        halves: Mapping[str, Tensor] = NO_HALVES,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
     ) -> None:
         """Replace values by their 3LC means, from what every rank sends to all others.
 
@@ -452,12 +454,12 @@ class Engine:
                 coded piece where some rank's values were not finite.
             step: see ``all_reduce``.
             bucket: see ``all_reduce``.
-            halves: see ``all_reduce``.
+            half_grads: see ``all_reduce``.
         """
         (everything,) = pieces
-        (message,) = self._pushes(pieces, values, step, bucket, halves)
+        (message,) = self._pushes(pieces, values, step, bucket, half_grads)
         with self.meter.stage("exchange"):
-            arrived = self.exchange.all_gather(message)
+            arrived = self.transport.all_gather(message)
         with self.meter.stage("decode"):
             by_sender = self._unpack(arrived, [everything] * len(arrived), step, bucket)
             sums: list[tuple[Tensor, Sequence[Tensor]]] = []
@@ -480,7 +482,7 @@ class Engine:
         """Make sums over the ranks means, in place."""
         # On the device: CUDA multiplies by 1/W when W is a number on the host.
         world = torch.tensor(
-            float(self.exchange.world), device=self.coder.device, dtype=torch.float32
+            float(self.transport.world), device=self.coder.device, dtype=torch.float32
         )
         for total in sums:
             total /= world
@@ -491,7 +493,7 @@ class Engine:
         values: Mapping[str, Tensor],
         step: int,
         bucket: int,
-        halves: Mapping[str, Tensor],
+        half_grads: Mapping[str, Tensor],
     ) -> list[Tensor]:
         """Return a message for each list of pieces; see ``reduce_scatter``."""
         if bucket == 0:
@@ -506,9 +508,9 @@ class Engine:
             coded = [v for v, p in zip(views, everything, strict=True) if p.coded]
             wanted = self.meter.norms_due(step)
             if wanted:
-                widen(values, halves)
-                halves = NO_HALVES
-            sources = [view for _, view in self._views(pieces, halves)]
+                widen(values, half_grads)
+                half_grads = NO_HALF_GRADS
+            sources = [view for _, view in self._views(pieces, half_grads)]
             before = _square(coded) if wanted else 0.0
             chunks = self._encode(
                 everything, views, residuals, sparsity, direction, sources
@@ -542,12 +544,12 @@ class Engine:
             By owner, for each of its pieces the bytes, uint8[*].
         """
         sparsity = self.budget.pull_sparsity
-        owned = pieces[self.exchange.rank]
+        owned = pieces[self.transport.rank]
         with self.meter.stage("encode"):
             chunks = self._encode(owned, values, residuals, sparsity, self.meter.pull)
             (message,) = self._pack([owned], chunks, self.meter.pull, step, bucket)
         with self.meter.stage("exchange"):
-            arrived = self.exchange.all_gather(message)
+            arrived = self.transport.all_gather(message)
         with self.meter.stage("decode"):
             return self._unpack(arrived, pieces, step, bucket)
 
@@ -555,12 +557,12 @@ class Engine:
         """At some steps share what ranks have sent, and steer by it."""
         if self.budget.due():
             mine = torch.tensor([self.budget.sent_bytes], dtype=torch.float64)
-            everybody = self.share(mine, step, _BUDGET_BUCKET)
+            everybody = self.all_gather_bytes(mine, step, _BUDGET_BUCKET)
             shared = [float(data.clone().view(torch.float64)) for data in everybody]
             self.budget.look(sum(shared) / len(shared))
 
     def mean_of(self, piece: Piece) -> Tensor:
-        """Return the room for the mean of a piece of this rank: float32[piece]."""
+        """Return the buffer of the mean of a piece of this rank: float32[piece]."""
         return self.means[piece.name][piece.offset : piece.offset + piece.numel]
 
     def keep_residuals(
@@ -604,7 +606,7 @@ class Engine:
         Returns:
             By name float32[numel], the same on every rank.
         """
-        mine = self.plan.slices_of(names, self.exchange.rank)
+        mine = self.plan.slices_of(names, self.transport.rank)
         parts = [shares[slice_.name].reshape(-1) for slice_ in mine]
         device = self.coder.device
         message = torch.cat(
@@ -616,7 +618,7 @@ class Engine:
         }
         step, bucket = self.aside()
         with self.exchanging(0, step, bucket):
-            everybody = self.share(message, step, bucket)
+            everybody = self.all_gather_bytes(message, step, bucket)
         for owner, data in enumerate(everybody):
             slices = list(self.plan.slices_of(names, owner))
             values = data.clone().view(torch.float32)
@@ -632,16 +634,16 @@ class Engine:
             data: uint8[*].
         """
         step, bucket = self.aside()
-        parts = [data, *(data[:0] for _ in range(1, self.exchange.world))]
+        parts = [data, *(data[:0] for _ in range(1, self.transport.world))]
         with self.exchanging(0, step, bucket):
             messages = [self._sealed(part, step, bucket) for part in parts]
-            arrived = self._unsealed(self.exchange.all_to_all(messages), step, bucket)
-        return arrived if self.exchange.rank == 0 else []
+            arrived = self._unsealed(self.transport.all_to_all(messages), step, bucket)
+        return arrived if self.transport.rank == 0 else []
 
     @property
     def senders(self) -> int:
         """How many ranks' worker-side residuals there are of each element."""
-        return self.exchange.world
+        return self.transport.world
 
     def keep_own_part(self) -> None:
         """Forget worker-side residuals of what this rank does not push: nothing."""
@@ -673,7 +675,7 @@ class Engine:
         step, bucket = self.aside()
         with self.exchanging(0, step, bucket):
             sent = torch.cat([self.residuals.sent[name] for name in names])
-            total = self.mean(sent, step, bucket).mul_(self.exchange.world)
+            total = self.mean(sent, step, bucket).mul_(self.transport.world)
         for name, part in zip(
             names, total.div_(self.senders).split(sizes), strict=True
         ):
@@ -739,7 +741,7 @@ class Engine:
         bucket: int,
     ) -> list[Tensor]:
         """Return a message for each list of pieces, whose bytes are in a row."""
-        tag = self._tag(self.exchange.rank, step, bucket)
+        tag = self._tag(self.transport.rank, step, bucket)
         left = iter(chunks)
         parts = [[next(left) for _ in some] for some in pieces]
         packed: dict[int, Packed] = {}
@@ -784,10 +786,10 @@ class Engine:
         self.coder.run([(n, partial(work, index)) for index, n in enumerate(weights)])
 
     def _sealed(self, data: Tensor, step: int, bucket: int) -> Tensor:
-        room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         body = data.contiguous().view(-1).view(torch.uint8)
-        message = torch.cat([room, body.cpu()])
-        return seal(message, self._tag(self.exchange.rank, step, bucket))
+        message = torch.cat([buffer, body.cpu()])
+        return seal(message, self._tag(self.transport.rank, step, bucket))
 
     def _unsealed(
         self, arrived: Sequence[Tensor], step: int, bucket: int
@@ -827,18 +829,18 @@ class Engine:
         if self._failure is None:
             self._failure = error
             reason = f"{type(error).__name__}: {error}"
-            self.exchange.leave_word(reason)
-            abort = seal_abort(reason, self._tag(self.exchange.rank, step, bucket))
+            self.transport.leave_word(reason)
+            abort = seal_abort(reason, self._tag(self.transport.rank, step, bucket))
             # The others may be gone already; this one's own word is no news.
             with suppress(ExchangeError, PeerError):
-                self.exchange.all_to_all(
-                    [abort] * self.exchange.world, timeout_s=_ABORT_TIMEOUT_S
+                self.transport.all_to_all(
+                    [abort] * self.transport.world, timeout_s=_ABORT_TIMEOUT_S
                 )
 
 
-def widen(into: Mapping[str, Tensor], halves: Mapping[str, Tensor]) -> None:
+def widen(into: Mapping[str, Tensor], half_grads: Mapping[str, Tensor]) -> None:
     """Write half-precision gradients as float32."""
-    for name, half in halves.items():
+    for name, half in half_grads.items():
         into[name].copy_(half)
 
 

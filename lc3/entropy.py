@@ -32,21 +32,21 @@ _contexts = _Contexts()
 
 
 def compress(
-    parts: Sequence[Sequence[Tensor]], room_before: int
+    parts: Sequence[Sequence[Tensor]], free_before: int
 ) -> tuple[Tensor, list[int]]:
     """Return the parts as one zstd frame, each in blocks (and code tables) of its own.
 
     Args:
         parts: each a sequence of uint8[*], contiguous, on the CPU.
-        room_before: bytes to leave free before the frame.
+        free_before: bytes to leave free before the frame.
 
     Returns:
-        A new uint8[room_before + the sum of the sizes]: the room, then the frame.
+        A new uint8[free_before + the sum of the sizes]: the free bytes, then the frame.
         The size of each part in it.
     """
     size = sum(chunk.numel() for chunks in parts for chunk in chunks)
     stream = _contexts.compressor.compressobj(size=size)
-    pieces, sizes = [bytes(room_before)], []
+    pieces, sizes = [bytes(free_before)], []
     for index, chunks in enumerate(parts):
         written = [stream.compress(_bytes_of(chunk)) for chunk in chunks]
         last = index == len(parts) - 1

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from lc3.config import Settings
 from lc3.errors import FormatError, Lc3Error, PeerError, PlanMismatch
-from lc3.exchange import Exchange
+from lc3.transport import Transport
 from lc3.workers import cores
 
 T = TypeVar("T")
 
 
 class Gathers(Protocol):
-    """What a handshake needs of an ``Exchange``."""
+    """What a handshake needs of a ``Transport``."""
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        """See ``Exchange.all_gather``."""
+        """See ``Transport.all_gather``."""
         ...
 
 
@@ -37,7 +37,7 @@ _BOOT_ID = Path(
 
 
 def agree(
-    exchange: Gathers,
+    transport: Gathers,
     version: str,
     config: Settings,
     shapes: Sequence[tuple[str, Sequence[int]]],
@@ -49,7 +49,7 @@ def agree(
     Collective: one exchange of 32 bytes, and one of the details if ranks differ.
 
     Args:
-        exchange: between the ranks.
+        transport: between the ranks.
         version: of lc3.
         config: of this rank.
         shapes: the ordered (name, shape) of this rank's trainable parameters.
@@ -79,9 +79,9 @@ def agree(
         **{f"parameter {name}": list(shape) for name, shape in shapes},
     }
     text = json.dumps(mine).encode()
-    digests = _gather(exchange, hashlib.sha256(text).digest())
+    digests = _gather(transport, hashlib.sha256(text).digest())
     if len(set(digests)) > 1:
-        everybody = [_read(r, said) for r, said in enumerate(_gather(exchange, text))]
+        everybody = [_read(r, said) for r, said in enumerate(_gather(transport, text))]
         if failure is None:
             _explain(everybody)
     if failure is not None:
@@ -89,7 +89,7 @@ def agree(
     return built  # type: ignore[return-value]  # build() succeeded
 
 
-def refuse(exchange: Exchange, version: str, error: Exception) -> None:
+def refuse(transport: Transport, version: str, error: Exception) -> None:
     """Take part in a handshake with an error from before it; collective.
 
     The others get it as a ``PeerError``.
@@ -98,32 +98,32 @@ def refuse(exchange: Exchange, version: str, error: Exception) -> None:
     def build() -> None:
         raise error
 
-    threads_for(exchange, Settings())
+    threads_for(transport, Settings())
     with suppress(type(error)):
-        agree(exchange, version, Settings(), [], build)
+        agree(transport, version, Settings(), [], build)
 
 
-def threads_for(exchange: Exchange, config: Settings) -> int:
+def threads_for(transport: Transport, config: Settings) -> int:
     """Return how many threads this rank encodes with; collective.
 
     Raises:
         ExchangeError: the transport failed.
     """
-    found = machines(exchange)
+    found = machines(transport)
     if config.threads is not None:
         return config.threads
-    return max(1, cores() // found.count(found[exchange.rank]))
+    return max(1, cores() // found.count(found[transport.rank]))
 
 
-def machines(exchange: Exchange) -> list[bytes]:
+def machines(transport: Transport) -> list[bytes]:
     """Return what stands for the machine of each rank; collective."""
     machine = _BOOT_ID.read_text() if _BOOT_ID.exists() else platform.node()
-    return _gather(exchange, machine.encode())
+    return _gather(transport, machine.encode())
 
 
-def _gather(exchange: Gathers, data: bytes) -> list[bytes]:
+def _gather(transport: Gathers, data: bytes) -> list[bytes]:
     message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return [bytes(said.numpy()) for said in exchange.all_gather(message)]
+    return [bytes(said.numpy()) for said in transport.all_gather(message)]
 
 
 def _said_of(error: Exception) -> str:

@@ -35,9 +35,9 @@ from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.errors import InputError
-from lc3.exchange import Loopback
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from lc3.transport import Loopback
 
 LINKS_BIT_S = {"10 Mbit/s": 1e7, "100 Mbit/s": 1e8, "1 Gbit/s": 1e9, "10 Gbit/s": 1e10}
 SPARSITIES = (1.0, 1.5, 1.75, 1.9)
@@ -165,13 +165,13 @@ class Recorder:
         shapes = [
             (name, tuple(parameter.shape)) for name, parameter in _named(optimizer)
         ]
-        (exchange,) = Loopback(1).ranks
+        (transport,) = Loopback(1).ranks
         engines = []
         for figures in self.figures:
             knobs = {**_knobs(self._config), "sparsity": figures.sparsity}
             config = Settings(**knobs)
             plan = make_plan(shapes, 1, config)
-            engines.append(Engine(plan, config, exchange, self._coder, figures.meter))
+            engines.append(Engine(plan, config, transport, self._coder, figures.meter))
         return engines
 
     def _code(self, engine: Engine, figures: Figures, grads: dict[str, Tensor]) -> None:

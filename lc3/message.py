@@ -48,7 +48,7 @@ def pack(
         entropy: the stage, see ``Config``.
     """
     size = sum(chunk.numel() for chunk in chunks)
-    room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     if entropy != "none" and (entropy != "auto" or size >= AUTO_MIN_BYTES):
         both = list(zip(pieces, chunks, strict=True))
         raw = [chunk for piece, chunk in both if not piece.coded]
@@ -56,7 +56,7 @@ def pack(
         if entropy == "rans":
             numels = [piece.numel for piece in pieces if piece.coded]
             parts = [_raw_part(raw), rans.compress(coded, numels)]
-            smaller = torch.cat([room, *parts])
+            smaller = torch.cat([buffer, *parts])
             raw_bytes, coded_bytes = (part.numel() for part in parts)
         else:
             smaller, (raw_bytes, coded_bytes) = compress((raw, coded), HEADER_BYTES)
@@ -67,7 +67,7 @@ def pack(
                 sum(chunk.numel() for chunk in raw) - raw_bytes,
                 sum(chunk.numel() for chunk in coded) - coded_bytes,
             )
-    return Packed(seal(torch.cat([room, *chunks]), tag))
+    return Packed(seal(torch.cat([buffer, *chunks]), tag))
 
 
 def _raw_part(raw: Sequence[Tensor]) -> Tensor:

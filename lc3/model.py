@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lc3 import private
 from lc3.errors import AttachError
-from lc3.exchange import Exchange
+from lc3.transport import Transport
 
 _MESSAGE_BYTES = 1 << 25
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -148,7 +148,7 @@ class Model:
         parameters = dict(self.module.named_parameters())
         return {**parameters, **dict(self.module.named_buffers())}
 
-    def copy_from_first(self, exchange: Exchange) -> None:
+    def copy_from_first(self, transport: Transport) -> None:
         """Give all ranks what the first one holds, where they differ; collective.
 
         Parameters and buffers of every dtype, bit for bit.
@@ -156,13 +156,13 @@ class Model:
         Raises:
             AttachError: ranks differ in a tensor that cannot be written.
         """
-        if exchange.world == 1:
+        if transport.world == 1:
             return
         tensors = [t.detach() for t in self.tensors().values() if t.numel()]
         mine = zlib.crc32(b"")
         for tensor in tensors:
             mine = zlib.crc32(_bytes_of(tensor).numpy(), mine)  # type: ignore[arg-type]
-        said = exchange.all_gather(
+        said = transport.all_gather(
             torch.tensor([mine], dtype=torch.int64).view(torch.uint8)
         )
         if len({bytes(one.numpy()) for one in said}) == 1:
@@ -172,7 +172,7 @@ class Model:
             whole = torch.cat(parts)
             first = torch.cat(
                 [
-                    exchange.all_gather(part if exchange.rank == 0 else part[:0])[0]
+                    transport.all_gather(part if transport.rank == 0 else part[:0])[0]
                     for part in whole.split(_MESSAGE_BYTES)
                 ]
             )

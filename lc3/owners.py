@@ -37,7 +37,7 @@ class Owners:
         self.replica = replica
         self.pieces = engine.pieces(replica)
         self._means: Mapping[str, Tensor] = {}
-        mine = engine.plan.slices_of(engine.plan.numel, engine.exchange.rank)
+        mine = engine.plan.slices_of(engine.plan.numel, engine.transport.rank)
         views = {s.name: replica[s.name][s.start : s.stop] for s in mine}
         self.masters = (
             views if engine.direct else {name: v.clone() for name, v in views.items()}
@@ -46,7 +46,7 @@ class Owners:
     @property
     def owned(self) -> list[Piece]:
         """The pieces whose masters this rank changes, in plan order."""
-        return self.pieces[0 if self.engine.direct else self.engine.exchange.rank]
+        return self.pieces[0 if self.engine.direct else self.engine.transport.rank]
 
     def master(self, piece: Piece) -> Tensor:
         """Return the master of a piece that this rank owns: a view, float32[piece]."""
@@ -138,7 +138,7 @@ class Owners:
         if not self.engine.direct:
             return
         plan, residuals = self.engine.plan, self.engine.residuals
-        for slice_ in plan.slices_of(plan.coded, self.engine.exchange.rank):
+        for slice_ in plan.slices_of(plan.coded, self.engine.transport.rank):
             replica = self.masters[slice_.name]
             owed = replica - masters[slice_.name].view(replica.shape).to(replica.device)
             sent = residuals.sent[slice_.name][slice_.start : slice_.stop]

@@ -30,7 +30,7 @@ class Residuals:
         sent = arena([plan.numel[name] for name in coded], device)
         owned = arena([slice_.numel for slice_ in slices], device)
         self.sent = dict(zip(coded, sent, strict=True))
-        self.owned = {s.name: room for s, room in zip(slices, owned, strict=True)}
+        self.owned = {s.name: buffer for s, buffer in zip(slices, owned, strict=True)}
         self.open: set[str] = set()
         self._next: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
@@ -110,5 +110,5 @@ def arena(sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
 def arena_like(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return zeros in one block of memory: by name float32[numel], where each is."""
     device = next(iter(named.values())).device
-    rooms = arena([tensor.numel() for tensor in named.values()], device)
-    return dict(zip(named, rooms, strict=True))
+    buffers = arena([tensor.numel() for tensor in named.values()], device)
+    return dict(zip(named, buffers, strict=True))

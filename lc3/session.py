@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +34,6 @@ from lc3.coder import Coder
 from lc3.config import Settings, check_count
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
-from lc3.exchange import Divisible, Exchange, GroupExchange, Loopback
 from lc3.handshake import agree, refuse, threads_for
 from lc3.lane import Lane
 from lc3.link import (
@@ -48,6 +48,7 @@ from lc3.link import (
 from lc3.meter import Meter
 from lc3.model import named_parameters
 from lc3.plan import Plan, make_plan
+from lc3.transport import Divisible, GroupTransport, Loopback, Transport
 from lc3.two_levels import Nodes, TwoLevels, nodes_of
 from lc3.version import __version__
 
@@ -72,7 +73,7 @@ _ATTACHING: ContextVar[list["Session"] | None] = ContextVar("attaching", default
 
 @contextmanager
 def attaching(
-    connect: Callable[[], tuple[Exchange, Callable[[], None]]],
+    connect: Callable[[], tuple[Transport, Callable[[], None]]],
 ) -> Iterator[None]:
     """Tell the other ranks of any error in the block, wherever they wait by then.
 
@@ -103,11 +104,11 @@ def attaching(
 
 
 def _refuse(
-    connect: Callable[[], tuple[Exchange, Callable[[], None]]], error: Exception
+    connect: Callable[[], tuple[Transport, Callable[[], None]]], error: Exception
 ) -> None:
     with suppress(Exception):
-        exchange, leave = connect()
-        refuse(exchange, __version__, error)
+        transport, leave = connect()
+        refuse(transport, __version__, error)
         leave()
 
 
@@ -121,10 +122,10 @@ class _Sealed:
         self._engine = engine
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        """See ``Exchange.all_gather``."""
+        """See ``Transport.all_gather``."""
         tag = self._engine.aside()
         with self._engine.telling_others(*tag):
-            return self._engine.share(message, *tag)
+            return self._engine.all_gather_bytes(message, *tag)
 
 
 # Works on a bucket: its flat buffer, its parameters' names, step, number; returns what
@@ -141,10 +142,11 @@ class Session:
     Args:
         parameters: (name, parameter), the trainable ones, in the model's order.
         config: what to compress, and how much.
-        exchange: between the ranks, that nobody else uses.
+        transport: between the ranks, that nobody else uses.
         leave: what to do when the session ends.
         mesh: for two levels, see ``lc3.two_levels.nodes_of``.
-        ranks: of the exchange, in the job; needed with a mesh.
+        ranks: their numbers in the job, which a mesh has and errors say. Default: as
+            the transport numbers them.
         facts: what else must be the same on every rank, by name.
         extras: see ``make_plan``.
 
@@ -167,7 +169,7 @@ class Session:
         self,
         parameters: Iterable[tuple[str, Tensor]],
         config: Settings,
-        exchange: Exchange,
+        transport: Transport,
         leave: Callable[[], None],
         mesh: DeviceMesh | int | None = None,
         ranks: Sequence[int] = (),
@@ -176,14 +178,15 @@ class Session:
     ) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in parameters}
         self.config = config
-        self.meter = Meter(log_every=None if exchange.rank else config.log_every)
+        self.meter = Meter(log_every=None if transport.rank else config.log_every)
         self._leave = leave
+        self._ranks = ranks or range(transport.world)
         self._link: Link | None = None
         self._compared: tuple[nn.Module, int] | None = None
         if (made := _ATTACHING.get()) is not None:
             made.append(self)
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
-        world = exchange.world
+        world = transport.world
 
         def build() -> tuple[Coder, Plan, Nodes]:
             private.check()
@@ -192,7 +195,7 @@ class Session:
             if mesh is not None:
                 check_form(config, "hooks.ddp with a mesh")
                 nodes = nodes_of(mesh, ranks)
-                if len(nodes) == 1 and world > 1 and exchange.rank == 0:
+                if len(nodes) == 1 and world > 1 and transport.rank == 0:
                     log.warning(
                         "lc3: the mesh puts all %d ranks into one node, so nothing is "
                         "compressed; leave mesh out where they should compress among "
@@ -208,29 +211,29 @@ class Session:
             return coder, make_plan(shapes, world, config, extras), nodes
 
         try:
-            threads = threads_for(exchange, config)
+            threads = threads_for(transport, config)
             table: object = mesh if isinstance(mesh, int | None) else repr(mesh)
             if isinstance(mesh, DeviceMesh):
                 table = mesh.mesh.tolist()
             facts = {"mesh": table, **(facts or {})}
             coder, plan, nodes = agree(
-                exchange, __version__, config, shapes, build, facts
+                transport, __version__, config, shapes, build, facts
             )
             # The longest are whole states: residuals, masters, an optimizer's.
-            exchange.most_bytes += 64 * sum(plan.numel.values())
+            transport.most_bytes += 64 * sum(plan.numel.values())
             shared = coder, self.meter
             if len(nodes) == world:
-                self.engine = Engine(plan, config, exchange, *shared)
+                self.engine = Engine(plan, config, transport, *shared)
             else:
-                assert isinstance(exchange, Divisible)
-                self.engine = TwoLevels(plan, config, exchange, nodes, *shared)
+                assert isinstance(transport, Divisible)
+                self.engine = TwoLevels(plan, config, transport, nodes, *shared)
             if config.mode == "auto" and world > 1:
-                costs = measure(exchange, coder.host, config, threads)
+                costs = measure(transport, coder.host, config, threads)
                 self.engine.auto = Auto(costs, world, direct=self.engine.direct)
         except BaseException:
             leave()
             raise
-        self.lane = Lane(f"lc3-rank{exchange.rank}", coder.device)
+        self.lane = Lane(f"lc3-rank{transport.rank}", coder.device)
         self.begin_step(0)
         _OPEN.add(self)
 
@@ -259,7 +262,9 @@ class Session:
         if self._compared is not None and index == 0 and step:
             module, every = self._compared
             if step % every == 0:
-                self._wait_at_end(self.lane.submit(self._comparison(module, step)))
+                self._wait_at_end(
+                    self.lane.submit(self._comparison(alike_in(module), step))
+                )
         if native is not None and (started := native(bucket, names, step)) is not None:
             return started
         future = self.lane.submit(lambda: job(buffer, names, step, index))
@@ -318,7 +323,7 @@ class Session:
         return self._link
 
     def _buffers_of(self, model: DistributedDataParallel) -> Buffers | None:
-        if self.engine.exchange.world == 1 or not buffers_are_free(model):
+        if self.engine.transport.world == 1 or not buffers_are_free(model):
             return None
         return Buffers(model, self.any_rank, self.count_buffers)
 
@@ -329,7 +334,9 @@ class Session:
         def ask() -> Tensor:
             tag = self.engine.aside()
             with self.engine.exchanging(0, *tag):
-                said = self.engine.share(torch.tensor(mine, dtype=torch.bool), *tag)
+                said = self.engine.all_gather_bytes(
+                    torch.tensor(mine, dtype=torch.bool), *tag
+                )
             everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
             found.extend(everybody.any(0).tolist())
             return torch.empty(0, dtype=torch.float32)
@@ -346,17 +353,17 @@ class Session:
         with self.meter.stage("wait"):
             future.wait()
 
-    def check_replicas(self, module: nn.Module, step: int | None = None) -> None:
+    def check_replicas(
+        self, held: Mapping[str, Tensor], step: int | None = None
+    ) -> None:
         """Compare checksums of what must be alike over the ranks; collective.
 
-        All parameters, frozen ones and those that were added since attach, too, and
-        buffers of whole numbers and bits; those with statistics are each rank's own.
         Four bytes a tensor travel. For every few hundred steps of a run whose code is
         not trusted to keep replicas alike: a parameter changed on one rank only, an
         optimizer that is not deterministic, broken memory.
 
         Args:
-            module: that holds them.
+            held: the tensors by name; of a sharded one this rank's part is compared.
             step: the number of the last one. Default: this session's.
 
         Raises:
@@ -364,18 +371,10 @@ class Session:
                 that hold another than most.
         """
         at = self.step if step is None else step
-        self.lane.submit(self._comparison(module, at)).wait()
+        self.lane.submit(self._comparison(held, at)).wait()
 
-    def _comparison(self, module: nn.Module, at: int) -> Callable[[], Tensor]:
+    def _comparison(self, kept: Mapping[str, Tensor], at: int) -> Callable[[], Tensor]:
         """Return a job for the lane that compares replicas after ``at`` steps."""
-        kept = {
-            **{f"parameter {name!r}": p for name, p in named_parameters(module)},
-            **{
-                f"buffer {name!r}": b
-                for name, b in module.named_buffers()
-                if not b.is_floating_point() and not b.is_complex()
-            },
-        }
 
         def compare() -> Tensor:
             mine = [
@@ -386,7 +385,7 @@ class Session:
             sums_here = torch.tensor([names_here, *mine], dtype=torch.int64)
             tag = self.engine.aside()
             with self.engine.exchanging(0, *tag):
-                shared = self.engine.share(sums_here, *tag)
+                shared = self.engine.all_gather_bytes(sums_here, *tag)
             everybody = [data.clone().view(torch.int64).tolist() for data in shared]
             if len({sums[0] for sums in everybody}) > 1:
                 raise ReplicasDiffer(
@@ -399,10 +398,12 @@ class Session:
                 if len(set(held)) > 1:
                     usual = max(held, key=held.count)
                     others = [r for r, value in enumerate(held) if value != usual]
+                    ranks = f"rank{'s' * (len(others) > 1)} "
+                    ranks += ", ".join(str(self._ranks[r]) for r in others)
                     raise ReplicasDiffer(
-                        f"{name} differs on the ranks {others} after {at} steps; load "
-                        "a checkpoint from before, and look at what changes it on "
-                        "some ranks only"
+                        f"{name} differs on {ranks} after {at} steps; load a "
+                        "checkpoint from before, and look at what changes it on some "
+                        "ranks only"
                     )
             return sums_here
 
@@ -493,9 +494,9 @@ def session_beside(
     Raises:
         AttachError: the group is no such group; and what ``Session`` raises.
     """
-    exchange, leave = connection(beside, group)
+    transport, leave = connection(beside, group)
     ranks = dist.get_process_group_ranks(group or beside)
-    return Session(parameters, config, exchange, leave, mesh, ranks, facts, extras)
+    return Session(parameters, config, transport, leave, mesh, ranks, facts, extras)
 
 
 def alone() -> bool:
@@ -505,7 +506,7 @@ def alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def nobody() -> tuple[Exchange, Callable[[], None]]:
+def nobody() -> tuple[Transport, Callable[[], None]]:
     """Return an exchange with no other rank, and how to leave it."""
     return Loopback(1).ranks[0], lambda: None
 
@@ -523,7 +524,7 @@ def world_group() -> dist.ProcessGroup:
 
 def connection(
     beside: dist.ProcessGroup, group: dist.ProcessGroup | None
-) -> tuple[GroupExchange, Callable[[], None]]:
+) -> tuple[GroupTransport, Callable[[], None]]:
     """Return an exchange that nobody else uses, and how to leave it; collective.
 
     Args:
@@ -534,8 +535,8 @@ def connection(
     device = _CPU
     if dist.get_backend(own) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    exchange = GroupExchange(own, device)
-    return exchange, partial(exchange.leave, destroy=is_mine)
+    transport = GroupTransport(own, device)
+    return transport, partial(transport.leave, destroy=is_mine)
 
 
 def attaching_to(
@@ -543,7 +544,7 @@ def attaching_to(
 ) -> AbstractContextManager[None]:
     """Return ``attaching`` for the ranks of a model, wrapped by DDP or not."""
 
-    def connect() -> tuple[GroupExchange, Callable[[], None]]:
+    def connect() -> tuple[GroupTransport, Callable[[], None]]:
         beside = getattr(model, "process_group", None) or dist.group.WORLD
         assert isinstance(beside, dist.ProcessGroup)
         try:
@@ -660,8 +661,25 @@ def _check_parameters(names: Mapping[Tensor, str], config: Settings) -> torch.de
     return first.device
 
 
-def _bytes_of(parameter: Tensor) -> NDArray[np.uint8]:
-    flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
+def alike_in(module: nn.Module) -> dict[str, Tensor]:
+    """Return what replicas of a module must have alike, by what it is called.
+
+    All parameters, frozen ones and those that were added since attach, too, and buffers
+    of whole numbers and bits; those with statistics are each rank's own.
+    """
+    return {
+        **{f"parameter {name!r}": p for name, p in named_parameters(module)},
+        **{
+            f"buffer {name!r}": b
+            for name, b in module.named_buffers()
+            if not b.is_floating_point() and not b.is_complex()
+        },
+    }
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    here: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    flat = here.detach().contiguous().view(-1).view(torch.uint8)
     return flat.cpu().numpy()
 
 

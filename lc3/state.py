@@ -51,8 +51,12 @@ class FormState:
         Raises:
             StateError: it does not fit; nothing was changed.
         """
-        exchange = self.engine.exchange
-        self.load_state_dict(of_rank(states, exchange.rank, exchange.world))
+        transport = self.engine.transport
+        self.load_state_dict(of_rank(states, transport.rank, transport.world))
+
+    def check_replicas(self) -> None:
+        """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
+        raise NotImplementedError
 
     def sync(self) -> None:
         """Make all replicas equal; collective. Where they always are: nothing."""
@@ -71,11 +75,11 @@ class FormState:
         return {}
 
     def __repr__(self) -> str:
-        plan, exchange = self.engine.plan, self.engine.exchange
+        plan, transport = self.engine.plan, self.engine.transport
         coded = sum(plan.numel[name] for name in plan.coded)
         trained = sum(n for name, n in plan.numel.items() if name not in plan.extras)
         said = [
-            f"{exchange.world} rank{'s' * (exchange.world > 1)}",
+            f"{transport.world} rank{'s' * (transport.world > 1)}",
             f"{coded:,} of {trained:,} parameters coded",
             repr(self.settings).removeprefix("Settings(").removesuffix(")"),
             ", ".join(f"{k}={v!r}" for k, v in self._knobs().items()),

@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from lc3.auto import Wire
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.engine import NO_HALVES, Engine, widen
+from lc3.engine import NO_HALF_GRADS, Engine, widen
 from lc3.errors import AttachError, PeerError
-from lc3.exchange import Divisible
 from lc3.meter import Meter
 from lc3.plan import Piece, Plan, make_plan
+from lc3.transport import Divisible
 
 Nodes = list[list[int]]  # the ranks of each node
 
@@ -74,7 +74,7 @@ class TwoLevels(Engine):
     Args:
         plan: for all ranks.
         config: the same on every rank.
-        exchange: between all ranks.
+        transport: between all ranks.
         nodes: the ranks of each node.
         coder: for the device of the gradients.
         meter: is written to; counts what goes between nodes.
@@ -88,26 +88,26 @@ class TwoLevels(Engine):
         self,
         plan: Plan,
         config: Settings,
-        exchange: Divisible,
+        transport: Divisible,
         nodes: Nodes,
         coder: Coder,
         meter: Meter,
     ) -> None:
-        super().__init__(plan, config, exchange, coder, meter)
-        self._node = next(node for node in nodes if exchange.rank in node)
+        super().__init__(plan, config, transport, coder, meter)
+        self._node = next(node for node in nodes if transport.rank in node)
         self._places = [list(place) for place in zip(*nodes, strict=True)]
-        place = self._places[self._node.index(exchange.rank)]
+        place = self._places[self._node.index(transport.rank)]
         self.inside = Engine(
             make_plan([], len(self._node), Settings()),
             config,
-            exchange.among(self._node),
+            transport.among(self._node),
             coder,
             Meter(),
         )
         self.between = Engine(
             plan,
             config,
-            exchange.among(place),
+            transport.among(place),
             coder,
             meter,
             owners=place,
@@ -120,12 +120,12 @@ class TwoLevels(Engine):
         grads: Mapping[str, Tensor],
         step: int,
         bucket: int,
-        halves: Mapping[str, Tensor] = NO_HALVES,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
     ) -> None:
         """See ``Engine.all_reduce``: the 3LC mean over nodes of the nodes' means."""
-        widen(grads, halves)
+        widen(grads, half_grads)
         parts = [self._part(grads, place) for place in self._places]
-        mine = parts[self.inside.exchange.rank]
+        mine = parts[self.inside.transport.rank]
         if not any(parts):
             self.meter.buckets += 1
             return
@@ -145,7 +145,7 @@ class TwoLevels(Engine):
                     self.inside.exchanging(0, step, bucket),
                 ):
                     cut = _cut(grads, mine)
-                    everybody = self.inside.share(cut, step, bucket)
+                    everybody = self.inside.all_gather_bytes(cut, step, bucket)
                 for part, data in zip(parts, everybody, strict=True):
                     _paste(grads, part, data.clone().view(torch.float32))
         except BaseException as error:
@@ -156,12 +156,12 @@ class TwoLevels(Engine):
 
     def native_form(self, names: Collection[str], elements: int) -> Wire | None:  # noqa: ARG002  # the same for all
         """See ``Engine.native_form``: with one node only there is nothing to code."""
-        return "float32" if self.between.exchange.world == 1 else None
+        return "float32" if self.between.transport.world == 1 else None
 
     @property
     def senders(self) -> int:
         """See ``Engine.senders``: one rank of each node."""
-        return self.between.exchange.world
+        return self.between.transport.world
 
     def keep_own_part(self) -> None:
         """Forget worker-side residuals of what other ranks of this node exchange."""

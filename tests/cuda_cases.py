@@ -22,9 +22,9 @@ from torch import Tensor
 from lc3.codec import cuda, reference
 from lc3.coder import Coder
 from lc3.engine import Engine
-from lc3.exchange import Exchange
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from lc3.transport import Transport
 from tests.oracle import Oracle
 from tests.test_engine import SMALL, in_threads, random_gradients
 
@@ -191,9 +191,11 @@ def whole_exchange() -> int:
         given = [{k: g.numpy().copy() for k, g in one.items()} for one in everyone]
         expected.append(oracle.step(given))
 
-    def job(rank: int, exchange: Exchange) -> None:
+    def job(rank: int, transport: Transport) -> None:
         plan = make_plan(shapes, world, SMALL)
-        engine = Engine(plan, SMALL, exchange, OneAtATime(cuda, device=DEVICE), Meter())
+        engine = Engine(
+            plan, SMALL, transport, OneAtATime(cuda, device=DEVICE), Meter()
+        )
         for step in range(steps):
             grads = random_gradients(rank, step, shapes)
             flat = torch.cat([g.view(-1) for g in grads.values()]).to(DEVICE)

@@ -23,10 +23,10 @@ from lc3.checkpoint import merge
 from lc3.codec import Encoded, cpu
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.exchange import GroupExchange
 from lc3.hooks import ddp
 from lc3.model import flat_view
 from lc3.moments import matrix_of
+from lc3.transport import GroupTransport
 from lc3.two_levels import nodes_of
 from tests.oracle import ForOptimizers, Oracle, TwoLevels
 
@@ -483,7 +483,7 @@ def two_models_and_a_subgroup(rank: int, world: int) -> str:
             with pytest.raises(AttachError, match=r"dist\.new_group\(\[0, 2\]\)"):
                 ddp.attach(models[-1], config=CONFIG, group=wrong)
         states.append(ddp.attach(models[-1], config=CONFIG, group=for_lc3))
-        assert states[-1].engine.exchange.world == 2
+        assert states[-1].engine.transport.world == 2
     for step in range(3):
         for model in models:
             torch.manual_seed(10 * step + rank)
@@ -517,23 +517,33 @@ CaseFunction = Callable[..., Any]
 
 
 def messages_of_every_length(rank: int, world: int) -> int:
-    """Messages around the room of a receive arrive whole; return how many went."""
-    exchange = GroupExchange(dist.new_group(), torch.device("cpu"))
-    room = exchange._rooms.shape[1] - 8
-    lengths = [0, 1, 7, 1000, room - 1, room, room + 1, 2 * room, 2 * room + 9]
+    """Messages around the buffer of a receive arrive whole; return how many went."""
+    transport = GroupTransport(dist.new_group(), torch.device("cpu"))
+    buffer = transport._buffers.shape[1] - 8
+    lengths = [
+        0,
+        1,
+        7,
+        1000,
+        buffer - 1,
+        buffer,
+        buffer + 1,
+        2 * buffer,
+        2 * buffer + 9,
+    ]
     count = 0
     for shift in range(len(lengths)):
         mine = [
             torch.full((lengths[(shift + 3 * rank + peer) % len(lengths)],), 1 + rank)
             for peer in range(world)
         ]
-        arrived = exchange.all_to_all([m.to(torch.uint8) for m in mine])
+        arrived = transport.all_to_all([m.to(torch.uint8) for m in mine])
         for peer, data in enumerate(arrived):
             n = lengths[(shift + 3 * peer + rank) % len(lengths)]
             assert data.tolist() == [1 + peer] * n
             count += 1
         one = torch.arange(lengths[(shift + rank) % len(lengths)]).to(torch.uint8)
-        for peer, data in enumerate(exchange.all_gather(one)):
+        for peer, data in enumerate(transport.all_gather(one)):
             n = lengths[(shift + peer) % len(lengths)]
             assert torch.equal(data, torch.arange(n).to(torch.uint8))
     return count

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lc3
 from lc3.config import Settings
-from lc3.exchange import GroupExchange
 from lc3.hooks import fsdp2
+from lc3.transport import GroupTransport
+from tests.given_cases import said_by
 from tests.oracle import Oracle
 
 CONFIG = Settings(sparsity=1.5, min_numel=64, min_shard=1000)
@@ -75,8 +76,8 @@ def equals_the_oracle(
     model = sharded(mesh, dtype)
     state = fsdp2.attach(model, mesh, CONFIG)
     peers = mesh.mesh[:, rank % per_site].tolist()
-    assert isinstance(state.engine.exchange, GroupExchange)
-    assert dist.get_process_group_ranks(state.engine.exchange._group) == peers
+    assert isinstance(state.engine.transport, GroupTransport)
+    assert dist.get_process_group_ranks(state.engine.transport._group) == peers
     numel = state.engine.plan.numel
     shapes = [(name, tuple(p.shape)) for p, name in state.session.names.items()]
     oracle = Oracle(shapes, len(peers), CONFIG)
@@ -145,6 +146,22 @@ def accumulates(rank: int, world: int) -> bool:
         found.append(total)
         state.close()
     return all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def differs(rank: int, world: int) -> list[str]:
+    """What check_replicas says before and after one rank's shard has changed."""
+    mesh = mesh_of(world, 2)
+    model = sharded(mesh)
+    state = fsdp2.attach(model, mesh, CONFIG)
+    step_of(model, torch.optim.SGD(model.parameters(), lr=0.05), rank, 0)
+    said = [said_by(state.check_replicas)]
+    if rank == world - 1:
+        parameters: Any = model.named_parameters()
+        with torch.no_grad():
+            dict(parameters)["last.weight"].to_local()[0, 0] += 1
+    said.append(said_by(state.check_replicas))
+    state.close()
+    return said
 
 
 def resumes(rank: int, world: int) -> bool:

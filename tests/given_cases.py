@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3 import Lc3Error
 from lc3.checkpoint import merge
 from lc3.config import Settings
-from lc3.exchange import GroupExchange
 from lc3.hooks import ddp, local_sgd, push_pull
+from lc3.transport import GroupTransport
 from tests.ddp_cases import hash_of
 
 
@@ -575,11 +575,11 @@ def a_long_message(rank: int, world: int) -> str:
     """Rank 1 sends more than rank 0 expects of anybody."""
     group = dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
-    exchange = GroupExchange(group, torch.device("cpu"))
+    transport = GroupTransport(group, torch.device("cpu"))
     if rank == 0:
-        exchange.most_bytes = 1000
+        transport.most_bytes = 1000
     message = torch.zeros(5000 if rank else 10, dtype=torch.uint8)
-    return said_by(lambda: exchange.all_gather(message))
+    return said_by(lambda: transport.all_gather(message))
 
 
 def large_halves(rank: int, world: int) -> bool:

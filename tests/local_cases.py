@@ -302,14 +302,14 @@ def a_delay_hides_a_slow_exchange(rank: int, world: int) -> tuple[float, float]:
         net = make_net(1)
         optimizer = make_optimizer(net, "sgd")
         state = local_sgd.attach(net, optimizer, CODED, sync_every=8, overlap=delay)
-        exchange = state.engine.exchange
-        send = exchange.all_to_all
+        transport = state.engine.transport
+        send = transport.all_to_all
 
         def slow(*given: Any, send: Any = send, **named: Any) -> Any:
             time.sleep(0.03)
             return send(*given, **named)
 
-        exchange.all_to_all = slow  # type: ignore[method-assign]
+        transport.all_to_all = slow  # type: ignore[method-assign]
         dist.barrier()
         start = time.perf_counter()
         for step in range(40):

@@ -260,7 +260,7 @@ def random_runs(rank: int, world: int, runs: int, seed: int) -> int:
             mode="3lc" if mesh else drawn.choice(["3lc", "3lc", "auto"]),
         )
         state = ddp.attach(model, config=config, mesh=mesh)
-        original = state.engine.exchange.all_to_all
+        original = state.engine.transport.all_to_all
 
         def slow(
             messages: Any, timeout_s: float | None = None, to: Any = original
@@ -269,7 +269,7 @@ def random_runs(rank: int, world: int, runs: int, seed: int) -> int:
                 time.sleep(late.uniform(0, 0.01))
             return to(messages, timeout_s)
 
-        state.engine.exchange.all_to_all = slow  # type: ignore[method-assign]
+        state.engine.transport.all_to_all = slow  # type: ignore[method-assign]
         for step in range(drawn.randint(2, 6)):
             if late.random() < 0.3:
                 time.sleep(late.uniform(0, 0.02))

@@ -33,9 +33,9 @@ from lc3.codec import codec_for
 from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.engine import Engine
-from lc3.exchange import Loopback
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from lc3.transport import Loopback
 from tests import checkpoint_cases, signals
 from tests.oracle import Oracle
 from tests.ranks import Ranks
@@ -70,8 +70,8 @@ def steps(count: int, seed: int, config: Settings = CONFIG) -> dict[str, float]:
     plan = make_plan(SHAPES, WORLD, config)
     codec = codec_for(torch.device("cpu"))
     engines = [
-        Engine(plan, config, exchange, Coder(codec), Meter())
-        for exchange in Loopback(WORLD).ranks
+        Engine(plan, config, transport, Coder(codec), Meter())
+        for transport in Loopback(WORLD).ranks
     ]
     oracle = Oracle(SHAPES, WORLD, config)
     seen = {"steps": 0.0, "non-finite": 0.0, "silent": 0.0, "slow": 0.0}

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3 import Lc3Error
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
+from tests.given_cases import Messages
 
 
 class WithBuffers(nn.Module):
@@ -81,6 +82,27 @@ def registered(rank: int, world: int) -> dict[str, bool]:
         train(model, optimizer, rank, 1)
         found["closed is plain"] = sent > 0 and state.meter.sent_bytes == sent
     found["equal to attach"] = digests[0] == digests[1]
+    return found
+
+
+def forgotten(rank: int, world: int) -> dict[str, list[str]]:
+    """Return what is logged while a state trains that is registered, or is not."""
+    found: dict[str, list[str]] = {}
+    for way in ("attach", "register", "neither"):
+        model = DistributedDataParallel(nn.Linear(8, 8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if way == "attach":
+            state = ddp.attach(model, optimizer)
+        else:
+            state = ddp.State(model, optimizer)
+        if way == "register":
+            model.register_comm_hook(state, ddp.hook)
+        messages = Messages()
+        for _ in range(6):
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+        found[way] = [one for one in messages.end() if "passes" in one]
+        state.close()
     return found
 
 

@@ -17,10 +17,10 @@ from lc3.codec import cpu
 from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.engine import Engine
-from lc3.exchange import Exchange
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from lc3.transport import Transport
 from tests.ranks import Ranks
 from tests.test_engine import SHAPES, SMALL, in_threads, random_gradients
 
@@ -71,7 +71,7 @@ def test_two_ranks_are_predicted_one_round_and_as_many_bytes() -> None:
 
 
 def test_measuring_gives_every_rank_the_same() -> None:
-    def job(rank: int, exchange: Exchange) -> Costs:
+    def job(rank: int, transport: Transport) -> Costs:
         class Late:
             """Sleeps now and then, on every rank at other times."""
 
@@ -80,7 +80,7 @@ def test_measuring_gives_every_rank_the_same() -> None:
             def __getattr__(self, name: str) -> Any:
                 if self.chance.random() < 0.3:
                     time.sleep(0.002)
-                return getattr(exchange, name)
+                return getattr(transport, name)
 
         return measure(Late(), cpu, Settings(), 1)
 
@@ -102,10 +102,10 @@ def test_what_is_owed_comes_along_when_the_choice_changes(overflow: bool) -> Non
             some["c"][7] = torch.inf
         return some
 
-    def job(rank: int, exchange: Exchange) -> Any:
-        plan = make_plan(SHAPES, exchange.world, SMALL)
-        auto = Auto(nobody, exchange.world, direct=False)
-        engine = Engine(plan, SMALL, exchange, Coder(cpu), Meter(), auto)
+    def job(rank: int, transport: Transport) -> Any:
+        plan = make_plan(SHAPES, transport.world, SMALL)
+        auto = Auto(nobody, transport.world, direct=False)
+        engine = Engine(plan, SMALL, transport, Coder(cpu), Meter(), auto)
         sums = {name: torch.zeros(n).double() for name, n in plan.numel.items()}
         for step in range(steps):
             grads = gradients(rank, step)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lc3 import ConfigError
 from lc3.budget import LOOK_EVERY, Budget
 from lc3.config import Settings
-from lc3.exchange import Exchange
+from lc3.transport import Transport
 from tests.test_engine import engine_of, in_threads
 
 SHAPES = [("a", (120, 130)), ("b", (90, 200)), ("bias", (130,))]
@@ -36,14 +36,14 @@ def run(
 ) -> list[tuple[list[int], list[float]]]:
     """Return of each rank the bytes of every step, and what it sent by then."""
 
-    def job(rank: int, exchange: Exchange) -> tuple[list[int], list[float]]:
-        engine = engine_of(exchange, config, shapes=SHAPES)
+    def job(rank: int, transport: Transport) -> tuple[list[int], list[float]]:
+        engine = engine_of(transport, config, shapes=SHAPES)
         late, sent, chosen = random.Random(rank), [0], []
         for step in range(steps):
             if late.random() < 0.05:
                 time.sleep(0.002)
             engine.all_reduce(gradients(rank, step, tails), step, 0)
-            sent.append(exchange.sent_bytes)
+            sent.append(transport.sent_bytes)
             chosen.append(engine.budget.density or engine.budget.sparsity)
         return [b - a for a, b in itertools.pairwise(sent)], chosen
 

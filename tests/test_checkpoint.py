@@ -20,7 +20,7 @@ from lc3.checkpoint import Parts
 from lc3.config import Settings
 from lc3.engine import Engine
 from lc3.errors import StateError
-from lc3.exchange import Loopback
+from lc3.transport import Loopback
 from tests import checkpoint_cases, state_fuzz
 from tests.ranks import Ranks
 from tests.test_engine import SMALL, engine_of, run
@@ -100,7 +100,7 @@ def test_ranks_with_other_numbers_of_local_steps(ranks: Pools) -> None:
 @pytest.mark.parametrize("hook", checkpoint_cases.HOOKS)
 def test_a_bit_that_differs_is_found(ranks: Pools, hook: str) -> None:
     for said in ranks(3).run(checkpoint_cases.a_replica_drifts, hook):
-        assert said.startswith("parameter '2.weight' differs on the ranks [1]")
+        assert said.startswith("parameter '2.weight' differs on rank 1")
 
 
 def test_a_state_comes_back() -> None:
@@ -127,12 +127,12 @@ WRONG_SENT = {"a": torch.zeros(2000), "c": torch.zeros(2700)}
         ({"world": 3}, "saved with world 3, this run has 2"),
         ({"plan": 1}, "saved with plan 1,"),
         (
-            {"numel": {"a": 5}, "sent": {}, "shares": {}, "starts": {}},
+            {"numel": {"a": 5}, "sent": {}, "slices": {}, "starts": {}},
             "a model with 5 elements of 'a', this run's has 2000",
         ),
         ({"extra": 1}, r"\['extra'\] too many or too few"),
         ({"counters": {}}, "the state counts .* this run"),
-        ({"shares": {}}, r"has shares \[\], this run \['owned'\]"),
+        ({"slices": {}}, r"has slices \[\], this run \['owned'\]"),
         ({"sent": {}}, "'a' is only on one side"),
         ({"sent": {**WRONG_SENT, "a": torch.zeros(1999)}}, "1999"),
         ({"sent": {**WRONG_SENT, "a": torch.zeros(2000).double()}}, "float64"),

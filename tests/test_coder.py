@@ -12,10 +12,10 @@ from torch import Tensor
 from lc3.codec import cpu, tensor
 from lc3.coder import Coder
 from lc3.engine import Engine
-from lc3.exchange import Exchange, LoopbackExchange
 from lc3.meter import Meter
 from lc3.owners import Owners
 from lc3.plan import make_plan
+from lc3.transport import LoopbackTransport, Transport
 from lc3.two_levels import TwoLevels
 from tests.oracle import Oracle
 from tests.oracle import TwoLevels as TwoLevelsOracle
@@ -59,15 +59,15 @@ def test_gradients_on_a_device_equal_the_oracle(nodes: Any) -> None:
         for step in range(STEPS)
     ]
 
-    def job(rank: int, exchange: Exchange) -> None:
-        assert isinstance(exchange, LoopbackExchange)
+    def job(rank: int, transport: Transport) -> None:
+        assert isinstance(transport, LoopbackTransport)
         plan = make_plan(SHAPES, WORLD, SMALL)
         with on_the_device():
             coder = Coder(tensor, device=DEVICE)
             engine = (
-                TwoLevels(plan, SMALL, exchange, nodes, coder, Meter())
+                TwoLevels(plan, SMALL, transport, nodes, coder, Meter())
                 if nodes
-                else Engine(plan, SMALL, exchange, coder, Meter())
+                else Engine(plan, SMALL, transport, coder, Meter())
             )
             for step in range(STEPS):
                 grads = {k: there(g) for k, g in random_gradients(rank, step).items()}
@@ -86,12 +86,12 @@ def test_gradients_on_a_device_equal_the_oracle(nodes: Any) -> None:
 
 def test_masters_on_a_device_equal_those_on_the_host() -> None:
     def masters(device: bool) -> list[Any]:
-        def job(rank: int, exchange: Exchange) -> list[Tensor]:
+        def job(rank: int, transport: Transport) -> list[Tensor]:
             plan = make_plan(SHAPES, WORLD, SMALL)
             with on_the_device() if device else nullcontext():
                 put = there if device else torch.clone
                 coder = Coder(tensor, device=DEVICE) if device else Coder(cpu)
-                engine = Engine(plan, SMALL, exchange, coder, Meter())
+                engine = Engine(plan, SMALL, transport, coder, Meter())
                 start = {k: put(g) for k, g in random_gradients(0, 0).items()}
                 owners = Owners(engine, start)
                 for step in range(STEPS):

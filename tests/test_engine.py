@@ -19,11 +19,11 @@ from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.coder import Coder
 from lc3.config import ENTROPY_STAGES, EntropyStage, Settings, Topology
 from lc3.engine import Engine
-from lc3.exchange import MOST_BYTES, Exchange, Loopback
 from lc3.format import HEADER_BYTES
 from lc3.handshake import agree
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from lc3.transport import MOST_BYTES, Loopback, Transport
 from tests.oracle import Oracle
 
 SHAPES = [
@@ -38,9 +38,9 @@ DIRECT = dataclasses.replace(SMALL, topology="direct")
 
 
 def in_threads(
-    world: int, job: Callable[[int, Exchange], Any], timeout_s: float = 20
+    world: int, job: Callable[[int, Transport], Any], timeout_s: float = 20
 ) -> list[Any]:
-    """Return what ``job(rank, exchange)`` returned or raised, by rank."""
+    """Return what ``job(rank, transport)`` returned or raised, by rank."""
     results: list[Any] = [None] * world
     loopback = Loopback(world, timeout_s)
 
@@ -60,14 +60,14 @@ def in_threads(
 
 
 def engine_of(
-    exchange: Exchange,
+    transport: Transport,
     config: Settings = SMALL,
     codec: Codec = cpu,
     shapes: Any = SHAPES,
 ) -> Engine:
-    plan = make_plan(shapes, exchange.world, config)
+    plan = make_plan(shapes, transport.world, config)
     coder = Coder(codec, config.threads or 1)
-    return Engine(plan, config, exchange, coder, Meter())
+    return Engine(plan, config, transport, coder, Meter())
 
 
 Gradients = Callable[[int, int], dict[str, Tensor]]
@@ -101,8 +101,8 @@ def run(
         for step in range(steps)
     ]
 
-    def job(rank: int, exchange: Exchange) -> Engine:
-        engine = engine_of(exchange, config, codecs[rank % len(codecs)], shapes)
+    def job(rank: int, transport: Transport) -> Engine:
+        engine = engine_of(transport, config, codecs[rank % len(codecs)], shapes)
         for step in range(steps):
             grads = gradients(rank, step)
             engine.all_reduce(grads, step, 0)
@@ -166,8 +166,8 @@ def test_what_a_pull_would_carry_needs_owners() -> None:
 def test_a_sum_beyond_float32_is_nan_and_leaves_residuals(largest: float) -> None:
     """Each rank's part is finite: what overflows is their sum."""
 
-    def job(rank: int, exchange: Exchange) -> tuple[Engine, dict[str, Tensor]]:
-        engine = engine_of(exchange, DIRECT)
+    def job(rank: int, transport: Transport) -> tuple[Engine, dict[str, Tensor]]:
+        engine = engine_of(transport, DIRECT)
         grads = random_gradients(rank, 0)
         grads["a"][3] = largest
         engine.all_reduce(grads, 0, 0)
@@ -185,15 +185,15 @@ def test_a_sum_beyond_float32_is_nan_and_leaves_residuals(largest: float) -> Non
 def test_a_run_without_owners_goes_on_from_what_they_owed(from_owners: bool) -> None:
     """The sum of all means plus what is pending is that of the gradients."""
 
-    def job(rank: int, exchange: Exchange) -> tuple[dict[str, Tensor], Engine]:
-        engine = engine_of(exchange, SMALL if from_owners else DIRECT)
+    def job(rank: int, transport: Transport) -> tuple[dict[str, Tensor], Engine]:
+        engine = engine_of(transport, SMALL if from_owners else DIRECT)
         total = {
             name: torch.zeros(int(np.prod(shape))).double() for name, shape in SHAPES
         }
         for step in range(8):
             if step == 4 and from_owners:
                 before = engine.residuals
-                engine = engine_of(exchange, DIRECT)
+                engine = engine_of(transport, DIRECT)
                 for mine, kept in zip(
                     engine.residuals.buffers(), before.buffers(), strict=True
                 ):
@@ -229,10 +229,10 @@ def test_half_precision_goes_the_way_of_what_it_stands_for(
     def halves_of(rank: int, step: int) -> dict[str, Tensor]:
         return {k: g.to(dtype) for k, g in random_gradients(rank, step).items()}
 
-    def job(rank: int, exchange: Exchange) -> list[dict[str, Tensor]]:
+    def job(rank: int, transport: Transport) -> list[dict[str, Tensor]]:
         found = []
         for given_as_halves in (False, True):
-            engine = engine_of(exchange)
+            engine = engine_of(transport)
             if mode == "auto":
                 engine.auto = Auto(
                     Costs(2e-9, 5e-10, 1e-4, 8e-12, 2e-4, 8e-12), world, direct=False
@@ -358,8 +358,8 @@ def test_a_step_that_overflows_anywhere_never_was(bad: float, where: list[int]) 
         return {name: grad * (step != 2) for name, grad in grads.items()}
 
     def job(gradients: Gradients) -> list[Any]:
-        def train(rank: int, exchange: Exchange) -> Any:
-            engine = engine_of(exchange)
+        def train(rank: int, transport: Transport) -> Any:
+            engine = engine_of(transport)
             outputs = []
             for step in range(5):
                 grads = gradients(rank, step)
@@ -395,20 +395,20 @@ def test_a_rank_without_gradient_keeps_its_residual() -> None:
 
 
 def test_one_rank_sends_nothing_and_changes_nothing() -> None:
-    exchange = Loopback(1).ranks[0]
-    engine = engine_of(exchange)
+    transport = Loopback(1).ranks[0]
+    engine = engine_of(transport)
     grads = random_gradients(0, 0)
     engine.all_reduce(grads, 0, 0)
     for name, grad in random_gradients(0, 0).items():
         assert torch.equal(grads[name], grad)
-    assert exchange.sent_bytes == 0
+    assert transport.sent_bytes == 0
 
 
 def test_the_meter_counts_what_is_sent() -> None:
     engines = run(3, 4, SMALL)
     for engine in engines:
         meter = engine.meter
-        assert meter.sent_bytes == engine.exchange.sent_bytes
+        assert meter.sent_bytes == engine.transport.sent_bytes
         assert meter.dense_bytes == pytest.approx(
             4 * 4 / 3 * 4 * (2000 + 7 + 2700 + 33)
         )
@@ -494,9 +494,9 @@ class FailingCodec:
 def test_a_rank_that_fails_stops_the_others_with_its_reason(
     rank: int, function: str, at: int
 ) -> None:
-    def job(r: int, exchange: Exchange) -> None:
+    def job(r: int, transport: Transport) -> None:
         engine = engine_of(
-            exchange, codec=FailingCodec(function, at) if r == rank else cpu
+            transport, codec=FailingCodec(function, at) if r == rank else cpu
         )
         for step in range(10):
             before = sides_of(engine)
@@ -526,9 +526,9 @@ def test_a_rank_that_fails_stops_the_others_with_its_reason(
 
 def test_a_damaged_message_stops_every_rank() -> None:
     class Damaging:
-        def __init__(self, exchange: Exchange) -> None:
-            self.inner = exchange
-            self.rank, self.world = exchange.rank, exchange.world
+        def __init__(self, transport: Transport) -> None:
+            self.inner = transport
+            self.rank, self.world = transport.rank, transport.world
             self.calls = self.sent_bytes = self.rounds = 0
             self.most_bytes = MOST_BYTES
 
@@ -551,8 +551,8 @@ def test_a_damaged_message_stops_every_rank() -> None:
         def leave_word(self, reason: str) -> None:
             self.inner.leave_word(reason)
 
-    def job(rank: int, exchange: Exchange) -> None:
-        engine = engine_of(Damaging(exchange))
+    def job(rank: int, transport: Transport) -> None:
+        engine = engine_of(Damaging(transport))
         for step in range(3):
             engine.all_reduce(random_gradients(rank, step), step, 4)
 
@@ -565,8 +565,8 @@ def test_a_damaged_message_stops_every_rank() -> None:
 
 
 def test_ranks_out_of_step_stop_with_one_sentence() -> None:
-    def job(rank: int, exchange: Exchange) -> None:
-        engine_of(exchange).all_reduce(
+    def job(rank: int, transport: Transport) -> None:
+        engine_of(transport).all_reduce(
             random_gradients(rank, 0), step=3 + rank, bucket=0
         )
 
@@ -576,7 +576,7 @@ def test_ranks_out_of_step_stop_with_one_sentence() -> None:
 
 
 def test_sparse_tensors_pass_through() -> None:
-    def job(rank: int, exchange: Exchange) -> Any:
+    def job(rank: int, transport: Transport) -> Any:
         rows = [[], [0, 2, 2], [2]][rank]
         sparse = torch.sparse_coo_tensor(
             torch.tensor([rows], dtype=torch.int64),
@@ -584,7 +584,7 @@ def test_sparse_tensors_pass_through() -> None:
             (4, 2),
             check_invariants=True,
         )
-        mean = engine_of(exchange).pass_through(sparse, 0, 0)
+        mean = engine_of(transport).pass_through(sparse, 0, 0)
         assert mean.is_sparse
         return mean.to_dense().tolist()
 
@@ -592,8 +592,8 @@ def test_sparse_tensors_pass_through() -> None:
 
 
 def test_dense_tensors_pass_through() -> None:
-    def job(rank: int, exchange: Exchange) -> Any:
-        engine = engine_of(exchange)
+    def job(rank: int, transport: Transport) -> Any:
+        engine = engine_of(transport)
         values = torch.tensor([[1.0, 3.0 * rank, 4.0]], dtype=torch.float64)
         mean = engine.pass_through(values, 0, 0)
         return mean.tolist(), engine.meter.passed_through_bytes
@@ -622,11 +622,11 @@ def test_dense_tensors_pass_through() -> None:
     ],
 )
 def test_ranks_that_differ_all_say_the_same(theirs: dict[str, Any], words: str) -> None:
-    def job(rank: int, exchange: Exchange) -> Any:
+    def job(rank: int, transport: Transport) -> Any:
         mine = {"version": "1", "config": Settings(), "shapes": [("w", (4, 4))]}
         given = SimpleNamespace(**{**mine, **(theirs if rank == 1 else {})})
         return agree(
-            exchange, given.version, given.config, given.shapes, lambda: "built"
+            transport, given.version, given.config, given.shapes, lambda: "built"
         )
 
     results = in_threads(3, job)
@@ -637,13 +637,13 @@ def test_ranks_that_differ_all_say_the_same(theirs: dict[str, Any], words: str) 
 
 
 def test_an_error_before_the_first_step_reaches_every_rank() -> None:
-    def job(rank: int, exchange: Exchange) -> Any:
+    def job(rank: int, transport: Transport) -> Any:
         def build() -> str:
             if rank == 2:
                 raise lc3.AttachError("out of luck")
             return "built"
 
-        return agree(exchange, "1", Settings(), [], build)
+        return agree(transport, "1", Settings(), [], build)
 
     results = in_threads(3, job)
     assert isinstance(results[2], lc3.AttachError)

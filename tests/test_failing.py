@@ -9,8 +9,8 @@ import torch
 
 import lc3
 from lc3.config import Settings
-from lc3.exchange import Exchange
 from lc3.handshake import agree
+from lc3.transport import Transport
 from tests import failing_cases
 from tests.ranks import Ranks
 from tests.test_engine import in_threads
@@ -58,9 +58,7 @@ def test_a_failed_attach_leaves_nothing_behind(ranks: Pools) -> None:
 def test_replicas_are_compared_every_so_many_steps(ranks: Pools) -> None:
     for said in ranks(3).run(failing_cases.replicas_compared, "ddp"):
         (once,) = said
-        assert once.startswith(
-            "4: parameter 'bias' differs on the ranks [1] after 4 steps"
-        )
+        assert once.startswith("4: parameter 'bias' differs on rank 1 after 4 steps")
     assert ranks(2).run(failing_cases.replicas_compared, "push_pull") == [[], []]
     for said in ranks(2).run(failing_cases.check_every_refused, [0, 0]):
         assert said.startswith("check_every=0 must be an integer of at least 1")
@@ -83,17 +81,17 @@ def test_a_rank_that_attaches_alone_is_not_kept() -> None:
     [b"", b"\xff\xfe", b"[]", b"7", b"{}", b'{"error": null', b"[" * 200_000],
 )
 def test_rubbish_in_a_handshake_is_named(rubbish: bytes) -> None:
-    def job(rank: int, exchange: Exchange) -> str:
+    def job(rank: int, transport: Transport) -> str:
         if rank == 0:
             for said in (b"x" * 32, rubbish):
-                exchange.all_gather(
+                transport.all_gather(
                     torch.frombuffer(bytearray(said), dtype=torch.uint8)
                     if said
                     else torch.empty(0, dtype=torch.uint8)
                 )
             return ""
         try:
-            agree(exchange, "0", Settings(), [("w", [3])], lambda: None)
+            agree(transport, "0", Settings(), [("w", [3])], lambda: None)
         except lc3.FormatError as error:
             return str(error)
         return "agreed"
@@ -104,16 +102,16 @@ def test_rubbish_in_a_handshake_is_named(rubbish: bytes) -> None:
 
 @pytest.mark.parametrize("kind", [1, None, [], {"a": 1}])
 def test_what_is_said_of_strange_types_is_still_compared(kind: object) -> None:
-    def job(rank: int, exchange: Exchange) -> str:
+    def job(rank: int, transport: Transport) -> str:
         if rank == 0:
             text = json.dumps({"error": kind, "lc3 version": kind}).encode()
             for said in (b"x" * 32, text):
-                exchange.all_gather(
+                transport.all_gather(
                     torch.frombuffer(bytearray(said), dtype=torch.uint8)
                 )
             return ""
         try:
-            agree(exchange, "0", Settings(), [("w", [3])], lambda: None)
+            agree(transport, "0", Settings(), [("w", [3])], lambda: None)
         except lc3.Lc3Error as error:
             return type(error).__name__
         return "agreed"

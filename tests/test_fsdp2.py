@@ -41,6 +41,16 @@ def test_one_site_sends_nothing(ranks: Pools) -> None:
         assert found["sent"] == 0
 
 
+def test_a_shard_that_differs_between_sites_is_named(ranks: Pools) -> None:
+    first, second, third, fourth = ranks(4).run(fsdp2_cases.differs)
+    assert first == third == ["nothing", "nothing"]
+    for before, after in (second, fourth):  # hold the same shard
+        assert before == "nothing"
+        assert after.startswith(
+            "ReplicasDiffer: parameter 'last.weight' differs on rank 3 after 1 steps"
+        )
+
+
 def test_it_resumes_bit_for_bit(ranks: Pools) -> None:
     assert all(ranks(4).run(fsdp2_cases.resumes))
 

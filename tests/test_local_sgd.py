@@ -118,8 +118,8 @@ def test_what_is_chosen(
         for kind in kinds
         if kind not in ("momentum", "direct")
     ]
-    exchange: Any = "direct" if "direct" in kinds else "owners"
-    config = Settings(density=density, topology=exchange)
+    topology: Any = "direct" if "direct" in kinds else "owners"
+    config = Settings(density=density, topology=topology)
     found, why = knobs.chosen_for(optimizers, config)
     assert tuple(found.values()) == chosen
     assert ("plain" in why) == (chosen == NEUTRAL)

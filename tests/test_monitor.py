@@ -27,7 +27,7 @@ def test_rounds_are_counted() -> None:
 def test_the_residual_beside_the_gradient() -> None:
     """Norms over all coded tensors, of the last step that is a multiple of 100."""
     for engine in run(2, 101, SMALL):
-        rank, coded = engine.exchange.rank, engine.plan.coded
+        rank, coded = engine.transport.rank, engine.plan.coded
         gradients = random_gradients(rank, 100)
         pushed = torch.cat([gradients[name] for name in coded]).norm()
         owed = torch.cat([engine.residuals.sent[name] for name in coded]).norm()
@@ -92,4 +92,4 @@ def test_stages_are_ranges_of_the_profiler() -> None:
     with torch.profiler.profile(experimental_config=config) as profile:
         meter_of_a_run()
     found = {event.key for event in profile.key_averages()}
-    assert {"lc3.encode", "lc3.exchange", "lc3.decode"} <= found
+    assert {"lc3.encode", "lc3.transport", "lc3.decode"} <= found

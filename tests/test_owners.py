@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lc3 import ConfigError
-from lc3.exchange import Exchange
 from lc3.owners import Owners
 from lc3.session import check_owners
+from lc3.transport import Transport
 from tests.oracle import Floats, Servers
 from tests.test_engine import (
     DIRECT,
@@ -80,8 +80,8 @@ def test_owners_equal_the_servers(world: int, name: str) -> None:
         )
         expected.append({n: value.copy() for n, value in servers.replica.items()})
 
-    def job(rank: int, exchange: Exchange) -> None:
-        owners, mine = Owners(engine_of(exchange, config), start()), Momentum()
+    def job(rank: int, transport: Transport) -> None:
+        owners, mine = Owners(engine_of(transport, config), start()), Momentum()
         for step in range(steps):
             pushed = values(rank, step)
             owners.push(pushed, step, 0)
@@ -109,15 +109,15 @@ def test_without_owners_a_run_goes_on_from_what_masters_were_ahead() -> None:
     """Where replicas would be if all had arrived is the same before and after."""
     rate = 0.5
 
-    def job(rank: int, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
-        before = Owners(engine_of(exchange), start())
+    def job(rank: int, transport: Transport) -> tuple[Tensor, Tensor, Tensor]:
+        before = Owners(engine_of(transport), start())
         for step in range(6):
             pushed = random_gradients(rank, step)
             before.push(pushed, step, 0)
             for piece in before.owned:
                 before.master(piece).sub_(before.mean(piece), alpha=rate)
             before.pull(pushed, step, 0)
-        after = Owners(engine_of(exchange, DIRECT), dict(before.replica))
+        after = Owners(engine_of(transport, DIRECT), dict(before.replica))
         for name, sent in before.engine.residuals.sent.items():
             after.engine.residuals.sent[name].copy_(sent)
         ahead = {name: master.clone() for name, master in before.masters.items()}
@@ -136,8 +136,8 @@ def test_without_owners_a_run_goes_on_from_what_masters_were_ahead() -> None:
 def test_replicas_follow_the_masters() -> None:
     """What a pull lacks stays in master − replica, bounded."""
 
-    def job(rank: int, exchange: Exchange) -> list[float]:
-        owners = Owners(engine_of(exchange), start())
+    def job(rank: int, transport: Transport) -> list[float]:
+        owners = Owners(engine_of(transport), start())
         distances = []
         for step in range(200):
             pushed = random_gradients(rank, step)

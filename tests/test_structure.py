@@ -19,7 +19,7 @@ BELOW = {
     "choices": set(),
     "knobs": {"config", "errors"},
     "state": {"checkpoint", "config", "engine", "meter", "session"},
-    "model": {"errors", "exchange", "private"},
+    "model": {"errors", "transport", "private"},
     "says": {"errors"},
     "buffers": {"model", "private"},
     "link": {"buffers", "errors", "private"},
@@ -30,7 +30,7 @@ BELOW = {
     "entropy": {"errors", "format"},
     "codec": {"config", "entropy", "errors", "format"},
     "rans": {"codec", "errors", "format"},
-    "exchange": {"errors"},
+    "transport": {"errors"},
     "plan": {"config", "errors"},
     "residual": {"plan"},
     "checkpoint": {"errors", "plan"},
@@ -45,10 +45,10 @@ BELOW = {
     "workers": set(),
     "coder": {"codec", "workers"},
     "lane": {"errors"},
-    "handshake": {"config", "errors", "exchange", "workers"},
+    "handshake": {"config", "errors", "transport", "workers"},
     "owners": {"engine", "format", "plan"},
     "two_levels": {
-        *("auto", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),
+        *("auto", "coder", "config", "engine", "errors", "transport", "meter", "plan"),
     },
     "session": {
         *(
@@ -60,7 +60,7 @@ BELOW = {
             "config",
             "engine",
             "errors",
-            "exchange",
+            "transport",
             "handshake",
             "lane",
             "link",
@@ -69,20 +69,20 @@ BELOW = {
     },
     "measure": {
         "applied",
-        *("codec", "coder", "config", "engine", "errors", "exchange", "meter", "plan"),
+        *("codec", "coder", "config", "engine", "errors", "transport", "meter", "plan"),
     },
     "doctor": {
         "auto",
         "codec",
         "config",
-        "exchange",
+        "transport",
         "handshake",
         "measure",
         "version",
         "workers",
     },
     "__main__": {"config", "doctor", "errors", "measure", "version"},
-    "auto": {"codec", "config", "exchange", "format", "message", "plan"},
+    "auto": {"codec", "config", "transport", "format", "message", "plan"},
     "engine": {
         *(
             "auto",
@@ -90,7 +90,7 @@ BELOW = {
             "coder",
             "config",
             "errors",
-            "exchange",
+            "transport",
             "format",
             "message",
         ),
@@ -139,7 +139,7 @@ def test_a_room_imports_only_what_is_below_it(room: str) -> None:
         assert known <= {*BELOW[room], room}, path
 
 
-def test_the_codec_knows_no_network_and_the_exchange_no_codec() -> None:
+def test_the_codec_knows_no_network_and_the_transport_no_codec() -> None:
     for path in sources()["codec"]:
         assert not any(name.startswith("torch.dist") for name in imported(path)), path
 

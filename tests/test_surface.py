@@ -20,8 +20,8 @@ import lc3
 from lc3 import ConfigError, auto, config, knobs
 from lc3.codec import cpu
 from lc3.config import Config, Settings, Tuning, settle
-from lc3.exchange import Exchange
 from lc3.hooks import ddp, local_sgd
+from lc3.transport import Transport
 from lc3.version import __version__
 from tests import surface_cases
 from tests.ranks import Ranks
@@ -65,8 +65,8 @@ def outcome(**given: Any) -> tuple[object, ...]:
     """Return what ten steps with these knobs end with: residuals, bytes, plan."""
     settings = settle(said(**given), Settings())
 
-    def job(rank: int, exchange: Exchange) -> tuple[object, ...]:
-        engine = engine_of(exchange, settings, shapes=SHAPES)
+    def job(rank: int, transport: Transport) -> tuple[object, ...]:
+        engine = engine_of(transport, settings, shapes=SHAPES)
         sums = []
         for step in range(12):
             grads = random_gradients(rank, step, SHAPES)
@@ -239,6 +239,13 @@ def test_hooks_register_as_torchs_do(ranks: Pools) -> None:
         assert found["equal to attach"]
         assert found["buffers are lc3's"]
         assert found["closed is plain"]
+
+
+def test_a_state_that_nobody_registers_is_told_of(ranks: Pools) -> None:
+    for found in ranks(2).run(surface_cases.forgotten):
+        assert found["attach"] == found["register"] == []
+        (said,) = found["neither"]
+        assert "model.register_comm_hook(state, lc3.hooks.ddp.hook)" in said
 
 
 def test_every_form_shows_itself_in_a_line(ranks: Pools) -> None:

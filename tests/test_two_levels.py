@@ -13,9 +13,9 @@ from lc3 import AttachError
 from lc3.codec import cpu
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.exchange import Exchange, LoopbackExchange
 from lc3.meter import Meter
 from lc3.plan import make_plan
+from lc3.transport import LoopbackTransport, Transport
 from lc3.two_levels import Nodes, TwoLevels, nodes_of
 from tests import ddp_cases, two_levels_cases
 from tests.ddp_cases import Case
@@ -64,10 +64,10 @@ def test_two_levels_equal_the_oracle(nodes: Nodes, config: Settings) -> None:
         for step in range(steps)
     ]
 
-    def job(rank: int, exchange: Exchange) -> TwoLevels:
-        assert isinstance(exchange, LoopbackExchange)
+    def job(rank: int, transport: Transport) -> TwoLevels:
+        assert isinstance(transport, LoopbackTransport)
         plan = make_plan(SHAPES, world, config)
-        engine = TwoLevels(plan, config, exchange, nodes, Coder(cpu), Meter())
+        engine = TwoLevels(plan, config, transport, nodes, Coder(cpu), Meter())
         for step in range(steps):
             grads = gradients(rank, step)
             engine.all_reduce(grads, step, 0)
@@ -96,10 +96,12 @@ def test_two_levels_equal_the_oracle(nodes: Nodes, config: Settings) -> None:
 def test_two_nodes_bring_on_what_owners_owed() -> None:
     """After a run of more nodes: each owner's slice, by the rank that pushes it."""
 
-    def job(rank: int, exchange: Exchange) -> tuple[bool, torch.Tensor, torch.Tensor]:
-        assert isinstance(exchange, LoopbackExchange)
+    def job(rank: int, transport: Transport) -> tuple[bool, torch.Tensor, torch.Tensor]:
+        assert isinstance(transport, LoopbackTransport)
         plan = make_plan(SHAPES, 4, DIRECT)
-        engine = TwoLevels(plan, DIRECT, exchange, TABLES["2 x 2"], Coder(cpu), Meter())
+        engine = TwoLevels(
+            plan, DIRECT, transport, TABLES["2 x 2"], Coder(cpu), Meter()
+        )
         for owed in engine.residuals.owned.values():
             owed += rank + 1
         before = engine.pending()["a"]

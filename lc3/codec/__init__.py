@@ -185,7 +185,7 @@ def encode(
     used, _ = codec_for(x.device).encode(residual.view(-1), sparsity, out)
     frame = out[:used].clone()
     if entropy:
-        smaller, _ = compress([[frame.cpu()]], room_before=0)
+        smaller, _ = compress([[frame.cpu()]], free_before=0)
         frame = smaller.to(x.device) if smaller.numel() < used else frame
     return frame, residual
 

@@ -1,7 +1,7 @@
 """Moving messages between ranks: byte strings of any length, in rank order.
 
-Two transports have the same methods: ``GroupExchange`` over a torch.distributed process
-group, and ``LoopbackExchange``, N ranks as N threads of one process.
+Two transports have the same methods: ``GroupTransport`` over a process group of
+torch.distributed, and ``LoopbackTransport``, N ranks as N threads of one process.
 """
 
 import socket
@@ -20,7 +20,7 @@ from lc3.errors import ExchangeError, FormatError, PeerError
 if not dist.is_initialized():
     # DDP imports this with its first model. The default group is the default argument
     # of all its functions, so if there is one by then they hold it to the very end, and
-    # gloo's threads outlive destroy_process_group() (see ``GroupExchange.leave``).
+    # gloo's threads outlive destroy_process_group() (see ``GroupTransport.leave``).
     import torch.distributed.nn.functional
 
 _SIZE_BYTES = 8
@@ -29,10 +29,10 @@ _WORD, _WORD_S = (
     2.0,
 )  # the key, and how long to look for the store's host
 MOST_BYTES = 1 << 26  # of a message, but for what a plan is about
-_ROOM_BYTES, _ROOMS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
+_BUFFER_BYTES, _BUFFERS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 
 
-class Exchange(Protocol):
+class Transport(Protocol):
     """Collectives over byte strings. Every rank calls the same ones in the same order.
 
     Attributes:
@@ -41,7 +41,7 @@ class Exchange(Protocol):
         sent_bytes: bytes given to the transport for other ranks so far, the sizes that
             announce them included. A rank's message to itself is never sent.
         rounds: times this rank has waited for a message of every other.
-        most_bytes: of a message; a longer one is refused before there is room for it.
+        most_bytes: of a message; a longer one is refused before anything is allocated.
     """
 
     rank: int
@@ -86,10 +86,10 @@ class Exchange(Protocol):
 
 
 @runtime_checkable
-class Divisible(Exchange, Protocol):
-    """An ``Exchange`` whose ranks can exchange in parts as well."""
+class Divisible(Transport, Protocol):
+    """A ``Transport`` whose ranks can exchange in parts as well."""
 
-    def among(self, members: Sequence[int]) -> Exchange:
+    def among(self, members: Sequence[int]) -> Transport:
         """Return an exchange between some of the ranks, numbered in their order.
 
         Over the same transport and counting for itself. This rank is one of them; all
@@ -98,11 +98,11 @@ class Divisible(Exchange, Protocol):
         ...
 
 
-class GroupExchange:
-    """An ``Exchange`` over a process group that nobody else uses.
+class GroupTransport:
+    """A ``Transport`` over a process group that nobody else uses.
 
     On gloo a message travels in one round: a receive may be longer than what comes, so
-    nobody has to announce sizes first. What does not fit into the room of a receive
+    nobody has to announce sizes first. What does not fit into the buffer of a receive
     follows in a second message between just those two ranks. Other backends (NCCL)
     exchange sizes, then bytes, by ``all_to_all_single``. Both move the same bytes. A
     ragged all_gather is an all_to_all of one message to everybody.
@@ -131,13 +131,13 @@ class GroupExchange:
         self._device = device
         self._peers = [r for r in range(self.world) if r != self.rank]
         self._one_round = dist.get_backend(group) == "gloo"
-        room = min(_ROOM_BYTES, _ROOMS_BYTES // self.world)
-        self._rooms = torch.empty(len(self._peers), room, dtype=torch.uint8)
+        buffer = min(_BUFFER_BYTES, _BUFFERS_BYTES // self.world)
+        self._buffers = torch.empty(len(self._peers), buffer, dtype=torch.uint8)
 
-    def among(self, members: Sequence[int]) -> "GroupExchange":
+    def among(self, members: Sequence[int]) -> "GroupTransport":
         """See ``Divisible.among``."""
         ranks = [self._members[member] for member in members]
-        part = GroupExchange(self._group, self._device, ranks)
+        part = GroupTransport(self._group, self._device, ranks)
         part._held = self._held
         part.most_bytes = self.most_bytes
         return part
@@ -164,7 +164,7 @@ class GroupExchange:
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
     ) -> list[Tensor]:
-        """See ``Exchange.all_to_all``."""
+        """See ``Transport.all_to_all``."""
         if self.world == 1:
             return list(messages)
         with self._transport_errors():
@@ -181,28 +181,30 @@ class GroupExchange:
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
         """Send and receive with every peer at once; the rest of long ones after it."""
-        rooms = dict(zip(self._peers, self._rooms, strict=True))
-        receiving = {peer: self._receive(room, peer) for peer, room in rooms.items()}
+        buffers = dict(zip(self._peers, self._buffers, strict=True))
+        receiving = {
+            peer: self._receive(buffer, peer) for peer, buffer in buffers.items()
+        }
         sending: list[Any] = []
         prefixed: dict[int, Tensor] = {}  # all_gather: one for everybody
-        for peer, room in rooms.items():
+        for peer, buffer in buffers.items():
             message = messages[peer]
             if id(message) not in prefixed:
                 size = torch.tensor([message.numel()], dtype=torch.int64).view(
                     torch.uint8
                 )
                 prefixed[id(message)] = torch.cat([size, message])
-            parts = torch.split(prefixed[id(message)], _parts(message.numel(), room))
+            parts = torch.split(prefixed[id(message)], _parts(message.numel(), buffer))
             sending += [self._send(part, peer) for part in parts]
         arrived = list(messages)
-        for peer, room in rooms.items():
+        for peer, buffer in buffers.items():
             self._wait(receiving[peer], timeout_s)
-            numel = int(room[:_SIZE_BYTES].view(torch.int64))
+            numel = int(buffer[:_SIZE_BYTES].view(torch.int64))
             self._check_size(peer, numel)
-            first, *rest = _parts(numel, room)
+            first, *rest = _parts(numel, buffer)
             arrived[peer] = torch.empty(numel, dtype=torch.uint8)
             here = first - _SIZE_BYTES
-            arrived[peer][:here] = room[_SIZE_BYTES:first]
+            arrived[peer][:here] = buffer[_SIZE_BYTES:first]
             if rest:
                 sending.append(self._receive(arrived[peer][here:], peer))
         for work in sending:
@@ -238,11 +240,11 @@ class GroupExchange:
             )
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        """See ``Exchange.all_gather``."""
+        """See ``Transport.all_gather``."""
         return self.all_to_all([message] * self.world)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """See ``Exchange.all_reduce``. Counted as a ring. Not among members only."""
+        """See ``Transport.all_reduce``. Counted as a ring. Not among members only."""
         assert self.world == dist.get_world_size(self._group)
         with self._transport_errors():
             dist.all_reduce(tensor, group=self._group)
@@ -250,7 +252,7 @@ class GroupExchange:
         self.rounds += 2 * (self.world - 1)
 
     def leave_word(self, reason: str) -> None:
-        """See ``Exchange.leave_word``. In the group's store, where the first stays."""
+        """See ``Transport.leave_word``. In the group's store, where the first stays."""
         word = f"{self._members[self.rank]} {reason}"
         with suppress(RuntimeError):
             if (store := self._store()) is not None:
@@ -302,8 +304,8 @@ class GroupExchange:
     def _send(self, data: Tensor, peer: int) -> Any:
         return dist.isend(data, group=self._group, group_dst=self._members[peer])
 
-    def _receive(self, room: Tensor, peer: int) -> Any:
-        return dist.irecv(room, group=self._group, group_src=self._members[peer])
+    def _receive(self, buffer: Tensor, peer: int) -> Any:
+        return dist.irecv(buffer, group=self._group, group_src=self._members[peer])
 
     def _start(
         self,
@@ -323,15 +325,15 @@ class GroupExchange:
             raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
 
 
-def _parts(numel: int, room: Tensor) -> list[int]:
+def _parts(numel: int, buffer: Tensor) -> list[int]:
     """Return the bytes of each part of a message of ``numel``, its size before it."""
     whole = _SIZE_BYTES + numel
-    first = min(whole, room.numel())
+    first = min(whole, buffer.numel())
     return [first] if first == whole else [first, whole - first]
 
 
 class Loopback:
-    """N ranks in one process: ``ranks[r]`` is the ``Exchange`` of the thread of rank r.
+    """N ranks in one process: ``ranks[r]`` is the ``Transport`` of rank r's thread.
 
     Args:
         world: number of ranks.
@@ -344,7 +346,7 @@ class Loopback:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._parts: dict[tuple[int, ...], Loopback] = {}
-        self.ranks = [LoopbackExchange(self, rank, world) for rank in range(world)]
+        self.ranks = [LoopbackTransport(self, rank, world) for rank in range(world)]
 
     def part(self, members: Sequence[int]) -> "Loopback":
         """Return the one loopback that some of the ranks share."""
@@ -365,8 +367,8 @@ class Loopback:
         return shown
 
 
-class LoopbackExchange:
-    """An ``Exchange`` between the threads of one process. Built by ``Loopback``."""
+class LoopbackTransport:
+    """A ``Transport`` between the threads of one process. Built by ``Loopback``."""
 
     def __init__(self, loopback: Loopback, rank: int, world: int) -> None:
         self.rank = rank
@@ -375,14 +377,14 @@ class LoopbackExchange:
         self.most_bytes = MOST_BYTES
         self._loopback = loopback
 
-    def among(self, members: Sequence[int]) -> "LoopbackExchange":
+    def among(self, members: Sequence[int]) -> "LoopbackTransport":
         """See ``Divisible.among``."""
         return self._loopback.part(members).ranks[list(members).index(self.rank)]
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
     ) -> list[Tensor]:
-        """See ``Exchange.all_to_all``. Messages are copied, as a network would."""
+        """See ``Transport.all_to_all``. Messages are copied, as a network would."""
         outgoing = sum(m.numel() for r, m in enumerate(messages) if r != self.rank)
         shown = self._loopback.swap(
             self.rank, [message.clone() for message in messages], timeout_s
@@ -392,11 +394,11 @@ class LoopbackExchange:
         return [given[self.rank] for given in shown]
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        """See ``Exchange.all_gather``."""
+        """See ``Transport.all_gather``."""
         return self.all_to_all([message] * self.world)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """See ``Exchange.all_reduce``. Added in rank order."""
+        """See ``Transport.all_reduce``. Added in rank order."""
         first, *others = self._loopback.swap(self.rank, tensor.clone(), None)
         tensor.copy_(first)
         for other in others:
@@ -405,4 +407,4 @@ class LoopbackExchange:
         self.rounds += 2 * (self.world - 1)
 
     def leave_word(self, reason: str) -> None:
-        """See ``Exchange.leave_word``. No place: a thread that comes late waits."""
+        """See ``Transport.leave_word``. No place: a thread that comes late waits."""
