@@ -20,11 +20,20 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
     fp16_compress_hook,
 )
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
+    PostLocalSGDState,
+    post_localSGD_hook,
+)
+from torch.distributed.algorithms.model_averaging.averagers import (
+    PeriodicModelAverager,
+)
+from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
-from experiments.rivals import DiLoCo, FourBits, Outer, SparseLoCo
+from experiments.rivals import DiLoCo, FourBits, MuLoCo, Outer, SparseLoCo
+from experiments.rivals_each_step import DeMo, Ef21Muon, EveryStep, OneBitAdam
 from lc3.codec import Codec
 from lc3.coder import Coder
 from lc3.config import EntropyStage, Settings, Topology
@@ -319,6 +328,73 @@ def _rival(make: Callable[..., Outer], every: int, **knobs: Any) -> Method:
     return start
 
 
+def _each_step(
+    make: Callable[[nn.Module, Sequence[Optimizer]], EveryStep],
+) -> Method:
+    """Return an optimizer that brings ranks together, written from its paper."""
+
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        optimizer = make(module, optimizers)
+        return Training(module, [optimizer], optimizer)
+
+    return start
+
+
+@dataclass
+class Averaging:
+    """PyTorch's post-local SGD: an all-reduce of the parameters, by a ring's bytes.
+
+    Attributes:
+        elements: of the parameters.
+        every: steps between averages.
+        averager: counts the steps, from 1 up.
+    """
+
+    elements: int
+    every: int
+    averager: PeriodicModelAverager
+    codec_seconds: float = 0.0
+
+    @property
+    def sent_bytes(self) -> int:
+        """See ``Traffic``."""
+        world = dist.get_world_size()
+        each = 2 * (world - 1) * 4 * self.elements // world
+        return (self.averager.step - 1) // self.every * each
+
+    @property
+    def push_bits(self) -> float:
+        """See ``Traffic``."""
+        return 32 / self.every
+
+    pull_bits = push_bits
+
+    @property
+    def frame_bits(self) -> float:
+        """See ``Traffic``."""
+        return 64 / self.every
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _post_local_sgd(every: int) -> Method:
+    def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        (given,) = optimizers
+        alone, _ = dist.new_subgroups(1)
+        model = wrapped(module)
+        state = PostLocalSGDState(None, alone, start_localSGD_iter=0)
+        model.register_comm_hook(state, post_localSGD_hook)
+        averager = PeriodicModelAverager(every, warmup_steps=0)
+        averager.step = 1  # so that it averages after every H-th step, not the next one
+        elements = sum(p.numel() for p in module.parameters())
+        traffic = Averaging(elements, every, averager)
+        optimizer = PostLocalSGDOptimizer(given, averager)
+        return Training(model, [optimizer], traffic, every=every)
+
+    return start
+
+
 def _push_pull(config: Settings) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model, optimizer = push_pull_optimizer(module, optimizers, config)
@@ -448,6 +524,15 @@ METHODS: dict[str, Method] = {
     **{f"DiLoCo H={every}": _rival(DiLoCo, every) for every in (8, 32)},
     **{f"DiLoCo E3M0 H={every}": _rival(FourBits, every) for every in (8, 32)},
     **{f"SparseLoCo H={every}": _rival(SparseLoCo, every) for every in (8, 32)},
+    **{
+        f"MuLoCo {bits} bit H={every}": _rival(MuLoCo, every, bits=bits)
+        for bits in (2, 4)
+        for every in (8, 32)
+    },
+    "DeMo": _each_step(DeMo),
+    "1-bit Adam": _each_step(OneBitAdam),
+    "EF21-Muon": _each_step(Ef21Muon),
+    **{f"post-local SGD H={every}": _post_local_sgd(every) for every in (8, 32)},
     "3LC s=1.00, rans": _lc3(1.0, entropy="rans"),
     "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),
 }

@@ -1,11 +1,13 @@
-"""What is compared with lc3's local steps: DiLoCo and SparseLoCo, from their papers.
+"""What is compared with lc3's local steps: DiLoCo, MuLoCo, SparseLoCo, by their papers.
 
 Ranks train alone; after every H-th step what each has moved is averaged, and an outer
 optimizer steps the parameters that all share. DiLoCo (arXiv 2311.08105) averages in
 float32 and steps by Nesterov's momentum; Streaming DiLoCo (arXiv 2501.18512) sends
 E3M0 floats of four bits. SparseLoCo (arXiv 2508.15706) keeps what it has not sent,
-sends 64 of 64 × 64 values in two bits each, and has no outer momentum. Bytes are those
-that their authors would send.
+sends 64 of 64 × 64 values in two bits each, and has no outer momentum. MuLoCo (arXiv
+2505.23725) is DiLoCo around Muon; what it sends is quantized, by a reduce-scatter and
+an all-gather, and what is lost is kept. Bytes are those that their authors would send;
+beside them stands what lc3's entropy stage would make of them.
 """
 
 import time
@@ -19,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from experiments.quantized import packed, statistical, two_hops, unpacked
+from lc3 import entropy
+from lc3.transport import GroupTransport
+
 FLOAT_BITS = 32
 _E3M0_LEVELS = 8  # zero, and 2⁻⁶ … 2⁰ of the largest magnitude
 SIDE, KEPT = 64, 64  # of a chunk, and values sent of it
 INDEX_BITS, CODE_BITS = 12, 2
-_SIGMAS = 6  # that the codes span
-_CODES = 2**CODE_BITS
 
 
 class Outer(ABC):
@@ -39,6 +43,7 @@ class Outer(ABC):
 
     Attributes:
         sent_bytes: from this rank so far.
+        entropy_bytes: the same, had lc3's entropy stage come behind.
         codec_seconds: of coding so far.
         exchanges: so far.
     """
@@ -58,7 +63,7 @@ class Outer(ABC):
         self._shared = [nn.Parameter(p.detach().clone()) for p in self._parameters]
         self._outer = SGD(self._shared, lr, momentum, nesterov=momentum > 0)
         self._elements = sum(p.numel() for p in self._parameters)
-        self.sent_bytes = self.exchanges = self._steps = 0
+        self.sent_bytes = self.entropy_bytes = self.exchanges = self._steps = 0
         self.codec_seconds = 0.0
         self._hook = optimizers[-1].register_step_post_hook(self._after)
 
@@ -133,6 +138,7 @@ class DiLoCo(Outer):
         whole = torch.cat([one.reshape(-1) for one in moved])
         dist.all_reduce(whole)
         self.sent_bytes += 2 * (self.world - 1) * 4 * whole.numel() // self.world
+        self.entropy_bytes = self.sent_bytes
         parts = torch.split(whole.div_(self.world), [one.numel() for one in moved])
         return [part.view_as(one) for part, one in zip(parts, moved, strict=True)]
 
@@ -164,6 +170,7 @@ class Gathered(Outer):
         everybody = [torch.empty_like(payload) for _ in range(self.world)]
         dist.all_gather(everybody, payload)
         self.sent_bytes += (self.world - 1) * payload.numel()
+        self.entropy_bytes += (self.world - 1) * smaller(payload)
         start = time.perf_counter()
         sums = [torch.zeros_like(one) for one in moved]
         for said in everybody:
@@ -216,6 +223,82 @@ def _levels(largest: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), largest * 2 ** (steps - steps[-1])])
 
 
+class MuLoCo(Outer):
+    """DiLoCo around Muon, quantized both ways.
+
+    As in the authors' code (facebookresearch/MuLoCo, ``quantized_outer_sgd.py``): what
+    was lost waits, times a decay; codes are by σ of a tensor, and stand for the mean of
+    their values. There the reduce-scatter is simulated; here it is one, so that every
+    owner quantizes its own part of a mean.
+
+    Args:
+        module: see ``Outer``.
+        optimizers: see ``Outer``; Muon among them, in the paper.
+        every: see ``Outer``.
+        bits: of a value, 2 or 4.
+        lr: see ``Outer``.
+        momentum: see ``Outer``.
+        decay: what multiplies what was lost, at every exchange.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        every: int,
+        bits: int = 2,
+        lr: float = 0.7,
+        momentum: float = 0.9,
+        decay: float = 0.9,
+    ) -> None:
+        super().__init__(module, optimizers, every, lr, momentum)
+        self._bits, self._decay = bits, decay
+        self._owed = [torch.zeros_like(p) for p in self._shared]
+        self._transport = GroupTransport(dist.new_group(), torch.device("cpu"))
+        self._pushed = self._pulled = 0
+
+    def average(self, moved: list[Tensor]) -> list[Tensor]:
+        """See ``Outer``; what is lost waits."""
+        for owed, one in zip(self._owed, moved, strict=True):
+            owed.mul_(self._decay).add_(one)
+        start, since = time.perf_counter(), self._transport.sent_bytes
+        means, push, pull = two_hops(self._transport, self._owed, self._quantize)
+        self.codec_seconds += time.perf_counter() - start
+        self.sent_bytes += self._transport.sent_bytes - since
+        self._pushed += sum(message.numel() for message in push)
+        self._pulled += self.world * pull.numel()
+        others = [m for r, m in enumerate(push) if r != dist.get_rank()]
+        self.entropy_bytes += sum(map(smaller, others))
+        self.entropy_bytes += (self.world - 1) * smaller(pull)
+        return means
+
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, table, shift = statistical(x, self._bits)
+        return codes, table + shift
+
+    @property
+    def push_bits(self) -> float:
+        """See ``Traffic``."""
+        return 8 * self._pushed / self._elements / self.every / max(1, self.exchanges)
+
+    @property
+    def pull_bits(self) -> float:
+        """See ``Traffic``."""
+        return 8 * self._pulled / self._elements / self.every / max(1, self.exchanges)
+
+    def close(self) -> None:
+        """See ``Outer``; the group that was made ends."""
+        super().close()
+        self._transport.leave(destroy=True)
+
+
+def smaller(message: Tensor) -> int:
+    """Return the bytes of a message behind lc3's entropy stage, which may leave it."""
+    if not message.numel():
+        return 0
+    return min(message.numel(), entropy.compress([[message]], 0)[0].numel())
+
+
 def e3m0(x: Tensor) -> Tensor:
     """Return the bytes of a tensor in four bits a value.
 
@@ -232,30 +315,15 @@ def e3m0(x: Tensor) -> Tensor:
     levels = _levels(largest)
     codes = torch.bucketize(flat.abs(), (levels[1:] + levels[:-1]) / 2)
     codes += _E3M0_LEVELS * (flat < 0)
-    return torch.cat([_packed(codes, 4), largest.reshape(1).view(torch.uint8)])
+    return torch.cat([packed(codes, 4), largest.reshape(1).view(torch.uint8)])
 
 
 def of_e3m0(data: Tensor, like: Tensor) -> Tensor:
     """Return the values of what ``e3m0`` returned, in a tensor's shape."""
-    found = _unpacked(data[:-4], 4, like.numel())
+    found = unpacked(data[:-4], 4, like.numel())
     levels = _levels(data[-4:].clone().view(torch.float32))
     both = torch.cat([levels, -levels])
     return both[found].reshape(like.shape)
-
-
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    """Return numbers of some bits each in a row, uint8[ceil(n × bits / 8)]."""
-    places = torch.arange(bits)
-    stream = (codes.reshape(-1, 1) >> places & 1).reshape(-1)
-    stream = nn.functional.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
-    return (stream << torch.arange(8)).sum(1).to(torch.uint8)
-
-
-def _unpacked(data: Tensor, bits: int, count: int) -> Tensor:
-    """Return ``count`` numbers of what ``_packed`` returned, int64[count]."""
-    stream = (data.long().reshape(-1, 1) >> torch.arange(8) & 1).reshape(-1)
-    codes = stream[: count * bits].reshape(count, bits)
-    return (codes << torch.arange(bits)).sum(1)
 
 
 class SparseLoCo(Gathered):
@@ -310,35 +378,27 @@ def sparse(x: Tensor) -> Tensor:
     Returns:
         uint8[*]: places of 12 bits, codes of 2, a float32 for each code and their mean.
     """
-    chunks, _ = _chunked(x)
+    chunks, _ = chunked(x)
     places = chunks.abs().topk(_kept(chunks), dim=-1).indices
     found = chunks.gather(-1, places)
-    shift = found.mean()
-    centred = found - shift
-    sigma = centred.norm() / max(1, centred.numel() - 1) ** 0.5
-    scale = _SIGMAS * sigma / _CODES
-    if not (scale > 0 and scale.isfinite()):
-        scale = torch.ones_like(scale)
-    codes = (centred / scale + _CODES // 2).round().clamp(0, _CODES - 1).long().view(-1)
-    sums = centred.new_zeros(_CODES).index_add_(0, codes, centred.view(-1))
-    table = sums / codes.bincount(minlength=_CODES).clamp(min=1)
+    codes, table, shift = statistical(found, CODE_BITS)
     floats = torch.cat([table, shift.reshape(1)]).view(torch.uint8)
-    return torch.cat([_packed(places, INDEX_BITS), _packed(codes, CODE_BITS), floats])
+    return torch.cat([packed(places, INDEX_BITS), packed(codes, CODE_BITS), floats])
 
 
 def of_sparse(data: Tensor, like: Tensor) -> Tensor:
     """Return the values of what ``sparse`` returned, in a tensor's shape."""
-    chunks, shape = _chunked(like)
+    chunks, shape = chunked(like)
     kept = _kept(chunks)
     count = kept * len(chunks)
     sizes = [-(-count * bits // 8) for bits in (INDEX_BITS, CODE_BITS)]
     first, second, floats = torch.split(data, [*sizes, data.numel() - sum(sizes)])
-    places = _unpacked(first, INDEX_BITS, count).view(-1, kept)
-    codes = _unpacked(second, CODE_BITS, count).view(-1, kept)
+    places = unpacked(first, INDEX_BITS, count).view(-1, kept)
+    codes = unpacked(second, CODE_BITS, count).view(-1, kept)
     table = floats.clone().view(torch.float32)
     values = table[codes] + table[-1]
     decoded = torch.zeros_like(chunks).scatter_(-1, places, values)
-    return _joined(decoded, like, shape)
+    return joined(decoded, like, shape)
 
 
 def _kept(chunks: Tensor) -> int:
@@ -352,7 +412,7 @@ def _divisor(size: int) -> int:
     return max(d for d in range(1, min(size, SIDE) + 1) if size % d == 0)
 
 
-def _chunked(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def chunked(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Return a tensor's chunks, one a row, and how they lie in it."""
     if x.ndim < 2:
         flat = x.reshape(-1)
@@ -365,7 +425,7 @@ def _chunked(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return chunks.clone(), shape
 
 
-def _joined(chunks: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def joined(chunks: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return chunks as the tensor that they were cut from."""
     if len(shape) == 1:
         return chunks.reshape(like.shape)

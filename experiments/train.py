@@ -138,8 +138,9 @@ class Run:
         self, training: Training, losses: Tensor, step: int
     ) -> dict[str, object]:
         traffic = training.traffic
-        sent_bytes, codec_ms, loss, *bits = mean_over_ranks(
+        sent_bytes, entropy_bytes, codec_ms, loss, *bits = mean_over_ranks(
             traffic.sent_bytes,
+            getattr(traffic, "entropy_bytes", traffic.sent_bytes),
             1e3 * traffic.codec_seconds / step,
             losses.mean().item(),
             traffic.push_bits,
@@ -156,6 +157,7 @@ class Run:
             "warm_up": self.warm_up,
             "step": step,
             "sent_bytes": round(sent_bytes),
+            "entropy_bytes": round(entropy_bytes),
             "push_bits": round(push_bits, 4),
             "pull_bits": round(pull_bits, 4),
             "frame_bits": round(frame_bits, 4),

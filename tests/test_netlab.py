@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 
 from experiments import record, report, run
-from experiments.methods import METHODS
 from launch import netlab
 from lc3.moments import Moments
 from tests import cut_link
+from tests.method_kinds import KINDS
 
 ROOT = Path(__file__).parents[1]
 REASON = netlab.missing()
@@ -178,7 +178,7 @@ def test_rates() -> None:
 @pytest.mark.timeout(450)
 def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> None:
     """Within 3 %, plus what every message adds."""
-    methods = list(METHODS)
+    methods = list(KINDS)
     spec = run.Spec("all", "digits", methods, steps=32, rates=["1gbit"])
     assert run.run(spec, tmp_path, None, Console(quiet=True)) == []
     rows = record.read_csv(tmp_path / "results.csv", ["rate", *report.COLUMNS])
