@@ -27,7 +27,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
 from torch.distributed.algorithms.model_averaging.averagers import (
     PeriodicModelAverager,
 )
-from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -380,6 +379,9 @@ class Averaging:
 
 def _post_local_sgd(every: int) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
+        # Here, since it warns of what torch itself has deprecated.
+        from torch.distributed.optim import PostLocalSGDOptimizer
+
         (given,) = optimizers
         alone, _ = dist.new_subgroups(1)
         model = wrapped(module)

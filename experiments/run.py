@@ -10,6 +10,7 @@ run says so.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from rich.progress import (
 )
 
 from experiments.average import AVERAGED
-from experiments.methods import find
+from experiments.methods import AT_RATE, find
 from experiments.record import RESULTS, read_csv, write_csv
 from experiments.tasks import TASKS
 from experiments.train import WARM_UP, add_device_option
@@ -61,6 +62,7 @@ class Spec:
         seeds_of: by method, how many instead of ``seeds``.
         evaluate_every: steps between evaluations; 0: a tenth of all.
         averaged: whether a moving average of the parameters is evaluated, too.
+        learning_rates: that every method is trained at, times the task's.
     """
 
     name: str
@@ -74,17 +76,24 @@ class Spec:
     seeds_of: dict[str, int] = field(default_factory=dict)
     evaluate_every: int = 0
     averaged: bool = False
+    learning_rates: list[float] = field(default_factory=list)
 
     def trainings(self) -> "list[Training]":
         """Return all trainings, job after job, seed after seed."""
         most = max(self.seeds, *self.seeds_of.values(), 1)
         return [
-            Training(method, seed, rate)
+            Training(at_rate(method, times), seed, rate)
             for seed in range(most)
             for rate in self.rates or [LOOPBACK]
             for method in self.methods
             if seed < self.seeds_of.get(method, self.seeds)
+            for times in self.learning_rates or [1.0]
         ]
+
+
+def at_rate(method: str, times: float) -> str:
+    """Return the name of a method at a multiple of the task's learning rate."""
+    return method if times == 1 else f"{method}{AT_RATE}{times:g}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,9 @@ def read_spec(path: Path) -> Spec:
             )
     if not 0 <= spec.warm_up <= 1:
         raise SpecError(f"{path}: warm_up = {spec.warm_up} must be 0 to 1, a share")
+    for times in spec.learning_rates:
+        if not 0 < times < math.inf:
+            raise SpecError(f"{path}: learning_rates has {times}; it must be above 0")
     for rate in spec.rates:
         try:
             netlab.rate_bits(rate)
@@ -157,6 +169,7 @@ def _check_types(path: Path, given: dict[str, object]) -> None:
         "seeds_of": (dict, int),
         "evaluate_every": (int, None),
         "averaged": (bool, None),
+        "learning_rates": (list, float),
     }
     for key, value in given.items():
         kind, inner = kinds[key]
@@ -273,7 +286,7 @@ def prepare(spec: Spec, folder: Path) -> None:
         old = {**asdict(Spec("", "", [], 0)), **json.loads(described.read_text())}
         for key in new:
             # More seeds, methods or rates only add jobs.
-            if key in ("seeds", "seeds_of", "methods", "rates"):
+            if key in ("seeds", "seeds_of", "methods", "rates", "learning_rates"):
                 continue
             if old[key] != new[key]:
                 raise SpecError(

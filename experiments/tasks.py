@@ -8,6 +8,7 @@ Nothing is unpickled.
 import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.utils.data import TensorDataset
 
-from experiments import models
+from experiments import models, sources
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -41,6 +42,7 @@ class Task:
             warms up linearly and then decays to zero by a cosine.
         batch_size: samples per rank and step.
         augment: changes a batch of training inputs, with a generator of its own.
+        one_pass: whether no sample may be trained on twice.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Task:
     make_optimizers: Callable[[nn.Module], list[Optimizer]]
     batch_size: int
     augment: Augment | None = None
+    one_pass: bool = False
 
 
 def digits(_data_dir: Path | None = None) -> Task:
@@ -184,6 +187,54 @@ def chars(
     )
 
 
+# Width, depth and heads of the transformers, and the rate of AdamW.
+_SIZES = {
+    "0.25m": (64, 5, 4, 8e-3),
+    "1m": (128, 5, 4, 4e-3),
+    "4m": (256, 5, 8, 2e-3),
+    "15m": (384, 8, 6, 1e-3),
+    "124m": (768, 17, 12, 6e-4),
+}
+_ONE_PASS_CONTEXT = 256
+_ONE_PASS_TESTED = 2048  # windows, spread over the packages that are tested on
+
+
+def one_pass(_data_dir: Path | None, size: str, muon: bool = False) -> Task:
+    """Return Python sources byte by byte, each seen once, and a transformer.
+
+    Args:
+        _data_dir: not needed; the text is that of installed packages.
+        size: of the network, of ``0.25m`` to ``124m``.
+        muon: whether its matrices are trained by Muon; AdamW trains the rest, or all.
+
+    Raises:
+        DataError: a package is missing, or is of another version.
+    """
+    width, depth, heads, rate = _SIZES[size]
+    context = _ONE_PASS_CONTEXT
+
+    def windows(packages: Sequence[str]) -> tuple[Tensor, Tensor]:
+        try:
+            data = torch.from_numpy(sources.load(packages))
+        except sources.SourcesError as error:
+            raise DataError(str(error)) from error
+        both = data.unfold(0, context + 1, context)  # without a copy
+        return both[:, :-1], both[:, 1:]
+
+    inputs, labels = windows(sources.TEST)
+    every = len(inputs) // _ONE_PASS_TESTED
+    some = slice(0, every * _ONE_PASS_TESTED, every)
+    return Task(
+        name=f"one-pass-{size}" + "-muon" * muon,
+        train=TensorDataset(*windows(sources.TRAIN)),
+        test=TensorDataset(inputs[some], labels[some]),
+        make_model=lambda: models.Transformer(256, context, width, depth, heads),
+        make_optimizers=_muon if muon else _adamw(rate),
+        batch_size=8,
+        one_pass=True,
+    )
+
+
 TASKS: dict[str, Callable[[Path | None], Task]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
@@ -196,6 +247,11 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
     "chars-muon": lambda data_dir: chars(data_dir, muon=True),
     "chars-large": lambda data_dir: chars(data_dir, large=True),
     "chars-muon-large": lambda data_dir: chars(data_dir, muon=True, large=True),
+    **{
+        f"one-pass-{size}" + "-muon" * muon: partial(one_pass, size=size, muon=muon)
+        for size in _SIZES
+        for muon in (False, True)
+    },
 }
 
 

@@ -96,6 +96,12 @@ class Run:
                 f"{method!r} exchanges every {training.every} steps, so ranks would "
                 f"end apart after {self.steps}; give a multiple of {training.every}"
             )
+        windows = self.steps * self.task.batch_size * dist.get_world_size()
+        if self.task.one_pass and windows > len(self.task.train):
+            raise StepsError(
+                f"{self.steps} steps take {windows:,} samples; {self.task.name} "
+                f"has {len(self.task.train):,}, each seen once; make fewer steps"
+            )
         average = Average(module) if self.averaged else None
         schedules = [
             schedule(optimizer, self.steps, self.warm_up) for optimizer in optimizers
@@ -238,13 +244,18 @@ def batches(
         for batch in order[: len(order) // task.batch_size * task.batch_size].split(
             task.batch_size
         ):
-            chosen = inputs[batch]
+            chosen = _numbers(inputs[batch])
             if task.augment is not None:
                 chosen = task.augment(chosen, generator)
-            yield chosen.to(device), labels[batch].to(device)
+            yield chosen.to(device), _numbers(labels[batch]).to(device)
             done += 1
             if done == steps:
                 return
+
+
+def _numbers(data: Tensor) -> Tensor:
+    """Return bytes as numbers that index an embedding, anything else as it is."""
+    return data.long() if data.dtype == torch.uint8 else data
 
 
 def train_step(
@@ -292,7 +303,7 @@ def evaluate(model: nn.Module, data: TensorDataset) -> tuple[float, float]:
     device = next(model.parameters()).device
     model.eval()
     for some in zip(*(t.split(128) for t in data.tensors), strict=True):
-        inputs, labels = (part.to(device) for part in some)
+        inputs, labels = (_numbers(part).to(device) for part in some)
         outputs = model(inputs)
         loss += loss_of(outputs, labels, reduction="sum").item()
         right += (outputs.argmax(dim=-1) == labels).sum().item()

@@ -61,6 +61,13 @@ def test_every_committed_description_can_be_read() -> None:
         assert run.read_spec(path).trainings()
 
 
+def test_every_method_is_trained_at_every_rate() -> None:
+    spec = run.Spec("x", "digits", ["float32", "DeMo"], 8, learning_rates=[0.5, 1.0])
+    assert [training.method for training in spec.trainings()] == [
+        *("float32, lr × 0.5", "float32", "DeMo, lr × 0.5", "DeMo"),
+    ]
+
+
 def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     run.prepare(spec_of(tmp_path, GOOD), folder)

@@ -1,6 +1,7 @@
 """Data is read in its published layouts, and what is wrong with it is said."""
 
 import gzip
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 from torch.optim import SGD, AdamW
 from torch.utils.data import TensorDataset
 
-from experiments import models, train
+from experiments import models, sources, train
 from experiments.tasks import TASKS, DataError, chars, cifar10, fashion_mnist
 from experiments.train import evaluate, loss_of
+
+ROOT = Path(__file__).parents[1]
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -105,7 +108,9 @@ def test_resnets_have_the_papers_sizes() -> None:
         models.resnet(21)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "digits"])
+@pytest.mark.parametrize(
+    "name", [n for n in TASKS if n != "digits" and not n.startswith("one-pass")]
+)
 def test_missing_data_is_said_with_where_to_get_it(name: str, tmp_path: Path) -> None:
     for place in (None, tmp_path / "nowhere"):
         with pytest.raises(DataError, match=r"this task needs .* get it: .*"):
@@ -169,3 +174,35 @@ def test_ranks_evaluate_a_part_each(
     assert total == count
     whole = train.evaluate(model, data)
     assert (loss / total, right / total) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_text_of_one_pass_is_that_of_the_list() -> None:
+    task = TASKS["one-pass-0.25m"](None)
+    assert len(task.train) > 450_000
+    assert len(task.test) == 2048
+    inputs, labels = task.train[7]
+    assert inputs.dtype == torch.uint8
+    assert torch.equal(inputs[1:], labels[:-1])
+    after, _ = task.train[8]
+    assert after[0] == labels[-1]
+    model = task.make_model()
+    assert 250_000 < sum(p.numel() for p in model.parameters()) < 300_000
+
+
+def test_sources_of_another_version_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text_of = sources.text_of
+    monkeypatch.setattr(sources, "text_of", lambda package: text_of(package) + b"#")
+    with pytest.raises(DataError, match="networkx's sources are 6,471,339 bytes"):
+        TASKS["one-pass-0.25m"](None)
+    with pytest.raises(sources.SourcesError, match="lc4 is not installed; pip install"):
+        sources.files("lc4")
+
+
+def test_the_packages_of_the_text_are_pinned() -> None:
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    listed = tomllib.loads(sources.LIST.read_text())
+    assert set(listed) == {*sources.TRAIN, *sources.TEST}
+    for package, line in listed.items():
+        assert f"{package}=={line['version']}" in pinned
