@@ -34,7 +34,7 @@ from lc3.format import (
 )
 from lc3.message import Packed, pack, unpack
 from lc3.meter import Direction, Meter
-from lc3.plan import Piece, Plan
+from lc3.plan import Layout, Piece, Plan
 from lc3.residual import Residuals, arena
 from lc3.transport import Transport
 
@@ -227,18 +227,12 @@ class Engine:
                     left = None if is_nan_frame(chunk) else mean
                     self.residuals.keep_owned(piece, left)
 
-    def pieces(self, names: Iterable[str]) -> list[list[Piece]]:
+    def pieces(self, names: Iterable[str]) -> Layout:
         """Return the pieces of some parameters by owner, in plan order.
 
         One list of all of them, if there are no owners.
         """
-        some = [name for name in names if self.plan.numel[name]]
-        by_owner = [list(self.plan.pieces_of(some, owner)) for owner in self.owners]
-        if not self.direct:
-            return by_owner
-        place = self.plan.position
-        everything = chain.from_iterable(by_owner)
-        return [sorted(everything, key=lambda piece: (place[piece.name], piece.start))]
+        return self.plan.layout(names, self.owners, merged=self.direct)
 
     def _owned(self, pieces: Sequence[Sequence[Piece]]) -> Sequence[Piece]:
         """Return the pieces that this rank is the owner of; if direct, of none."""

@@ -9,7 +9,7 @@ Where ranks exchange without owners (``Tuning.topology``) the push brings every 
 to every rank, the replica is the master, and there is nothing to pull.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class Owners:
         )
 
     @property
-    def owned(self) -> list[Piece]:
+    def owned(self) -> Sequence[Piece]:
         """The pieces whose masters this rank changes, in plan order."""
         return self.pieces[0 if self.engine.direct else self.engine.transport.rank]
 

@@ -3,8 +3,9 @@
 import math
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from types import MappingProxyType
 
 from lc3.config import Settings
@@ -47,6 +48,10 @@ class Piece:
         return self.stop - self.start
 
 
+Layout = tuple[tuple[Piece, ...], ...]  # of a bucket, by who gets the pieces
+_MOST_LAYOUTS = 1024  # that are remembered
+
+
 @dataclass(frozen=True)
 class Plan:
     """The division of labour, made once from names, shapes, world and ``Settings``.
@@ -73,6 +78,9 @@ class Plan:
     slices: dict[str, tuple[Slice, ...]]
     fingerprint: int
     extras: frozenset[str] = frozenset()
+    _layouts: dict[tuple[tuple[str, ...], tuple[int, ...], bool], Layout] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def slices_of(self, names: Collection[str], owner: int) -> Iterator[Slice]:
         """Yield the slices of ``names`` that ``owner`` owns, in plan order."""
@@ -89,6 +97,33 @@ class Plan:
                 stop = min(start + step, slice_.stop)
                 offset = start - slice_.start
                 yield Piece(slice_.name, start, stop, offset, slice_.coded)
+
+    def layout(
+        self, names: Iterable[str], owners: Iterable[int], *, merged: bool = False
+    ) -> Layout:
+        """Return the pieces of some parameters by owner, in plan order.
+
+        Remembered, since buckets come again in every step.
+
+        Args:
+            names: of the parameters; those without elements have no piece.
+            owners: whose pieces.
+            merged: whether to return one list of all of them, in the parameters' order.
+        """
+        key = tuple(names), tuple(owners), merged
+        if (found := self._layouts.get(key)) is not None:
+            return found
+        some = [name for name in key[0] if self.numel[name]]
+        lists = [tuple(self.pieces_of(some, owner)) for owner in key[1]]
+        if merged:
+            place = self.position
+            everything = chain.from_iterable(lists)
+            order = sorted(everything, key=lambda p: (place[p.name], p.start))
+            lists = [tuple(order)]
+        if len(self._layouts) == _MOST_LAYOUTS:
+            self._layouts.clear()
+        found = self._layouts[key] = tuple(lists)
+        return found
 
 
 def make_plan(

@@ -10,6 +10,7 @@ the plan for all ranks.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -180,8 +181,7 @@ class TwoLevels(Engine):
         self.between.close()
 
     def _part(self, names: Mapping[str, Tensor], place: Sequence[int]) -> list[Piece]:
-        some = [name for name in names if self.plan.numel[name]]
-        return [piece for o in place for piece in self.plan.pieces_of(some, o)]
+        return list(chain.from_iterable(self.plan.layout(names, place)))
 
     @contextmanager
     def _in_job(self, ranks: Sequence[int]) -> Iterator[None]:

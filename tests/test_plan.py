@@ -130,3 +130,20 @@ def test_config_is_a_value() -> None:
     assert dataclasses.replace(Settings(block_size=99), sparsity=1.25).block_size == 99
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().sparsity = 1.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_layout_of_a_bucket_is_found_once(merged: bool) -> None:
+    shapes = [("a", (40, 40)), ("empty", (0, 3)), ("b", (7,)), ("c", (90, 30))]
+    plan = make_plan(shapes, 3, Settings(block_size=512, min_shard=100))
+    names = [name for name, _ in shapes]
+    found = plan.layout(names, range(3), merged=merged)
+    assert plan.layout(iter(names), [0, 1, 2], merged=merged) is found
+    everything = [piece for pieces in found for piece in pieces]
+    assert len(found) == (1 if merged else 3)
+    expected = [p for owner in range(3) for p in plan.pieces_of(names, owner)]
+    assert sorted(map(str, everything)) == sorted(map(str, expected))
+    if merged:
+        places = [(names.index(p.name), p.start) for p in everything]
+        assert places == sorted(places)
+    assert plan.layout(names[:1], range(3), merged=merged) is not found
