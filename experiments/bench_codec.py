@@ -186,15 +186,17 @@ def limits(x: Tensor, workers: Workers) -> Iterator[Contender]:
         "decode_add",
         lambda: np.add(values, one, out=values),
     )
-    parts = zip(torch.split(x, 100_000), torch.split(target, 100_000), strict=True)
+    parts = [torch.split(whole, 100_000) for whole in (x, target)]
+    weights = [mine.numel() for mine in parts[0]]
 
-    def copy(mine: Tensor, into: Tensor) -> Callable[[], None]:
-        return lambda: (into.copy_(mine), None)[1]
+    def copy(index: int) -> None:
+        parts[1][index].copy_(parts[0][index])
 
-    jobs = [(mine.numel(), copy(mine, into)) for mine, into in parts]
-    threads = workers.threads
     yield Contender(
-        "memcpy in parts", "encode", lambda: workers.run(jobs), threads=threads
+        "memcpy in parts",
+        "encode",
+        lambda: workers.map(copy, weights),
+        threads=workers.threads,
     )
 
 
@@ -243,14 +245,15 @@ def bucket(workers: Workers, x0: Tensor) -> Contender:
     values = torch.split(x, x.numel() // PIECES)
     rooms = [torch.empty(max_frame_bytes(v.numel()), dtype=torch.uint8) for v in values]
 
-    def encode(index: int) -> Callable[[], None]:
-        return lambda: (cpu.encode(values[index], 1.0, rooms[index]), None)[1]
+    weights = [v.numel() for v in values]
 
-    jobs = [(v.numel(), encode(i)) for i, v in enumerate(values)]
+    def encode(index: int) -> None:
+        cpu.encode(values[index], 1.0, rooms[index])
+
     return Contender(
         f"cpu, bucket of {PIECES}",
         "encode",
-        lambda: workers.run(jobs),
+        lambda: workers.map(encode, weights),
         lambda: x.copy_(x0),
         workers.threads,
     )

@@ -5,15 +5,16 @@ of a gradient on an accelerator only its frames come to the host, and only what 
 goes back. Pieces of one call do not overlap.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lc3.codec import Codec, codec_for
-from lc3.workers import Job, Workers
+from lc3.workers import Workers
 
+T = TypeVar("T")
 _HOST = torch.device("cpu")
 
 
@@ -76,11 +77,9 @@ class Coder:
         if self._scratch.numel() < sum(sizes):
             self._scratch = self._scratch.new_empty(sum(sizes))
         buffers = torch.split(self._scratch[: sum(sizes)], sizes)
-        frames = list(buffers)
-        digits = [0] * len(values)
 
-        def encode(index: int) -> None:
-            used, digits[index] = self._codec.encode(
+        def encode(index: int) -> tuple[int, int]:
+            return self._codec.encode(
                 values[index],
                 sparsity,
                 buffers[index],
@@ -88,11 +87,10 @@ class Coder:
                 density,
                 sources[index] if sources else None,
             )
-            frames[index] = buffers[index][:used]
 
-        self._workers.run(
-            [(x.numel(), partial(encode, index)) for index, x in enumerate(values)]
-        )
+        done = self.map(encode, [x.numel() for x in values])
+        frames = [b[:used] for b, (used, _) in zip(buffers, done, strict=True)]
+        digits = [sent for _, sent in done]
         return list(zip(self.to_host(frames), digits, strict=True))
 
     def add(self, sums: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
@@ -104,19 +102,19 @@ class Coder:
         if self._batch is not None:
             self._batch.add(sums)
             return
-        jobs: list[tuple[int, Job]] = [
-            (len(frames) * acc.numel(), partial(self._add, acc, frames))
-            for acc, frames in sums
-        ]
-        self._workers.run(jobs)
 
-    def _add(self, acc: Tensor, frames: Sequence[Tensor]) -> None:
-        for frame in frames:
-            self._codec.add(frame.to(self.device), acc)
+        def add(index: int) -> None:
+            acc, frames = sums[index]
+            for frame in frames:
+                self._codec.add(frame.to(self.device), acc)
 
-    def run(self, jobs: Sequence[tuple[int, Job]]) -> None:
-        """Run jobs on the coding threads; see ``Workers.run``."""
-        self._workers.run(jobs)
+        self.map(add, [len(frames) * acc.numel() for acc, frames in sums])
+
+    def map(self, job: Callable[[int], T], weights: Sequence[int]) -> list[T]:
+        """Return ``job(i)`` of every i, on the coding threads; see ``Workers.map``."""
+        if self.threads == 1:
+            return [job(index) for index in range(len(weights))]
+        return self._workers.map(job, weights)
 
     def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the bytes of some tensors, uint8[*] each, by one copy at most."""

@@ -11,9 +11,9 @@ rank, leaves all residuals as they were.
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import chain
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,12 +32,13 @@ from lc3.format import (
     seal_abort,
     unseal,
 )
-from lc3.message import Packed, pack, unpack
+from lc3.message import pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Layout, Piece, Plan
 from lc3.residual import Residuals, arena
 from lc3.transport import Transport
 
+T = TypeVar("T")
 _ABORT_TIMEOUT_S = 5.0
 _FEW_RANKS = 8  # that send each other a kilobyte rather than wait for another round
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -128,11 +129,14 @@ class Engine:
         if self.transport.world == 1 or not any(pieces):
             widen(grads, half_grads)
             return
+        extras = self.plan.extras
         elements = sum(
-            piece.numel
-            for owned in pieces
-            for piece in owned
-            if piece.name not in self.plan.extras
+            [
+                piece.numel
+                for owned in pieces
+                for piece in owned
+                if piece.name not in extras
+            ]
         )
         with self.exchanging(elements, step, bucket):
             if self.auto is None:
@@ -566,7 +570,7 @@ class Engine:
         left: Mapping[str, Tensor],
     ) -> None:
         """Make what a push has ``left`` the residual, where the pull is finite."""
-        chunks = (chunk for of_owner in pulled for chunk in of_owner)
+        chunks = chain.from_iterable(pulled)
         for (piece, view), chunk in zip(self._views(pieces, left), chunks, strict=True):
             if piece.coded:
                 lost = is_nan_frame(chunk)
@@ -580,7 +584,7 @@ class Engine:
     ) -> None:
         """Add coded pieces to ``into``, float32[numel] by name; copy raw ones there."""
         sums: list[tuple[Tensor, list[Tensor]]] = []
-        chunks = (chunk for of_owner in pulled for chunk in of_owner)
+        chunks = chain.from_iterable(pulled)
         for (piece, view), chunk in zip(self._views(pieces, into), chunks, strict=True):
             if piece.coded:
                 sums.append((view, [chunk]))
@@ -738,20 +742,15 @@ class Engine:
         tag = self._tag(self.transport.rank, step, bucket)
         left = iter(chunks)
         parts = [[next(left) for _ in some] for some in pieces]
-        packed: dict[int, Packed] = {}
-
-        def work(index: int) -> None:
-            entropy = self.config.entropy
-            packed[index] = pack(pieces[index], parts[index], tag, entropy)
-
-        self._share_out(work, pieces)
-        for index in range(len(pieces)):
+        entropy = self.config.entropy
+        packed = self._map(
+            lambda index: pack(pieces[index], parts[index], tag, entropy), pieces
+        )
+        for one in packed:
             direction.add_message(
-                HEADER_BYTES,
-                packed[index].raw_saved_bytes,
-                packed[index].coded_saved_bytes,
+                HEADER_BYTES, one.raw_saved_bytes, one.coded_saved_bytes
             )
-        return [packed[index].message for index in range(len(pieces))]
+        return [one.message for one in packed]
 
     def _unpack(
         self,
@@ -761,23 +760,24 @@ class Engine:
         bucket: int,
     ) -> list[list[Tensor]]:
         """Return by sender the checked bytes of each of its pieces; see ``unpack``."""
-        found: dict[int, list[Tensor]] = {}
+        return self._map(
+            lambda sender: unpack(
+                arrived[sender],
+                self._tag(sender, step, bucket),
+                pieces[sender],
+                self.coder.host,
+            ),
+            pieces,
+        )
 
-        def work(sender: int) -> None:
-            tag = self._tag(sender, step, bucket)
-            found[sender] = unpack(
-                arrived[sender], tag, pieces[sender], self.coder.host
-            )
-
-        self._share_out(work, pieces)
-        return [found[sender] for sender in range(len(arrived))]
-
-    def _share_out(
-        self, work: Callable[[int], None], pieces: Sequence[Sequence[Piece]]
-    ) -> None:
-        """Do what is to be done for each list of pieces, on the coding threads."""
-        weights = [sum(piece.numel for piece in some) for some in pieces]
-        self.coder.run([(n, partial(work, index)) for index, n in enumerate(weights)])
+    def _map(
+        self, work: Callable[[int], T], pieces: Sequence[Sequence[Piece]]
+    ) -> list[T]:
+        """Return what is to be made of each list of pieces, on the coding threads."""
+        if self.coder.threads == 1:
+            return [work(index) for index in range(len(pieces))]
+        weights = [sum([piece.numel for piece in some]) for some in pieces]
+        return self.coder.map(work, weights)
 
     def _sealed(self, data: Tensor, step: int, bucket: int) -> Tensor:
         buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)

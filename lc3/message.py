@@ -1,7 +1,6 @@
 """All pieces that one rank sends to one rank for one bucket, as bytes and back."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +46,7 @@ def pack(
         tag: what the header says.
         entropy: the stage, see ``Config``.
     """
-    size = sum(chunk.numel() for chunk in chunks)
+    size = sum([chunk.numel() for chunk in chunks])
     buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     if entropy != "none" and (entropy != "auto" or size >= AUTO_MIN_BYTES):
         both = list(zip(pieces, chunks, strict=True))
@@ -113,37 +112,46 @@ def unpack(
         PeerError: its sender stopped.
     """
     body, coding = unseal(message, tag)
-    with _blamed_on(tag):
-        raw_bytes = sum(4 * piece.numel for piece in pieces if not piece.coded)
-        if coding == "rans":
-            numels = [piece.numel for piece in pieces if piece.coded]
-            values, rest = _take_raw_part(body, raw_bytes)
-            raw, frames = _Cursor(values), _Cursor(rans.decompress(rest, numels))
-        elif coding == "zstd":
-            most = raw_bytes + sum(
-                codec.max_frame_bytes(piece.numel) for piece in pieces if piece.coded
-            )
-            frames = _Cursor(decompress(body, most))
-            raw = _Cursor(frames.skip(raw_bytes))
-        else:  # both kinds in one row
-            raw = frames = _Cursor(body)
-        chunks = []
-        for piece in pieces:
-            if piece.coded:
-                chunks.append(frames.skip(codec.check(frames.left, piece.numel)))
-                continue
-            chunks.append(raw.skip(4 * piece.numel))
-            if chunks[-1].numel() != 4 * piece.numel:
-                raise FormatError(
-                    f"it ends {4 * piece.numel - chunks[-1].numel()} bytes inside a "
-                    f"raw piece of {piece.numel} values; do both ranks use the same "
-                    "plan?"
-                )
-        if left := max(raw.left.numel(), frames.left.numel()):
+    try:
+        return _chunks_of(body, coding, pieces, codec)
+    except FormatError as error:
+        raise FormatError(f"message from {tag}: {error}") from error
+
+
+def _chunks_of(
+    body: Tensor, coding: str, pieces: Sequence[Piece], codec: Codec
+) -> list[Tensor]:
+    """Return of each piece in a body its bytes, checked."""
+    raw_bytes = sum([4 * piece.numel for piece in pieces if not piece.coded])
+    if coding == "rans":
+        numels = [piece.numel for piece in pieces if piece.coded]
+        values, rest = _take_raw_part(body, raw_bytes)
+        raw, frames = _Cursor(values), _Cursor(rans.decompress(rest, numels))
+    elif coding == "zstd":
+        most = raw_bytes + sum(
+            codec.max_frame_bytes(piece.numel) for piece in pieces if piece.coded
+        )
+        frames = _Cursor(decompress(body, most))
+        raw = _Cursor(frames.skip(raw_bytes))
+    else:  # both kinds in one row
+        raw = frames = _Cursor(body)
+    chunks = []
+    for piece in pieces:
+        if piece.coded:
+            chunks.append(frames.skip(codec.check(frames.left, piece.numel)))
+            continue
+        chunks.append(raw.skip(4 * piece.numel))
+        if chunks[-1].numel() != 4 * piece.numel:
             raise FormatError(
-                f"{left} bytes are left behind the last piece; do both ranks use the "
-                "same plan?"
+                f"it ends {4 * piece.numel - chunks[-1].numel()} bytes inside a "
+                f"raw piece of {piece.numel} values; do both ranks use the same "
+                "plan?"
             )
+    if left := max(raw.left.numel(), frames.left.numel()):
+        raise FormatError(
+            f"{left} bytes are left behind the last piece; do both ranks use the "
+            "same plan?"
+        )
     return chunks
 
 
@@ -157,12 +165,3 @@ class _Cursor:
         """Return the next bytes, ``count`` of them or what is left."""
         skipped, self.left = self.left[:count], self.left[count:]
         return skipped
-
-
-@contextmanager
-def _blamed_on(tag: Tag) -> Iterator[None]:
-    """Say whose bytes they are."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(f"message from {tag}: {error}") from error

@@ -21,11 +21,10 @@ class Slice:
     stop: int
     owner: int
     coded: bool
+    numel: int = field(init=False)
 
-    @property
-    def numel(self) -> int:
-        """How many elements the slice has."""
-        return self.stop - self.start
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numel", self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,10 @@ class Piece:
     stop: int
     offset: int
     coded: bool
+    numel: int = field(init=False)
 
-    @property
-    def numel(self) -> int:
-        """How many elements the piece has."""
-        return self.stop - self.start
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numel", self.stop - self.start)
 
 
 Layout = tuple[tuple[Piece, ...], ...]  # of a bucket, by who gets the pieces

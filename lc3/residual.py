@@ -78,19 +78,19 @@ class Residuals:
         if self._next is None:
             return
         for name in self.open.intersection(applied):
-            share = applied[name]
+            fraction = applied[name]
             for now, new in zip((self.sent, self.owned), self._next, strict=True):
                 if name not in now:
                     continue
-                if share == 1:
+                if fraction == 1:
                     now[name], new[name] = new[name], now[name]
-                elif share:
-                    now[name].lerp_(new[name], share)
+                elif fraction:
+                    now[name].lerp_(new[name], fraction)
         self.open.difference_update(applied)
 
-    def settle_all(self, share: float) -> None:
+    def settle_all(self, fraction: float) -> None:
         """Settle every parameter that is open alike; see ``settle``."""
-        self.settle(dict.fromkeys(self.open, share))
+        self.settle(dict.fromkeys(self.open, fraction))
 
     def buffers(self) -> list[Tensor]:
         """Return all of them, both sides."""

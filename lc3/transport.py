@@ -172,7 +172,7 @@ class GroupTransport:
                 arrived = self._pairwise(messages, timeout_s)
             else:
                 arrived = self._sizes_then_bytes(messages, timeout_s)
-        sizes = (messages[peer].numel() for peer in self._peers)
+        sizes = [messages[peer].numel() for peer in self._peers]
         self.sent_bytes += sum(sizes) + _SIZE_BYTES * (self.world - 1)
         self.rounds += 1 if self._one_round else 2
         return arrived

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-Job = Callable[[], None]
+T = TypeVar("T")
 
 INLINE_WEIGHT = 1 << 16  # elements; below, waking a thread costs more than it saves
 
@@ -14,6 +15,9 @@ class Workers:
 
     Args:
         threads: at least 1; then everything runs on the caller's thread.
+
+    Attributes:
+        threads: that it was given.
     """
 
     def __init__(self, threads: int) -> None:
@@ -24,25 +28,30 @@ class Workers:
             else None
         )
 
-    def run(self, jobs: Sequence[tuple[int, Job]]) -> None:
-        """Run all jobs, each with its weight in elements, and wait for them.
+    def map(self, job: Callable[[int], T], weights: Sequence[int]) -> list[T]:
+        """Return ``job(i)`` of every i, each with its weight in elements.
 
         Raises:
             What a job raised; the others have ended by then.
         """
-        total = sum(weight for weight, _ in jobs)
-        if self._pool is None or len(jobs) == 1 or total < INLINE_WEIGHT:
-            _run(job for _, job in jobs)
-            return
-        mine, *others = balanced(jobs, self.threads)
-        running = [self._pool.submit(_run, group) for group in others if group]
+        if self._pool is None or len(weights) == 1 or sum(weights) < INLINE_WEIGHT:
+            return [job(index) for index in range(len(weights))]
+        results: dict[int, T] = {}
+
+        def work(indices: Iterable[int]) -> None:
+            for index in indices:
+                results[index] = job(index)
+
+        mine, *others = balanced(weights, self.threads)
+        running = [self._pool.submit(work, group) for group in others if group]
         try:
-            _run(mine)
+            work(mine)
         finally:
             errors = [future.exception() for future in running]
         for error in errors:
             if error is not None:
                 raise error
+        return [results[index] for index in range(len(weights))]
 
     def close(self) -> None:
         """End the threads. Calling it again does nothing."""
@@ -50,22 +59,17 @@ class Workers:
             self._pool.shutdown()
 
 
-def balanced(jobs: Sequence[tuple[int, Job]], groups: int) -> list[list[Job]]:
-    """Return the jobs in groups of about the same weight, the heaviest dealt first."""
-    dealt: list[list[Job]] = [[] for _ in range(groups)]
+def balanced(weights: Sequence[int], groups: int) -> list[list[int]]:
+    """Return indices in groups of about the same weight, the heaviest dealt first."""
+    dealt: list[list[int]] = [[] for _ in range(groups)]
     loads = [0] * groups
-    for weight, job in sorted(jobs, key=lambda pair: -pair[0]):
+    for index in sorted(range(len(weights)), key=lambda i: -weights[i]):
         lightest = loads.index(min(loads))
-        loads[lightest] += weight
-        dealt[lightest].append(job)
+        loads[lightest] += weights[index]
+        dealt[lightest].append(index)
     return dealt
 
 
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def _run(jobs: Iterable[Job]) -> None:
-    for job in jobs:
-        job()

@@ -99,6 +99,21 @@ BELOW = {
 }
 
 
+def floors() -> dict[str, int]:
+    """Return for every room, and every hook, how many floors are below it."""
+    found: dict[str, int] = {}
+
+    def height(room: str) -> int:
+        if room not in found:
+            found[room] = 1 + max((height(below) for below in BELOW[room]), default=0)
+        return found[room]
+
+    named = {f"lc3.{room}": height(room) for room in BELOW}
+    top = 1 + max(named.values())
+    hooks = {f"hooks.{path.stem}": top for path in (ROOT / "hooks").glob("*.py")}
+    return {**named, **hooks}
+
+
 def imported(path: Path) -> Iterator[str]:
     """Yield every module that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
