@@ -329,7 +329,7 @@ class State(FormState):
                 f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
                 f"gradients pass through a plain all-reduce (first: {names[0]})"
             )
-            mean = self.engine.pass_through(buffer, step, bucket)
+            mean = self.engine.channel.pass_through(buffer, step, bucket)
             if last:
                 self._send_sums(step, bucket)
             return mean
@@ -409,9 +409,9 @@ class State(FormState):
         assert self._applied is not None
         assert self._sketch is not None
         sums = self._sketch.take()
-        at = self.engine.aside()
-        with self.engine.exchanging(0, *at):
-            sums = self.engine.mean_of_small(sums, *at)
+        at = self.engine.channel.aside()
+        with self.engine.channel.exchanging(0, *at):
+            sums = self.engine.channel.mean_of_small(sums, *at)
         self._applied.expect(squares(sums)[0])
         waiting, self._waiting = self._waiting, []
         for buffer, names, index in waiting:
@@ -447,9 +447,9 @@ class State(FormState):
         """Divide gradients by what all ranks' squares are together."""
         if moments.due(step):
             mine = moments.of(grads).bfloat16()  # 0.4 % of a moment is no loss
-            at = self.engine.aside()
-            with self.engine.exchanging(0, *at):
-                shared = self.engine.mean(mine, *at)
+            at = self.engine.channel.aside()
+            with self.engine.channel.exchanging(0, *at):
+                shared = self.engine.channel.mean(mine, *at)
             moments.take([*grads], shared.float())
         moments.divide(grads)
 

@@ -113,7 +113,7 @@ class State(FormState):
                     f"have {sum(sizes)}: one of {names[:3]} … had no gradient in this "
                     "step; lc3 needs all parameters of a module to be used, or none"
                 )
-                self.engine.tell(error, step, bucket)
+                self.engine.channel.tell(error, step, bucket)
                 raise error
             flat = output.float()
             parts = torch.split(flat, sizes)

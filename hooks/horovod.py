@@ -237,7 +237,7 @@ class State(FormState):
             )
         if self.session.step == 0:
             log.warning("lc3: %s of %r passes through uncompressed", grad.dtype, name)
-        return self.engine.pass_through(grad, step, bucket)
+        return self.engine.channel.pass_through(grad, step, bucket)
 
     def _parts(self) -> Parts:
         residuals = self.engine.residuals

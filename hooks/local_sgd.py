@@ -423,7 +423,7 @@ class State(FormState):
         )
 
         def tell() -> Tensor:
-            self.engine.tell(error, self.exchanges, 0)
+            self.engine.channel.tell(error, self.exchanges, 0)
             return torch.empty(0, dtype=torch.float32)
 
         self.session.lane.submit(tell).wait()
@@ -473,8 +473,8 @@ class State(FormState):
         owners, step, transport = self.owners, self.exchanges, self.engine.transport
         self.meter.buckets += 1
         elements = sum(moved.numel() for moved in self._moved.values())
-        with self.engine.exchanging(elements, step, 0):
-            said = self.engine.all_gather_bytes(mine.to_bytes(), step, 2)
+        with self.engine.channel.exchanging(elements, step, 0):
+            said = self.engine.channel.all_gather_bytes(mine.to_bytes(), step, 2)
             count = len(mine.buffers)
             everybody = self._said = [Says.from_bytes(one, count) for one in said]
             alike = loaded_alike(everybody)
@@ -543,7 +543,7 @@ class State(FormState):
         values = torch.cat([part.to(dtype) for part in flat])
         if not mine.buffers_finite:
             values.zero_()
-        mean = self.engine.mean(values, step, 1)
+        mean = self.engine.channel.mean(values, step, 1)
         return mean if counted == len(self._said) else mean * len(self._said) / counted
 
     def _take_buffers(self, averaged: Tensor, mine: Says) -> None:

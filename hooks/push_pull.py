@@ -28,6 +28,7 @@ from lc3.applied import smallest, watch_accumulation
 from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ReplicasDiffer, StateError
+from lc3.format import NORM_BUCKET, PULL_BUCKET
 from lc3.model import flat_view, together
 from lc3.owners import Owners
 from lc3.residual import arena_like
@@ -261,7 +262,7 @@ class PushPull(FormState, Optimizer):
                 self.engine.means[name].copy_(value)
         elif values:
             elements = sum(value.numel() for value in values.values())
-            with self.engine.exchanging(elements, step, bucket, hops=1):
+            with self.engine.channel.exchanging(elements, step, bucket, hops=1):
                 self.owners.push(values, step, bucket)
         self._pushed.update(names)
         self._buffers.append(buffer.zero_())
@@ -409,8 +410,8 @@ class PushPull(FormState, Optimizer):
             not torch.equal(self._own(name), shared)
             for name, shared in self._shared.items()
         )
-        step, bucket = self.meter.steps - 1, _NORM_BUCKET
-        with self.engine.exchanging(0, step, bucket):
+        step, bucket = self.meter.steps - 1, NORM_BUCKET
+        with self.engine.channel.exchanging(0, step, bucket):
             everybody = self._numbers([exact, whole, written, *sums], step, bucket)
         if any(numbers[2] for numbers in everybody):
             self._take_over()
@@ -425,7 +426,7 @@ class PushPull(FormState, Optimizer):
         self, mine: Sequence[float], step: int, bucket: int
     ) -> list[list[float]]:
         """Return every rank's numbers."""
-        shared = self.engine.all_gather_bytes(
+        shared = self.engine.channel.all_gather_bytes(
             torch.tensor(mine, dtype=torch.float64), step, bucket
         )
         return [data.clone().view(torch.float64).tolist() for data in shared]
@@ -441,8 +442,8 @@ class PushPull(FormState, Optimizer):
         for name, shared in self._shared.items():
             moved += float((self._own(name) - shared).norm()) ** 2
             whole += float(shared.norm()) ** 2
-        tag = self.engine.aside()
-        with self.engine.exchanging(0, *tag):
+        tag = self.engine.channel.aside()
+        with self.engine.channel.exchanging(0, *tag):
             everybody = self._numbers([together(flats), moved, whole], *tag)
             sums = [numbers[0] for numbers in everybody]
             if len(set(sums)) > 1:
@@ -473,13 +474,13 @@ class PushPull(FormState, Optimizer):
         log.info("lc3: all ranks were given other parameters; they go on from these")
 
     def _pull(self) -> Tensor:
-        step, bucket = self.meter.steps - 1, _PULL_BUCKET
+        step, bucket = self.meter.steps - 1, PULL_BUCKET
         if self.engine.transport.world == 1:
             for name, master in self.owners.masters.items():
                 self.owners.replica[name].copy_(master)
         else:
             elements = sum(value.numel() for value in self._values.values())
-            with self.engine.exchanging(elements, step, bucket, hops=1):
+            with self.engine.channel.exchanging(elements, step, bucket, hops=1):
                 self.owners.pull(self._values, step, bucket)
         return torch.empty(0, dtype=torch.float32)
 
@@ -618,9 +619,6 @@ class PushPull(FormState, Optimizer):
         for watched in self._watched:
             watched.remove()
         self.session.close()
-
-
-_PULL_BUCKET, _NORM_BUCKET = 0xFFFFFFFF, 0xFFFFFFFE
 
 
 def _groups(

@@ -10,7 +10,6 @@ rank, leaves all residuals as they were.
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from itertools import chain
 from types import MappingProxyType
 from typing import TypeVar
@@ -20,18 +19,10 @@ from torch import Tensor
 
 from lc3.auto import Auto, Wire
 from lc3.budget import Budget
+from lc3.channel import Channel, floats, sum_of
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.errors import ExchangeError, PeerError
-from lc3.format import (
-    HEADER_BYTES,
-    Tag,
-    is_nan_frame,
-    scale_of,
-    seal,
-    seal_abort,
-    unseal,
-)
+from lc3.format import BUDGET_BUCKET, HEADER_BYTES, is_nan_frame, scale_of
 from lc3.message import pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Layout, Piece, Plan
@@ -39,10 +30,7 @@ from lc3.residual import Residuals, arena
 from lc3.transport import Transport
 
 T = TypeVar("T")
-_ABORT_TIMEOUT_S = 5.0
-_FEW_RANKS = 8  # that send each other a kilobyte rather than wait for another round
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
-_ASIDE_BUCKET, _BUDGET_BUCKET = 0xFFFFFFFD, 0xFFFFFFFC
 NO_HALF_GRADS: Mapping[str, Tensor] = MappingProxyType({})  # of float32 gradients
 
 
@@ -66,6 +54,7 @@ class Engine:
     Attributes:
         direct: whether ranks average what they send each other, without owners.
         budget: what is sent of each value; moved, if the configuration has a budget.
+        channel: for what is no gradient: means, bytes, and a word of failure.
         owing: names of parameters whose residuals may hold something.
         means: by parameter name float32[slice], of the slices that this rank owns: what
             the last push brought. The pull uses the memory again. Nothing, if direct.
@@ -98,8 +87,7 @@ class Engine:
         buffers = arena([slice_.numel for slice_ in slices], coder.device)
         self.means = {s.name: buffer for s, buffer in zip(slices, buffers, strict=True)}
         self.budget = Budget(config)
-        self._asides = 0
-        self._failure: BaseException | None = None
+        self.channel = Channel(transport, meter, plan.fingerprint, self.budget)
 
     def all_reduce(
         self,
@@ -138,7 +126,7 @@ class Engine:
                 if piece.name not in extras
             ]
         )
-        with self.exchanging(elements, step, bucket):
+        with self.channel.exchanging(elements, step, bucket):
             if self.auto is None:
                 self.push_and_pull(pieces, grads, step, bucket, half_grads)
             else:
@@ -164,7 +152,7 @@ class Engine:
         median = auto.took(names, time.perf_counter() - start)
         if median is not None:
             mine = torch.tensor([median], dtype=torch.float64)
-            shared = self.all_gather_bytes(mine, step, bucket)
+            shared = self.channel.all_gather_bytes(mine, step, bucket)
             medians = [one.clone().view(torch.float64) for one in shared]
             auto.compare(names, elements, medians)
 
@@ -253,147 +241,6 @@ class Engine:
         wire = self.auto.wire(tuple(names), elements)
         return None if wire == "3lc" or not self.owing.isdisjoint(names) else wire
 
-    @contextmanager
-    def exchanging(
-        self, elements: int, step: int, bucket: int, hops: int = 2
-    ) -> Iterator[None]:
-        """Count what is sent, and tell the others if this rank fails on its own.
-
-        Args:
-            elements: of the parameters that are exchanged; 0 for what is no gradient.
-            step: see ``all_reduce``.
-            bucket: see ``all_reduce``.
-            hops: 2 for a push and a pull, 1 for one of them.
-        """
-        sent_before, rounds_before = self.transport.sent_bytes, self.transport.rounds
-        with self.telling_others(step, bucket):
-            yield
-        share = (self.transport.world - 1) / self.transport.world
-        sent = self.transport.sent_bytes - sent_before
-        if elements:
-            self.budget.sent_bytes += sent
-        self.meter.add(
-            sent,
-            hops * share * 4 * elements,
-            self.transport.rounds - rounds_before,
-        )
-
-    def pass_through(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
-        """Return the plain mean over ranks of a tensor that lc3 does not code.
-
-        Args:
-            tensor: dense of any floating type, or sparse.
-            step: see ``all_reduce``.
-            bucket: see ``all_reduce``.
-        """
-        sent_before = self.meter.sent_bytes
-        with self.exchanging(0, step, bucket):
-            mean_of = self._sparse_mean if tensor.is_sparse else self.mean
-            mean = mean_of(tensor, step, bucket)
-        sent = self.meter.sent_bytes - sent_before
-        self.meter.buckets += 1
-        self.meter.dense_bytes += sent
-        self.meter.passed_through_bytes += sent
-        return mean
-
-    def all_gather_bytes(self, data: Tensor, step: int, bucket: int) -> list[Tensor]:
-        """Send a tensor to every rank; return every rank's bytes, uint8[*], by rank.
-
-        For what is no gradient, inside of ``exchanging``. In messages of their own
-        kind, since a rank that has failed may answer any exchange with an abort.
-
-        Args:
-            data: of any dtype and shape.
-            step: see ``all_reduce``.
-            bucket: the same on every rank, and no other exchange's in this step.
-        """
-        arrived = self.transport.all_gather(self._sealed(data, step, bucket))
-        return self._unsealed(arrived, step, bucket)
-
-    def mean(self, values: Tensor, step: int, bucket: int) -> Tensor:
-        """Return the mean over ranks of a dense tensor, the same bits everywhere.
-
-        Inside of ``exchanging``. Every rank adds up its share of the elements, in rank
-        order, and sends it to all: as many bytes as a ring, in two rounds.
-
-        Args:
-            values: of a floating type, the same shape on every rank.
-            step: see ``all_reduce``.
-            bucket: see ``all_gather_bytes``.
-        """
-        parts = values.reshape(-1).tensor_split(self.transport.world)
-        everybody = self.all_gather_bytes(
-            self.mean_here(parts, step, bucket), step, bucket
-        )
-        whole = torch.cat([data.clone() for data in everybody]).view(values.dtype)
-        return whole.view(values.shape).to(values.device)
-
-    def mean_of_small(self, values: Tensor, step: int, bucket: int) -> Tensor:
-        """Do what ``mean`` does for few values, in one round between few ranks.
-
-        Args:
-            values: float32[*].
-            step: see ``all_reduce``.
-            bucket: see ``all_gather_bytes``.
-        """
-        world = self.transport.world
-        if world > _FEW_RANKS:
-            return self.mean(values, step, bucket)
-        everybody = self.all_gather_bytes(values, step, bucket)
-        total = _sum(everybody).div_(world)
-        return total.to(values.device)
-
-    def mean_here(self, parts: Sequence[Tensor], step: int, bucket: int) -> Tensor:
-        """Return the mean over ranks of this rank's part; the first half of ``mean``.
-
-        Args:
-            parts: by rank, what it is to get, of a floating type, flat; the same shapes
-                on every rank.
-            step: see ``all_reduce``.
-            bucket: see ``all_gather_bytes``.
-
-        Returns:
-            The mean, on the CPU; added up in float32 at least.
-        """
-        messages = [self._sealed(part, step, bucket) for part in parts]
-        arrived = self._unsealed(self.transport.all_to_all(messages), step, bucket)
-        dtype = parts[0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        total, *others = [data.clone().view(dtype).to(wide) for data in arrived]
-        for other in others:
-            total += other
-        total /= torch.tensor(float(self.transport.world), dtype=torch.float32)
-        return total.to(dtype)
-
-    def _sparse_mean(self, tensor: Tensor, step: int, bucket: int) -> Tensor:
-        """Return the mean of sparse tensors: everybody gets everybody's entries."""
-        mine = tensor.coalesce()
-        indices = self.all_gather_bytes(mine.indices(), step, bucket)
-        values = self.all_gather_bytes(mine.values(), step, bucket)
-        total = torch.sparse_coo_tensor(
-            torch.cat(
-                [
-                    i.clone().view(torch.int64).view(mine.sparse_dim(), -1)
-                    for i in indices
-                ],
-                dim=1,
-            ),
-            torch.cat(
-                [
-                    v.clone().view(mine.dtype).view(-1, *mine.values().shape[1:])
-                    for v in values
-                ]
-            ),
-            mine.shape,
-            check_invariants=True,  # the indices came from other ranks
-        ).coalesce()
-        return (total / self.transport.world).to(tensor.device)
-
-    def aside(self) -> tuple[int, int]:
-        """Return (step, bucket) of an exchange that belongs to no step."""
-        self._asides += 1
-        return self._asides, _ASIDE_BUCKET
-
     def reduce_scatter(
         self,
         pieces: Sequence[Sequence[Piece]],
@@ -429,7 +276,7 @@ class Engine:
             self.coder.add([(mean, frames) for p, mean, frames in both if p.coded])
             for piece, mean, chunks_of in both:
                 if not piece.coded:
-                    mean.copy_(_sum(chunks_of))
+                    mean.copy_(sum_of(chunks_of))
             self._divide(means)
         return means
 
@@ -466,7 +313,7 @@ class Engine:
                 self._views(pieces, values), said, strict=True
             ):
                 if not piece.coded:
-                    view.copy_(_sum(chunks))
+                    view.copy_(sum_of(chunks))
                 elif sum(map(scale_of, chunks)) <= _LARGEST_FLOAT:
                     self.residuals.keep_sent(piece, view)
                     sums.append((view.zero_(), chunks))
@@ -555,7 +402,7 @@ class Engine:
         """At some steps share what ranks have sent, and steer by it."""
         if self.budget.due():
             mine = torch.tensor([self.budget.sent_bytes], dtype=torch.float64)
-            everybody = self.all_gather_bytes(mine, step, _BUDGET_BUCKET)
+            everybody = self.channel.all_gather_bytes(mine, step, BUDGET_BUCKET)
             shared = [float(data.clone().view(torch.float64)) for data in everybody]
             self.budget.look(sum(shared) / len(shared))
 
@@ -589,7 +436,7 @@ class Engine:
             if piece.coded:
                 sums.append((view, [chunk]))
             else:
-                view.copy_(_floats(chunk))
+                view.copy_(floats(chunk))
         self.coder.add(sums)
 
     def gather(
@@ -614,9 +461,9 @@ class Engine:
             name: torch.zeros(self.plan.numel[name], device=device, dtype=torch.float32)
             for name in names
         }
-        step, bucket = self.aside()
-        with self.exchanging(0, step, bucket):
-            everybody = self.all_gather_bytes(message, step, bucket)
+        step, bucket = self.channel.aside()
+        with self.channel.exchanging(0, step, bucket):
+            everybody = self.channel.all_gather_bytes(message, step, bucket)
         for owner, data in enumerate(everybody):
             slices = list(self.plan.slices_of(names, owner))
             values = data.clone().view(torch.float32)
@@ -624,19 +471,6 @@ class Engine:
             for slice_, part in zip(slices, split, strict=False):
                 whole[slice_.name][slice_.start : slice_.stop] = part
         return whole
-
-    def collect(self, data: Tensor) -> list[Tensor]:
-        """Return every rank's bytes on rank 0, nothing elsewhere; collective.
-
-        Args:
-            data: uint8[*].
-        """
-        step, bucket = self.aside()
-        parts = [data, *(data[:0] for _ in range(1, self.transport.world))]
-        with self.exchanging(0, step, bucket):
-            messages = [self._sealed(part, step, bucket) for part in parts]
-            arrived = self._unsealed(self.transport.all_to_all(messages), step, bucket)
-        return arrived if self.transport.rank == 0 else []
 
     @property
     def senders(self) -> int:
@@ -670,10 +504,10 @@ class Engine:
         if not names:
             return owed
         sizes = [self.plan.numel[name] for name in names]
-        step, bucket = self.aside()
-        with self.exchanging(0, step, bucket):
+        step, bucket = self.channel.aside()
+        with self.channel.exchanging(0, step, bucket):
             sent = torch.cat([self.residuals.sent[name] for name in names])
-            total = self.mean(sent, step, bucket).mul_(self.transport.world)
+            total = self.channel.mean(sent, step, bucket).mul_(self.transport.world)
         for name, part in zip(
             names, total.div_(self.senders).split(sizes), strict=True
         ):
@@ -739,7 +573,7 @@ class Engine:
         bucket: int,
     ) -> list[Tensor]:
         """Return a message for each list of pieces, whose bytes are in a row."""
-        tag = self._tag(self.transport.rank, step, bucket)
+        tag = self.channel.tag(self.transport.rank, step, bucket)
         left = iter(chunks)
         parts = [[next(left) for _ in some] for some in pieces]
         entropy = self.config.entropy
@@ -763,7 +597,7 @@ class Engine:
         return self._map(
             lambda sender: unpack(
                 arrived[sender],
-                self._tag(sender, step, bucket),
+                self.channel.tag(sender, step, bucket),
                 pieces[sender],
                 self.coder.host,
             ),
@@ -779,58 +613,6 @@ class Engine:
         weights = [sum([piece.numel for piece in some]) for some in pieces]
         return self.coder.map(work, weights)
 
-    def _sealed(self, data: Tensor, step: int, bucket: int) -> Tensor:
-        buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        body = data.contiguous().view(-1).view(torch.uint8)
-        message = torch.cat([buffer, body.cpu()])
-        return seal(message, self._tag(self.transport.rank, step, bucket))
-
-    def _unsealed(
-        self, arrived: Sequence[Tensor], step: int, bucket: int
-    ) -> list[Tensor]:
-        return [
-            unseal(message, self._tag(sender, step, bucket))[0]
-            for sender, message in enumerate(arrived)
-        ]
-
-    def _tag(self, sender: int, step: int, bucket: int) -> Tag:
-        return Tag(sender, step, bucket, self.plan.fingerprint)
-
-    @contextmanager
-    def telling_others(self, step: int, bucket: int) -> Iterator[None]:
-        """Answer the next exchange with an abort message if this rank fails on its own.
-
-        Everything moves sealed messages in the same way, so the abort fits whatever
-        the others are waiting in: this bucket's push, its pull, a norm, the next
-        bucket's push.
-        """
-        if self._failure is not None:
-            raise ExchangeError(
-                f"lc3 stopped at an earlier error ({self._failure}); restart the job "
-                "from its last checkpoint"
-            ) from self._failure
-        try:
-            yield
-        except (PeerError, ExchangeError) as error:
-            self._failure = error
-            raise
-        except BaseException as error:
-            self.tell(error, step, bucket)
-            raise
-
-    def tell(self, error: BaseException, step: int, bucket: int) -> None:
-        """Answer the next exchange with an abort message, unless one has failed."""
-        if self._failure is None:
-            self._failure = error
-            reason = f"{type(error).__name__}: {error}"
-            self.transport.leave_word(reason)
-            abort = seal_abort(reason, self._tag(self.transport.rank, step, bucket))
-            # The others may be gone already; this one's own word is no news.
-            with suppress(ExchangeError, PeerError):
-                self.transport.all_to_all(
-                    [abort] * self.transport.world, timeout_s=_ABORT_TIMEOUT_S
-                )
-
 
 def widen(into: Mapping[str, Tensor], half_grads: Mapping[str, Tensor]) -> None:
     """Write half-precision gradients as float32."""
@@ -841,16 +623,3 @@ def widen(into: Mapping[str, Tensor], half_grads: Mapping[str, Tensor]) -> None:
 def _square(values: Iterable[Tensor]) -> float:
     """Return the squared norm of some float32 tensors."""
     return sum(float(v.norm()) ** 2 for v in values)
-
-
-def _sum(chunks: Sequence[Tensor]) -> Tensor:
-    """Return the sum of raw pieces, in rank order: float sums depend on it."""
-    total = torch.zeros(chunks[0].numel() // 4, dtype=torch.float32)
-    for chunk in chunks:
-        total += _floats(chunk)
-    return total
-
-
-def _floats(chunk: Tensor) -> Tensor:
-    """Return a raw piece as float32[*]; it may start at any byte."""
-    return chunk.clone().view(torch.float32)

@@ -160,6 +160,10 @@ Range-coded it is (encoders may choose another model)::
 
     00 00 00 41 3a c8 07 ae f6 9a 63    scale, model 58, state 0x639af6ae07c8
 
+Buckets of a step count from 0. Numbers from ``ff ff ff f0`` on are not gradients':
+``ff ff ff ff`` is what ``lc3.hooks.push_pull`` pulls, ``ff ff ff fe`` a norm,
+``ff ff ff fd`` whatever belongs to no step, ``ff ff ff fc`` what ranks have sent.
+
 A receiver checks length, magic, CRC, flags, abort, plan, sender, step and bucket, in
 this order, before it decodes anything.
 """
@@ -180,6 +184,8 @@ MAGIC_RANGE_CODED = b"3LC2"
 Coding = Literal["none", "zstd", "rans"]  # of a body
 FLAG_ENTROPY_CODED = 1
 FLAG_ABORT = 2
+PULL_BUCKET, NORM_BUCKET = 0xFFFFFFFF, 0xFFFFFFFE
+ASIDE_BUCKET, BUDGET_BUCKET = 0xFFFFFFFD, 0xFFFFFFFC
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 SCALE_BYTES = 4

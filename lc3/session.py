@@ -123,9 +123,9 @@ class _Sealed:
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """See ``Transport.all_gather``."""
-        tag = self._engine.aside()
-        with self._engine.telling_others(*tag):
-            return self._engine.all_gather_bytes(message, *tag)
+        tag = self._engine.channel.aside()
+        with self._engine.channel.telling_others(*tag):
+            return self._engine.channel.all_gather_bytes(message, *tag)
 
 
 # Works on a bucket: its flat buffer, its parameters' names, step, number; returns what
@@ -240,7 +240,7 @@ class Session:
     def fail(self, error: Exception) -> None:
         """Tell the other ranks that this one stops, and close."""
         if self in _OPEN:
-            self.engine.tell(error, 0, 0)
+            self.engine.channel.tell(error, 0, 0)
             self.close()
 
     def on_bucket(
@@ -332,9 +332,9 @@ class Session:
         found: list[bool] = []
 
         def ask() -> Tensor:
-            tag = self.engine.aside()
-            with self.engine.exchanging(0, *tag):
-                said = self.engine.all_gather_bytes(
+            tag = self.engine.channel.aside()
+            with self.engine.channel.exchanging(0, *tag):
+                said = self.engine.channel.all_gather_bytes(
                     torch.tensor(mine, dtype=torch.bool), *tag
                 )
             everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
@@ -383,9 +383,9 @@ class Session:
             ]
             names_here = zlib.crc32(",".join(kept).encode())
             sums_here = torch.tensor([names_here, *mine], dtype=torch.int64)
-            tag = self.engine.aside()
-            with self.engine.exchanging(0, *tag):
-                shared = self.engine.all_gather_bytes(sums_here, *tag)
+            tag = self.engine.channel.aside()
+            with self.engine.channel.exchanging(0, *tag):
+                shared = self.engine.channel.all_gather_bytes(sums_here, *tag)
             everybody = [data.clone().view(torch.int64).tolist() for data in shared]
             if len({sums[0] for sums in everybody}) > 1:
                 raise ReplicasDiffer(
@@ -414,7 +414,7 @@ class Session:
         data, gathered = to_bytes(state), list[dict[str, Any]]()
 
         def collect() -> Tensor:
-            for rank, saved in enumerate(self.engine.collect(data)):
+            for rank, saved in enumerate(self.engine.channel.collect(data)):
                 gathered.append(from_bytes(saved, f"rank {rank}"))
             return torch.empty(0, dtype=torch.float32)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lc3.auto import Wire
+from lc3.channel import Channel
 from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.engine import NO_HALF_GRADS, Engine, widen
@@ -98,13 +99,9 @@ class TwoLevels(Engine):
         self._node = next(node for node in nodes if transport.rank in node)
         self._places = [list(place) for place in zip(*nodes, strict=True)]
         place = self._places[self._node.index(transport.rank)]
-        self.inside = Engine(
-            make_plan([], len(self._node), Settings()),
-            config,
-            transport.among(self._node),
-            coder,
-            Meter(),
-        )
+        nothing = make_plan([], len(self._node), Settings())
+        within = transport.among(self._node)
+        self.inside = Channel(within, Meter(), nothing.fingerprint)
         self.between = Engine(
             plan,
             config,
@@ -150,8 +147,8 @@ class TwoLevels(Engine):
                 for part, data in zip(parts, everybody, strict=True):
                     _paste(grads, part, data.clone().view(torch.float32))
         except BaseException as error:
-            self._failure = error
-            for level in (self.inside, self.between):
+            self.channel.failure = error
+            for level in (self.inside, self.between.channel):
                 level.tell(error, step, bucket)  # whichever does not know it yet
             raise
 
@@ -177,7 +174,6 @@ class TwoLevels(Engine):
     def close(self) -> None:
         """End the threads. Calling it again does nothing."""
         super().close()
-        self.inside.close()
         self.between.close()
 
     def _part(self, names: Mapping[str, Tensor], place: Sequence[int]) -> list[Piece]:

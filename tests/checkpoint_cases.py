@@ -86,7 +86,7 @@ class Run:
             return pending
         engine = self.state.engine
         owed = {
-            name: engine.mean(sent, 0, 0)
+            name: engine.channel.mean(sent, 0, 0)
             for name, sent in engine.residuals.sent.items()
         }
         if self.hook == AVERAGING:  # where masters will be, whoever holds them

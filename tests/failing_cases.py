@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
-from lc3 import engine, session
+from lc3 import channel, session
 from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
@@ -74,7 +74,7 @@ def comes_late(rank: int, world: int) -> str:
     """Fail on rank 1 in backward; the others come when it has gone."""
     model = DistributedDataParallel(net())
     state = ddp.attach(model)
-    engine._ABORT_TIMEOUT_S = 0.2
+    channel._ABORT_TIMEOUT_S = 0.2
     if rank == 1:
         state.engine.coder = Coder(Broken())
     else:
@@ -85,7 +85,7 @@ def comes_late(rank: int, world: int) -> str:
         said = f"{type(error).__name__}: {error}"
     else:
         said = "trained"
-    engine._ABORT_TIMEOUT_S = 5.0
+    channel._ABORT_TIMEOUT_S = 5.0
     state.close()
     return said
 

@@ -77,7 +77,9 @@ def test_gradients_on_a_device_equal_the_oracle(nodes: Any) -> None:
                     np.testing.assert_array_equal(found, expected[step][name], name)
             assert all(isinstance(b, Pretend) for b in engine.residuals.buffers())
             assert all(isinstance(p, Pretend) for p in engine.pending().values())
-            passed = engine.pass_through(there(torch.ones(7).double() * rank), 9, 0)
+            passed = engine.channel.pass_through(
+                there(torch.ones(7).double() * rank), 9, 0
+            )
             assert isinstance(passed, Pretend)
             assert passed.tolist() == [1.5] * 7
 
@@ -98,7 +100,7 @@ def test_masters_on_a_device_equal_those_on_the_host() -> None:
                     moved = {
                         k: put(g) for k, g in random_gradients(rank, step + 1).items()
                     }
-                    with engine.exchanging(1, step, 0):
+                    with engine.channel.exchanging(1, step, 0):
                         owners.push(moved, step, 0)
                         for piece in owners.owned:
                             owners.master(piece).sub_(owners.mean(piece), alpha=0.1)

@@ -584,7 +584,7 @@ def test_sparse_tensors_pass_through() -> None:
             (4, 2),
             check_invariants=True,
         )
-        mean = engine_of(transport).pass_through(sparse, 0, 0)
+        mean = engine_of(transport).channel.pass_through(sparse, 0, 0)
         assert mean.is_sparse
         return mean.to_dense().tolist()
 
@@ -595,7 +595,7 @@ def test_dense_tensors_pass_through() -> None:
     def job(rank: int, transport: Transport) -> Any:
         engine = engine_of(transport)
         values = torch.tensor([[1.0, 3.0 * rank, 4.0]], dtype=torch.float64)
-        mean = engine.pass_through(values, 0, 0)
+        mean = engine.channel.pass_through(values, 0, 0)
         return mean.tolist(), engine.meter.passed_through_bytes
 
     # Three values on three ranks: one goes each way, in messages of 40 + 8 bytes.

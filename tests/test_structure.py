@@ -47,8 +47,19 @@ BELOW = {
     "lane": {"errors"},
     "handshake": {"config", "errors", "transport", "workers"},
     "owners": {"engine", "format", "plan"},
+    "channel": {"budget", "errors", "format", "meter", "transport"},
     "two_levels": {
-        *("auto", "coder", "config", "engine", "errors", "transport", "meter", "plan"),
+        *(
+            "auto",
+            "channel",
+            "coder",
+            "config",
+            "engine",
+            "errors",
+            "transport",
+            "meter",
+            "plan",
+        ),
     },
     "session": {
         *(
@@ -87,9 +98,9 @@ BELOW = {
         *(
             "auto",
             "budget",
+            "channel",
             "coder",
             "config",
-            "errors",
             "transport",
             "format",
             "message",
