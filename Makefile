@@ -12,11 +12,19 @@ READY := .venv/ready
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
 
+# An environment that has what .venv has, and what is installed there beside it.
+define beside
+$(PYTHON) -m venv $(1)
+$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d $(1)/lib/python*/site-packages)/beside.pth
+endef
+
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
 
+# TESTS says which, as pytest does; CI leaves out what is marked as long.
+TESTS :=
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -69,8 +77,8 @@ test-launch: .venv-launch/ready
 test-adapters: .venv-adapters/ready
 	.venv-adapters/bin/python -m pytest tests/test_adapters.py
 
-.venv-adapters/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-adapters
+.venv-adapters/ready: $(READY)
+	$(call beside,.venv-adapters)
 	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test,lightning,accelerate,transformers]"
 	@touch $@
 
@@ -103,14 +111,14 @@ gpu-check: .venv/cuda-ready
 gpu-bench: .venv/cuda-ready
 	$(BIN)/python -m experiments.bench_gpu --out experiments/results --docs docs/codec.md
 
-.venv-horovod/ready: pyproject.toml constraints.txt launch/install_horovod.sh
-	$(PYTHON) -m venv .venv-horovod
+.venv-horovod/ready: $(READY) launch/install_horovod.sh
+	$(call beside,.venv-horovod)
 	.venv-horovod/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test]"
 	launch/install_horovod.sh .venv-horovod/bin/python
 	@touch $@
 
-.venv-launch/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-launch
+.venv-launch/ready: $(READY)
+	$(call beside,.venv-launch)
 	.venv-launch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test,launch]"
 	@touch $@
 

@@ -179,12 +179,13 @@ def test_the_cases_are_what_they_say(reports: Reports) -> None:
     )
 
 
-def test_fifty_runs_with_many_buckets(ranks: Pools) -> None:
-    results = ranks(3).run(ddp_cases.many_buckets, 50, timeout_s=200)
+@pytest.mark.parametrize("runs", [12, pytest.param(50, marks=pytest.mark.long)])
+def test_many_runs_with_many_buckets(ranks: Pools, runs: int) -> None:
+    results = ranks(3).run(ddp_cases.many_buckets, runs, timeout_s=200)
     assert all(result["hashes"] == results[0]["hashes"] for result in results)
     assert results[0]["buckets"] > 15
     for result in results:
-        assert len(set(result["hashes"])) == 50
+        assert len(set(result["hashes"])) == runs
         assert result["left"] == {"files": 0, "threads": 0}
         assert result["grown"]["threads"] == 0
         assert result["grown"]["files"] <= 2

@@ -313,17 +313,17 @@ def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> Non
         (["--ranks", "1"], "'1' is not an integer of at least 2"),
     ],
 )
-def test_the_demo_refuses_bad_arguments(arguments: list[str], words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.demo", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert words in done.stderr
+def test_the_demo_refuses_bad_arguments(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_the_demo_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:

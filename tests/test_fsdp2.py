@@ -93,6 +93,7 @@ def test_what_is_unfrozen_later_is_an_error(ranks: Pools) -> None:
         assert "was frozen when lc3 was attached" in sentence
 
 
+@pytest.mark.long
 def test_the_example() -> None:
     done = subprocess.run(
         [

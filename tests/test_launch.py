@@ -40,7 +40,14 @@ def parameters(output: str) -> str:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["3lc", "push-pull", "local"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "3lc",
+        pytest.param("push-pull", marks=pytest.mark.long),
+        pytest.param("local", marks=pytest.mark.long),
+    ],
+)
 def test_it_goes_on_where_it_stopped(tmp_path: Path, method: str) -> None:
     """Bit for bit on as many ranks; on another number it goes on, too."""
     options = ["--method", method, "--steps", "48", "--save-every", "16"]

@@ -175,6 +175,7 @@ def test_rates() -> None:
 
 
 @lab
+@pytest.mark.long
 @pytest.mark.timeout(450)
 def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> None:
     """Within 3 %, plus what every message adds."""

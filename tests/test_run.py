@@ -143,14 +143,9 @@ def test_an_experiment_says_when_it_evaluates(tmp_path: Path) -> None:
     assert {row["warm_up"] for row in rows} == {"0.5"}
     assert [row["method"] for row in rows[2:4]] == ["float32", "float32, averaged"]
     assert "20 steps, 50 % of them warm-up, mean of 1 seed" in report.caption(rows)
-    spec = spec_of(tmp_path, text.replace("0.5", "0.05"))
-    run.prepare(spec, tmp_path / "other")
-    assert run.run(spec, tmp_path / "other", None, QUIET) == []
-    others = record.read_csv(tmp_path / "other" / "results.csv")
-    assert others[0]["step"] == rows[0]["step"]
-    assert others[0]["test_loss"] != rows[0]["test_loss"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_a_failing_method_leaves_the_others(tmp_path: Path) -> None:
     """Local steps end apart unless their number is a multiple of H."""

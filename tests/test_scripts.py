@@ -23,7 +23,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("script", ["nanogpt", "mingpt"])
+@pytest.mark.parametrize(
+    "script", ["nanogpt", pytest.param("mingpt", marks=pytest.mark.long)]
+)
 def test_the_lines_train_what_the_script_trains(script: str, text: Path) -> None:
     plain, coded = (train(script, form, 0, text, STEPS) for form in ("plain", "ddp"))
     assert coded["score"] < 1.02 * plain["score"]
