@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
+.PHONY: demo docs links test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
 	test-adapters test-oldest gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
@@ -32,7 +32,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m experiments.bench_codec --out experiments/results --docs docs/codec.md
+	$(BIN)/python -m experiments.bench_codec --out experiments/results --docs docs/explanation/codec.md
 
 # Of rate-limited links, as root: sudo make evaluate. Otherwise times are computed.
 # Goes on where it was stopped. EXPERIMENT names a file of experiments/configs.
@@ -90,6 +90,20 @@ test-cuda: .venv/cuda-ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cuda-test]"
 	@touch $@
 
+# The site, with warnings as errors and its examples run: docs/_build/html/index.html.
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
+
+# The links of the site that lead out of it; needs the network.
+links: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -q -b linkcheck docs docs/_build/links
+
+.venv-docs/ready: $(READY)
+	$(call beside,.venv-docs)
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
 # The oldest numpy, numba and zstandard that pyproject.toml promises.
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python -m pytest tests/test_codec.py tests/test_rans.py tests/test_entropy.py
@@ -109,7 +123,7 @@ gpu-check: .venv/cuda-ready
 		$(BIN)/python -W ignore -m tests.cuda_cases special_values whole_exchange; fi
 
 gpu-bench: .venv/cuda-ready
-	$(BIN)/python -m experiments.bench_gpu --out experiments/results --docs docs/codec.md
+	$(BIN)/python -m experiments.bench_gpu --out experiments/results --docs docs/explanation/codec.md
 
 .venv-horovod/ready: $(READY) launch/install_horovod.sh
 	$(call beside,.venv-horovod)
@@ -123,7 +137,7 @@ gpu-bench: .venv/cuda-ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-horovod .venv-launch .venv-adapters .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-docs docs/_build .venv-horovod .venv-launch .venv-adapters .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lc3 needs Python 3.11 or newer, this is %d.%d; say make PYTHON=python3.11" % v[:2])'

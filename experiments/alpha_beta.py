@@ -26,7 +26,7 @@ from rich.console import Console
 from scipy.optimize import nnls
 
 from experiments.record import ResultError, read_csv
-from experiments.report import COLUMNS, Row, grid, insert
+from experiments.tables import COLUMNS, Row, grid, insert
 from launch import netlab
 
 PACKET_BYTES, PAYLOAD_BYTES, MESSAGE_BYTES = 1514, 1448, 450

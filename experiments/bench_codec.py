@@ -24,7 +24,7 @@ from torch import Tensor
 
 from experiments.gradients import recorded
 from experiments.record import RESULTS, read_csv, stamped, write_csv
-from experiments.report import insert
+from experiments.tables import insert
 from lc3 import rans
 from lc3.codec import cpu, reference, tensor
 from lc3.entropy import compress, decompress
@@ -469,7 +469,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, write the result files, and bring docs/codec.md up to date."""
+    """Measure, write the result files, and bring the page up to date."""
     parser = argparse.ArgumentParser(
         prog="experiments.bench_codec", description=__doc__
     )

@@ -1,6 +1,6 @@
 """The codec on a GPU: GB/s beside a copy on the device and what else one could do.
 
-    python -m experiments.bench_gpu --out experiments/results --docs docs/codec.md
+    make gpu-bench
 
 Every codec is checked against the reference before it is timed. ``make gpu-bench`` runs
 this. ``--device cpu`` only shows that it runs: with kernels only in numba's simulator,
@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from experiments.record import RESULTS, Row, read_csv, stamped, write_csv
-from experiments.report import grid, insert
+from experiments.tables import grid, insert
 from lc3.codec import Codec, codec_for, reference, tensor
 from lc3.coder import Coder
 

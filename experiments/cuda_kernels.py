@@ -1,6 +1,6 @@
 """What the CUDA kernels become for each GPU, without one: registers, memory, spills.
 
-    python -m experiments.cuda_kernels --docs docs/codec.md
+    python -m experiments.cuda_kernels --docs docs/explanation/codec.md
 
 Compiles every kernel to PTX and, by NVIDIA's own assembler, to machine code. Needs the
 extra ``cuda`` and the packages nvidia-cuda-nvcc-cu12 and nvidia-cuda-nvrtc-cu12.

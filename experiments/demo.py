@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.record import RESULTS, read_csv
-from experiments.report import plot, print_table
+from experiments.tables import plot, print_table
 from experiments.train import add_run_options, at_least
 
 

@@ -2,10 +2,8 @@
 
     python -m experiments.frontier losses.csv --links links.csv --plot frontier.png
     python -m experiments.frontier losses.csv --links links.csv --within 1
-    python -m experiments.frontier experiments/results
 
-The second prints how long each method takes to come within 1 % of float32's best loss,
-the third README's table: the best form of each long training.
+The second prints how long each method takes to come within 1 % of float32's best loss.
 
 Losses are those of the first file's trainings. A link's rate does not change them, so
 time is each method's step as the lab measured it across that link (the second file),
@@ -27,7 +25,7 @@ from experiments.average import AVERAGED
 from experiments.methods import AT_RATE
 from experiments.pages import Curve, curves
 from experiments.record import ResultError, read_csv
-from experiments.report import (
+from experiments.tables import (
     BASELINE,
     COLUMNS,
     Row,
@@ -37,56 +35,6 @@ from experiments.report import (
     partly,
     step_ms_by_link,
 )
-from lc3.knobs import PRESETS, Knobs, Preset
-
-_HALVED = "rans, momentum 0.5, outer rate 2"
-
-# What README shows: of a result file, one method beside float32 at its best.
-BEST = (
-    ("chars-warm-up", "preconditioned s=1.00, rans"),
-    ("chars-warm-up", "local H=4, density 30 %, all coded"),
-    (
-        "chars-warm-up",
-        f"local H=8, density 11.5 %, all coded, decay 0.8, {_HALVED}, lr × 2",
-    ),
-    (
-        "chars-longer-warm-up",
-        f"local H=8, density 11 %, all coded, decay 0.8, {_HALVED}, lr × 2",
-    ),
-    (
-        "chars-large-warm-up",
-        f"local H=8, density 11.5 %, all coded, decay 0.8, {_HALVED}, lr × 3",
-    ),
-    ("chars-muon-longer", "local H=16, density 9.5 %, all coded"),
-    (
-        "chars-muon-longer",
-        f"local H=32, density 11.5 %, all coded, decay 0.8, {_HALVED}",
-    ),
-    (
-        "chars-muon-large",
-        f"local H=16, density 11 %, all coded, decay 0.8, {_HALVED}, lr × 0.5",
-    ),
-)
-
-
-def _label(preset: Preset) -> str:
-    """Return the method that trains as a preset does."""
-    assert preset.settings.density is not None
-    knobs = Knobs(**preset.knobs)
-    return (
-        f"local H={knobs.sync_every}, density {100 * preset.settings.density:g} %, all "
-        f"coded, decay {knobs.residual_decay}, {preset.settings.entropy}, momentum "
-        f"{knobs.inner_momentum_scale}, outer rate {knobs.outer_lr:g}"
-    )
-
-
-_PRESETS = {_label(preset): f'"{name}"' for name, preset in PRESETS.items()}
-_NETWORKS = {
-    "chars": "0.36 M, AdamW",
-    "chars-large": "2.25 M, AdamW",
-    "chars-muon": "0.36 M, Muon",
-    "chars-muon-large": "2.25 M, Muon",
-}
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -182,49 +130,6 @@ def dense(found: Sequence[Point]) -> Point | None:
 def _lowest(some: Sequence[Point]) -> Point | None:
     seeds = shared(some)
     return min(some, key=lambda p: p.over(seeds or p.losses), default=None)
-
-
-def best(results: Path) -> str:
-    """Return the methods of ``BEST`` as Markdown, each beside float32 at its best.
-
-    A moving average is compared with float32's, parameters of now with those of now,
-    and a seed with the same one.
-
-    Args:
-        results: the folder of the committed result files.
-
-    Raises:
-        ResultError: one of them is missing, cannot be read or lacks the method.
-    """
-    titles = ["transformer", "steps", "with `--methods`", "preset", "fewer bytes"]
-    titles += ["float32's best test loss", "its best", "above float32", "seeds"]
-    lines = []
-    for name, method in BEST:
-        rows = read_csv(results / f"{name}.csv", COLUMNS)
-        found = points(rows)
-        alike = [p for p in found if _is_mean(p.method) == _is_mean(method)]
-        base = dense(alike)
-        point = next((p for p in alike if p.method == method), None)
-        if base is None or point is None:
-            missing = method if point is None else BASELINE
-            raise ResultError(f"{name}.csv has no {missing!r}: it is of another lc3")
-        seeds = shared([point, base])
-        if not seeds:
-            raise ResultError(f"{name}.csv: {method!r} has no seed of {base.method!r}")
-        lines.append(
-            [
-                _NETWORKS[rows[0]["task"]],
-                f"{int(rows[0]['steps']):,}",
-                method,
-                _PRESETS.get(method.split(AT_RATE)[0], ""),
-                f"{base.bytes_per_step / point.bytes_per_step:,.1f} ×",
-                f"{base.over(seeds):.4f}",
-                f"{point.over(seeds):.4f}",
-                f"{100 * (ratio(point, base) - 1):+.2f} %",
-                f"{len(seeds)}",
-            ]
-        )
-    return grid(titles, lines, words=(0, 2, 3)) + "\n"
 
 
 def _is_mean(method: str) -> bool:
@@ -457,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="experiments.frontier",
         description="Loss against bytes, and against time.",
     )
-    parser.add_argument("csv", type=Path, help="the losses, or the folder of results")
+    parser.add_argument("csv", type=Path, help="the losses")
     parser.add_argument("--links", type=Path, help="the same task across a lab's links")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument(
@@ -470,20 +375,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--marker", help="in it (default: the name of the file)")
     options = parser.parse_args(arguments)
     try:
-        if options.csv.is_dir() and (options.links or options.plot):
-            parser.error("--links and --plot go with one result file, not a folder")
         if options.within is not None and not options.links:
             parser.error("--within needs --links: the lab's step times")
         if options.within is not None and not 0 <= options.within < math.inf:
             parser.error(f"--within {options.within} must be 0 or more, in percent")
-        text = best(options.csv) if options.csv.is_dir() else of_file(options, parser)
+        text = of_file(options, parser)
     except ResultError as error:
         parser.error(str(error))
     Console(highlight=False).print(text, soft_wrap=True)
     if options.docs:
         old, stem = options.docs.read_text(), options.csv.stem
         stem += "" if options.within is None else "-times"
-        marker = options.marker or ("best" if options.csv.is_dir() else stem)
+        marker = options.marker or stem
         options.docs.write_text(insert(old, marker, text))
 
 

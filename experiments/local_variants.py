@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from experiments.methods import FOR_ADAM, all_coded
 from experiments.record import ResultError, read_csv, stamped, write_csv
-from experiments.report import grid, length
+from experiments.tables import grid, length
 from experiments.tasks import TASKS, DataError
 from experiments.train import (
     WARM_UP,

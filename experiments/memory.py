@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.record import RESULTS, stamped, write_csv
-from experiments.report import insert
+from experiments.tables import insert
 from lc3.hooks import ddp, local_sgd, push_pull
 
 STEPS, WIDTH = 4, 1024

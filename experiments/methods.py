@@ -270,7 +270,7 @@ class PowerSgd:
 
 
 def _power_sgd(rank: int) -> Method:
-    # One bucket: with several it fails on gloo, see experiments.powersgd_buckets.
+    # One bucket: with several its all-reduces of different sizes meet on gloo.
     return _ddp(lambda model: PowerSgd(model, rank), bucket_cap_mb=1e5)
 
 

@@ -10,8 +10,7 @@ from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import paper
-from experiments.report import (
+from experiments.tables import (
     BASELINE,
     HEADERS,
     TRAFFIC,
@@ -163,8 +162,6 @@ def sections(rows: Sequence[Row], folder: Path) -> Iterator[Section]:
         folder / "speedup.png",
         lambda axes: _bars(axes, rows),
     )
-    if lines := paper.lines(rows):
-        yield Section("Beside the paper", paper.TEXT, paper.HEADERS, lines)
 
 
 def _comparison(rows: Sequence[Row]) -> Section:

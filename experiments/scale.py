@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lc3
 from experiments.record import ResultError, read_csv, stamped, write_csv
-from experiments.report import grid
+from experiments.tables import grid
 from experiments.tasks import TASKS, DataError, Task
 from experiments.train import at_least, evaluate, loss_of, schedule
 from lc3.codec import codec_for

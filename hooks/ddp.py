@@ -111,6 +111,13 @@ def attach(
             is out of range.
         PlanMismatch: ranks differ in configuration, parameters or version.
         PeerError: one of these happened on another rank.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 2)  # one process; more wrap it first
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> state = attach(model, optimizer)
+        >>> state
+        <lc3 ddp: one process, nothing to exchange>
     """
     model = cast(DistributedDataParallel, private.uncompiled(model))
     if alone() and not isinstance(model, DistributedDataParallel):

@@ -31,7 +31,7 @@ Bucket = tuple[str, ...]  # the names in it: numbers change when DDP rebuilds th
 TRIAL_STEPS = 12  # with 3LC, before it is compared
 _WARM_UP = 4  # of them that do not count
 _MARGIN = 1.1  # by which an all-reduce must be predicted to win afterwards
-_BITS = 0.8  # an element, push and pull: s = 1 with the entropy stage, docs/codec.md
+_BITS = 0.8  # an element, push and pull: s = 1 with the entropy stage
 _TRIED, _TRIES = 1 << 14, 24  # elements and steps, to see what a configuration sends
 _DENSITY = 0.05
 _ELEMENTS = 1 << 19

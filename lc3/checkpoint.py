@@ -84,6 +84,13 @@ def save_checkpoint(value: object, path: str | os.PathLike[str]) -> None:
     Raises:
         StateError: ``load_checkpoint`` would refuse it; nothing is written.
         OSError: it cannot be written.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> folder = mkdtemp()
+        >>> save_checkpoint({"step": 3}, f"{folder}/a.pt")
+        >>> load_checkpoint(f"{folder}/a.pt")
+        {'step': 3}
     """
     whole = Path(path)
     _remove_left_overs(whole)
@@ -149,6 +156,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         StateError: the file is cut off, is no checkpoint, or holds more than tensors,
             numbers, strings and containers of them.
         OSError: there is none, or it cannot be read.
+
+    Example:
+        >>> load_checkpoint(__file__)
+        Traceback (most recent call last):
+        ...
+        lc3.errors.StateError: ...
     """
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise StateError(f"{path} is no regular file")
@@ -261,6 +274,12 @@ class PerRank:
 
     Args:
         state: of this rank.
+
+    Example:
+        >>> state = lc3.hooks.local_sgd.attach(model, optimizer)
+        >>> list(PerRank(state).state_dict())
+        ['rank 0 of 1']
+        >>> state.close()
     """
 
     def __init__(self, state: Stateful) -> None:
@@ -296,6 +315,12 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Raises:
         StateError: one is missing, or they are not of one run and step.
+
+    Example:
+        >>> merge([])
+        Traceback (most recent call last):
+        ...
+        lc3.errors.StateError: there are no states to merge
     """
     if not states:
         raise StateError("there are no states to merge")

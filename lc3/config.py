@@ -166,9 +166,9 @@ class Config:
             steps, wrong for per-step gradients.
         entropy: lossless stage over each message, both ways. "zstd" tries it on every
             message, "auto" on those that are long enough to gain; "rans" makes them
-            smaller yet and takes longer, for links of some 40 Mbit/s and less
-            (docs/codec.md). A message that does not shrink is sent as it is. "none":
-            the paper's bytes.
+            smaller yet and takes longer, for slow links
+            (docs/explanation/codec.md). A message that does not shrink is sent as it
+            is. "none": the paper's bytes.
         include: shell-style patterns of parameter names that are coded, whatever their
             size.
         exclude: patterns of parameter names that travel uncoded, as float32, whatever

@@ -180,9 +180,10 @@ def chosen_for(
 
     Where a density of 0.3 or less is sent and Adam or AdamW trains everything,
     ``outer_lr`` 2, ``residual_decay`` 0.8 and ``inner_momentum_scale`` 0.5 (without
-    owners 1.5, 0.9 and 0.8): what they bring, and where, see docs/results.md, "Momentum
-    between exchanges". Without owners, with SGD without momentum: ``outer_lr`` 1.25,
-    since what waits in residuals is a momentum that is not there otherwise. Else 1.
+    owners 1.5, 0.9 and 0.8): what they bring, and where, see
+    docs/explanation/local-steps.md. Without owners, with SGD without momentum:
+    ``outer_lr`` 1.25, since what waits in residuals is a momentum that is not there
+    otherwise. Else 1.
     """
     names = "outer_lr", "residual_decay", "inner_momentum_scale"
     kinds = " and ".join(sorted({type(one).__name__ for one in optimizers}))

@@ -3,7 +3,7 @@
 Adam after 3LC does not work: its second moment is large where values arrive now and
 then, and so its steps are small. Here nothing divides by the squares of what was
 decoded. Every rank divides its own gradient by the root of a second moment that all
-ranks have alike, and codes what Adam would step by. docs/adam.md derives it.
+ranks have alike, and codes what Adam would step by (docs/explanation/adam.md).
 
 A matrix is cut into blocks of 64 × 64, and each block has as second moment the outer
 product of its rows' and its columns' (Adafactor, arXiv 1804.04235). A tensor of more

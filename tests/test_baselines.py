@@ -99,5 +99,5 @@ def train_with_power_sgd(rank: int, world: int) -> float:
 
 
 def test_power_sgd_gets_one_bucket(ranks: Callable[[int], Ranks]) -> None:
-    """With several it fails on gloo: experiments.powersgd_buckets."""
+    """With several its all-reduces of different sizes meet on gloo."""
     assert len(set(ranks(2).run(train_with_power_sgd))) == 1

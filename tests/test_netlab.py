@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import record, report, run
+from experiments import record, run, tables
 from launch import netlab
 from lc3.moments import Moments
 from tests import cut_link
@@ -182,7 +182,7 @@ def test_interfaces_count_what_every_method_says_it_sends(tmp_path: Path) -> Non
     methods = list(KINDS)
     spec = run.Spec("all", "digits", methods, steps=32, rates=["1gbit"])
     assert run.run(spec, tmp_path, None, Console(quiet=True)) == []
-    rows = record.read_csv(tmp_path / "results.csv", ["rate", *report.COLUMNS])
+    rows = record.read_csv(tmp_path / "results.csv", ["rate", *tables.COLUMNS])
     last = {row["method"]: row for row in rows if row["step"] == "32"}
     assert list(last) == methods
     for method, row in last.items():

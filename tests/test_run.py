@@ -1,6 +1,5 @@
 """Experiments from TOML: what is refused, what is kept, what a report says."""
 
-import csv
 import json
 import os
 import resource
@@ -14,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import paper, record, report, run, train
+from experiments import record, report, run, tables, train
 from experiments.record import ResultError
 
 ROOT = Path(__file__).parents[1]
@@ -120,14 +119,14 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     assert kept.stat().st_mtime_ns == before
-    rows = record.read_csv(folder / "results.csv", report.COLUMNS)
+    rows = record.read_csv(folder / "results.csv", tables.COLUMNS)
     assert {row["method"] for row in rows} == {"float32", "3LC s=1.00"}
     assert not list(folder.glob("running*"))
     page = tmp_path / "page"
     report.main([str(folder / "results.csv"), "--page", str(page)])
     html, text = (page / "index.html").read_text(), (page / "report.md").read_text()
     assert html.count("data:image/png;base64,") == 3
-    for title in ("Comparison", "Time of a step", "Speed-up", "Beside the paper"):
+    for title in ("Comparison", "Time of a step", "Speed-up"):
         assert f"<h2>{title}</h2>" in html
         assert f"## {title}\n" in text
 
@@ -142,7 +141,7 @@ def test_an_experiment_says_when_it_evaluates(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == 2 * ["8", "16", "20"]
     assert {row["warm_up"] for row in rows} == {"0.5"}
     assert [row["method"] for row in rows[2:4]] == ["float32", "float32, averaged"]
-    assert "20 steps, 50 % of them warm-up, mean of 1 seed" in report.caption(rows)
+    assert "20 steps, 50 % of them warm-up, mean of 1 seed" in tables.caption(rows)
 
 
 @pytest.mark.long
@@ -183,7 +182,7 @@ def test_result_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(
         ResultError, match=r"no column 'frame_bits': it is of lc3 0.1.0"
     ):
-        record.read_csv(path, report.COLUMNS)
+        record.read_csv(path, tables.COLUMNS)
     with pytest.raises(SystemExit):
         report.main([str(path)])
 
@@ -208,15 +207,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert "could not be written" in said
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
-
-
-def test_the_paper_is_quoted_as_recalled() -> None:
-    rows = record.read_csv(ROOT / "experiments/results/digits.csv")
-    lines = paper.lines(rows)
-    assert [line[0] for line in lines] == [m for m in paper.PAPER if "3LC" in m]
-    assert "as recalled" in paper.markdown(rows)
-    with (ROOT / "experiments/results/digits.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(rows)
 
 
 def test_a_gpu_that_is_not_there_is_said(

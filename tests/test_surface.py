@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 import lc3
-from lc3 import ConfigError, auto, config, knobs
+from lc3 import ConfigError, auto, knobs
 from lc3.codec import cpu
 from lc3.config import Config, Settings, Tuning, settle
 from lc3.hooks import ddp, local_sgd
@@ -28,7 +29,10 @@ from tests.ranks import Ranks
 from tests.test_engine import engine_of, in_threads, random_gradients
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(p for p in sorted((ROOT / "docs").rglob("*.md")) if "notebook" not in p.parts),
+]
 Pools = Callable[[int], Ranks]
 
 # Knobs with a value that has an effect on three tensors and three ranks.
@@ -225,8 +229,8 @@ def test_the_lines_of_the_documentation_run_as_they_stand(ranks: Pools) -> None:
         "".join(line[2:] + "\n" for line in b.splitlines() if line.startswith("+ "))
         for b in blocks("diff")
     ]
-    added += [b for b in blocks("python") if "init_process_group" not in b]
-    assert len(added) >= 4
+    added += [b for b in blocks("python") if "init_" not in b and ">>>" not in b]
+    assert len(added) >= 2
     for lines in added:
         for bound, ratio in ranks(2).run(surface_cases.runs, lines):
             assert bound <= {"lc3", "state", "optimizer"}, lines
@@ -304,10 +308,39 @@ def test_a_process_of_several_without_a_group_is_told(
 
 
 def test_examples_in_docstrings_run() -> None:
-    for module in (config, local_sgd, importlib.import_module("lc3.choices")):
-        failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
-        assert tried
-        assert not failed
+    for name in ("choices", "codec", "config", "checkpoint", "errors"):
+        module = importlib.import_module(f"lc3.{name}")
+        _run_examples(module)
+    for module in (ddp, local_sgd):
+        _run_examples(module)
+
+
+def _run_examples(module: ModuleType) -> None:
+    model = nn.Linear(8, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    given = {"torch": torch, "lc3": lc3, "model": model, "optimizer": optimizer}
+    flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    failed, tried = doctest.testmod(module, extraglobs=given, optionflags=flags)
+    assert tried, module
+    assert not failed, module
+
+
+def test_nearly_every_public_name_has_an_example() -> None:
+    named = {
+        name: getattr(lc3, name)
+        for name in lc3.__all__
+        if name not in ("__version__", "hooks")
+    }
+    named |= {f"{m.__name__}.attach": m.attach for m in (ddp, local_sgd)}
+    without = [n for n, found in named.items() if ">>>" not in (found.__doc__ or "")]
+    assert len(without) < 0.1 * len(named), without
+
+
+def test_pages_of_examples_run() -> None:
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        if "notebook" not in page.parts:
+            failed, _ = doctest.testfile(str(page), module_relative=False)
+            assert not failed, page
 
 
 def test_help_begins_with_what_it_is_and_how() -> None:

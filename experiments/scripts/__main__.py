@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.record import RESULTS, read_csv, stamped, write_csv
-from experiments.report import insert
+from experiments.tables import insert
 
 # Forms of each script, and whether a higher score is better.
 FORMS = "plain", "ddp", "local_sgd"

@@ -165,14 +165,20 @@ def encode(
         entropy: whether the frame may travel as a zstd frame where that is smaller.
 
     Returns:
-        frame: uint8[*] on x's device, the bytes of ``lc3.format``.
-        residual: float32 of x's shape and device, contiguous. ``decode(frame)`` plus
-            this equals ``x`` exactly. If x is not finite somewhere the frame decodes to
-            NaN and the residual is x itself: keep the one you had before.
+        The frame, uint8[*] on x's device, the bytes of ``lc3.format``; and the
+        residual, float32 of x's shape and device, contiguous. ``decode(frame)`` plus
+        the residual equals ``x`` exactly. If x is not finite somewhere the frame
+        decodes to NaN and the residual is x itself: keep the one you had before.
 
     Raises:
         ConfigError: sparsity is outside [1, 2).
         InputError: x is complex, integer, sparse or otherwise not a dense float tensor.
+
+    Example:
+        >>> x = torch.tensor([1.0, -1.0, 0.25, 0.0, 0.75])
+        >>> frame, residual = encode(x)
+        >>> frame.numel(), residual.tolist()
+        (5, [0.0, 0.0, 0.25, 0.0, -0.25])
     """
     check_sparsity("sparsity", sparsity)
     if not x.is_floating_point() or x.layout != torch.strided:
@@ -198,6 +204,11 @@ def decode(frame: Tensor, numel: int) -> Tensor:
     Raises:
         InputError: frame is not a uint8 vector, or numel is negative.
         FormatError: the bytes are not exactly one frame of ``numel`` values.
+
+    Example:
+        >>> frame, _ = encode(torch.tensor([3.0, 0.0, 0.0]))
+        >>> decode(frame, 3)
+        tensor([3., 0., 0.])
     """
     if frame.dtype != torch.uint8 or frame.dim() != 1:
         raise InputError(

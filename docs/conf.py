@@ -1,0 +1,19 @@
+"""How the site is built: ``make docs``."""
+
+project = "lc3"
+author = "the lc3 authors"
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.doctest",
+]
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = "lc3"
+exclude_patterns = ["_build"]
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+suppress_warnings = ["myst.header", "myst.xref_missing"]
+linkcheck_timeout = 20

@@ -1,0 +1,339 @@
+"""The page of results: for each task one table, from the committed result files.
+
+    python -m experiments.summary docs/results.md README.md
+
+writes the blocks that these pages have markers for. The rule of evidence is applied
+here: figures are those of the end of a training, no best of several evaluations; two
+methods are compared by the seeds that both have; a difference is called lower or higher
+only where a paired t-test gives p < 0.05, and nothing is said of one seed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
+
+from experiments.record import RESULTS, ResultError, read_csv
+from experiments.tables import BASELINE, Row, grid, insert
+from lc3 import knobs
+
+_SURE = 0.05  # p from which on nothing is claimed
+_HALVED = "all coded, decay 0.8, rans, momentum 0.5, outer rate 2"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One table of the page.
+
+    Attributes:
+        title: of the task.
+        file: of its results, without ending.
+        forms: what the table calls a method, by the method's name in the file.
+        accuracy: whether the figure is an accuracy, not a loss.
+        base: the method that all are compared with.
+    """
+
+    title: str
+    file: str
+    forms: dict[str, str]
+    accuracy: bool = False
+    base: str = BASELINE
+
+
+TASKS = (
+    Task(
+        "Handwritten digits: CNN of 0.15 M, SGD, 2 ranks, 500 steps",
+        "digits",
+        {
+            "float32": "float32",
+            "fp16": "fp16 hook",
+            "3LC s=1.00": "**lc3 `ddp`**",
+            "3LC s=1.50, direct": "lc3 `ddp`, s = 1.5, one hop",
+        },
+        accuracy=True,
+    ),
+    Task(
+        "Fashion-MNIST: LeNet-5 of 0.43 M, SGD, 2 ranks, 400 steps",
+        "fashion-mnist",
+        {
+            "float32": "float32",
+            "3LC s=1.00": "**lc3 `ddp`**",
+            "local H=8": "lc3 `local_sgd`, H = 8",
+            "PowerSGD rank 4": "PowerSGD, rank 4",
+            "top-k 1%": "top-k 1 %",
+            "8-bit int": "8-bit integers",
+        },
+        accuracy=True,
+    ),
+    Task(
+        "CIFAR-10: ResNet-20, SGD, 2 ranks, five passes",
+        "cifar10-longer",
+        {
+            "float32": "float32",
+            "3LC s=1.00, all coded": "**lc3 `ddp`**, all coded",
+            "local H=4, density 10 %, all coded": "lc3 `local_sgd`, H = 4",
+        },
+        accuracy=True,
+    ),
+    Task(
+        "Characters: transformer of 0.36 M, AdamW, 4 ranks, 1,600 steps",
+        "chars-warm-up",
+        {
+            "float32": "float32",
+            "preconditioned s=1.00, rans": "**lc3 `ddp`**",
+            f"local H=8, density 11.5 %, {_HALVED}, lr × 2": (
+                "**lc3 `local_sgd`**, twice the rate"
+            ),
+            "push-pull s=1.00": "lc3 `push_pull`",
+            "PowerSGD rank 4": "PowerSGD, rank 4",
+        },
+    ),
+    Task(
+        "Characters: the same, 4,512 steps",
+        "chars-long",
+        {
+            "float32": "float32",
+            "preconditioned s=1.00": "**lc3 `ddp`**",
+            "local H=8, decay 0.8, momentum 0.5, outer rate 2": "lc3 `local_sgd`",
+        },
+    ),
+    Task(
+        "Characters: transformer of 2.25 M, AdamW, 4 ranks, 7,200 steps",
+        "chars-large-warm-up",
+        {
+            "float32": "float32",
+            f"local H=8, density 11.5 %, {_HALVED}, lr × 3": (
+                "**lc3 `local_sgd`**, three times the rate"
+            ),
+        },
+    ),
+    Task(
+        "Characters: transformer of 0.36 M, Muon, 4 ranks, 9,024 steps",
+        "chars-muon-longer",
+        {
+            "float32": "float32",
+            "local H=16, density 9.5 %, all coded": "lc3 `local_sgd`, H = 16",
+            f"local H=32, density 11.5 %, {_HALVED}": 'lc3 `preset="fewest-bytes"`',
+        },
+    ),
+    Task(
+        "Characters: transformer of 2.25 M, Muon, 4 ranks, 3,600 steps",
+        "chars-muon-large",
+        {
+            "float32": "float32",
+            f"local H=16, density 11 %, {_HALVED}, lr × 0.5": (
+                'lc3 `preset="muon"`, half the rate'
+            ),
+        },
+    ),
+)
+TITLES = ("method", "fewer bytes than float32", "than bfloat16")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a method ended: by seed the figure, and the bytes of a rank and step."""
+
+    figures: dict[str, float]
+    bytes_per_step: float
+
+    @property
+    def mean(self) -> float:
+        """The figure's mean over the seeds."""
+        return mean(self.figures.values())
+
+
+def outcomes(task: Task, rows: Sequence[Row]) -> dict[str, Outcome]:
+    """Return how the methods of a task ended.
+
+    Raises:
+        ResultError: the file lacks one of them.
+    """
+    column = "accuracy" if task.accuracy else "test_loss"
+    found = {}
+    for method in task.forms:
+        last = [r for r in rows if r["method"] == method and r["step"] == r["steps"]]
+        if not last:
+            raise ResultError(f"{task.file}.csv has no {method!r}; run it again")
+        sent = mean(int(row["sent_bytes"]) / int(row["steps"]) for row in last)
+        found[method] = Outcome({r["seed"]: float(r[column]) for r in last}, sent)
+    return found
+
+
+def compared(mine: Outcome, base: Outcome, *, accuracy: bool) -> str:
+    """Return in words how a method stands to the baseline, by seeds that both have."""
+    seeds = sorted(mine.figures.keys() & base.figures.keys())
+    if not seeds:
+        return "no common seed"
+    pairs = [(mine.figures[seed], base.figures[seed]) for seed in seeds]
+    if accuracy:
+        apart = f"{100 * mean(a - b for a, b in pairs):+.2f} points"
+    else:
+        apart = f"{100 * mean(a / b - 1 for a, b in pairs):+.2f} %"
+    if len(seeds) == 1:
+        return f"{apart}; one seed"
+    p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    higher = mean(a - b for a, b in pairs) > 0
+    word = ("higher" if higher else "lower") if p < _SURE else "no clear difference"
+    sure = "p < 0.01" if p < 0.01 else f"p = {p:.2f}"
+    return f"{apart}: {word} ({sure}, {len(seeds)} seeds)"
+
+
+def noise(base: Outcome) -> str:
+    """Return the spread of the baseline's seeds, in per cent of their mean."""
+    if len(base.figures) < 2:
+        return "one seed"
+    return f"{100 * stdev(base.figures.values()) / base.mean:.2f} %"
+
+
+def table(task: Task, rows: Sequence[Row]) -> str:
+    """Return one task's table as Markdown."""
+    found = outcomes(task, rows)
+    base = found[task.base]
+    lines = []
+    for method, form in task.forms.items():
+        mine = found[method]
+        fewer = base.bytes_per_step / mine.bytes_per_step
+        figure = f"{100 * mine.mean:.2f} %" if task.accuracy else f"{mine.mean:.4f}"
+        against = (
+            "" if method == task.base else compared(mine, base, accuracy=task.accuracy)
+        )
+        lines.append([form, f"{fewer:.1f} ×", f"{fewer / 2:.1f} ×", figure, against])
+    titles = [*TITLES, "accuracy" if task.accuracy else "loss", "against float32"]
+    return (
+        f"### {task.title}\n\n{grid(titles, lines, words=(0, 4))}\n\n"
+        f"Noise (σ of float32's seeds): {noise(base)}.\n"
+    )
+
+
+def page(results: Path) -> str:
+    """Return all tables as Markdown."""
+    return "\n".join(
+        table(task, read_csv(results / f"{task.file}.csv")) for task in TASKS
+    )
+
+
+def short(results: Path) -> str:
+    """Return README's table: what ``attach`` does to every family of optimizers."""
+    picked = (
+        ("SGD, CNN", TASKS[0], "3LC s=1.00", "`ddp`"),
+        ("SGD, LeNet-5", TASKS[1], "local H=8", "`local_sgd`"),
+        ("AdamW, 0.36 M transformer", TASKS[3], "preconditioned s=1.00, rans", "`ddp`"),
+        (
+            "AdamW, 0.36 M transformer",
+            TASKS[4],
+            "local H=8, decay 0.8, momentum 0.5, outer rate 2",
+            "`local_sgd`",
+        ),
+        (
+            "Muon, 0.36 M transformer",
+            TASKS[6],
+            "local H=16, density 9.5 %, all coded",
+            "`local_sgd`, H = 16",
+        ),
+    )
+    lines = []
+    for what, task, method, form in picked:
+        found = outcomes(task, read_csv(results / f"{task.file}.csv"))
+        base, mine = found[task.base], found[method]
+        fewer = base.bytes_per_step / mine.bytes_per_step
+        against = compared(mine, base, accuracy=task.accuracy)
+        lines.append([what, form, f"{fewer:.0f} × ({fewer / 2:.0f} ×)", against])
+    titles = [
+        "trained",
+        "form",
+        "fewer bytes than float32 (bfloat16)",
+        "against float32",
+    ]
+    return grid(titles, lines, words=(0, 1, 3)) + "\n"
+
+
+def presets(_: Path) -> str:
+    """Return the presets' values as Markdown."""
+    lines = []
+    for name, preset in knobs.PRESETS.items():
+        values = {
+            "density": preset.settings.density,
+            "entropy": preset.settings.entropy,
+            **preset.knobs,
+        }
+        said = ", ".join(f"`{knob}={value!r}`" for knob, value in values.items())
+        lines.append([f'`"{name}"`', preset.purpose, said])
+    titles = ["preset", "for", "sets"]
+    return grid(titles, lines, words=(0, 1, 2)) + "\n"
+
+
+def command_line(_: Path) -> str:
+    """Return what the commands say of themselves, 80 columns wide."""
+    said = []
+    for command in ([], ["measure"], ["doctor"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "lc3", *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "COLUMNS": "80"},
+        )
+        said.append(f"```\n{done.stdout}```\n")
+    return "\n".join(said)
+
+
+def plot(results: Path, path: Path) -> None:
+    """Draw the loss of every form of the short text against its bytes."""
+    task = TASKS[3]
+    found = outcomes(task, read_csv(results / f"{task.file}.csv"))
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for method, outcome in found.items():
+        name = task.forms[method].replace("*", "").replace("`", "")
+        sent = outcome.bytes_per_step / 1e3
+        ours = name.startswith("lc3")
+        axes.plot(
+            sent, outcome.mean, "o" if ours else "s", color="C0" if ours else "C7"
+        )
+        axes.annotate(
+            name, (sent, outcome.mean), (0, 7), textcoords="offset points", ha="center"
+        )
+    axes.set(xscale="log", xlabel="kB sent by a rank in a step", ylabel="test loss")
+    axes.set_xlim(1.5, 8e3)
+    axes.margins(y=0.25)
+    figure.savefig(path, dpi=150)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "results": page,
+    "short": short,
+    "presets": presets,
+    "help": command_line,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the blocks into pages that have their markers; print them without."""
+    parser = argparse.ArgumentParser(prog="experiments.summary", description=__doc__)
+    parser.add_argument("page", nargs="*", type=Path, help="Markdown with markers")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    options = parser.parse_args(arguments)
+    if options.plot:
+        plot(options.results, options.plot)
+    blocks = {name: make(options.results) for name, make in BLOCKS.items()}
+    if not options.page:
+        print("\n".join(blocks.values()))
+    for path in options.page:
+        text = path.read_text()
+        for name, block in blocks.items():
+            if f"<!-- {name}:begin -->" in text:
+                text = insert(text, name, block)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
