@@ -90,10 +90,9 @@ test-cuda: .venv/cuda-ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cuda-test]"
 	@touch $@
 
-# The site, with warnings as errors and its examples run: docs/_build/html/index.html.
+# The site, with warnings as errors (tests run its examples): docs/_build/html/index.html.
 docs: .venv-docs/ready
 	.venv-docs/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
-	.venv-docs/bin/python -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
 
 # The links of the site that lead out of it; needs the network.
 links: .venv-docs/ready

@@ -6,7 +6,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.doctest",
 ]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
