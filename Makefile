@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo docs links test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
+.PHONY: demo docs links release test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
 	test-adapters test-oldest gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
@@ -64,6 +64,16 @@ soak: $(READY)
 
 test-install: $(READY)
 	$(BIN)/python -m tests.install
+
+# dist/: wheel, sdist and notes, checked and installed into empty environments. Then:
+# twine upload dist/*.whl dist/*.tar.gz
+release: .venv-release/ready
+	.venv-release/bin/python -m tests.install --out dist
+
+.venv-release/ready: $(READY)
+	$(call beside,.venv-release)
+	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[release]"
+	@touch $@
 
 # Real Horovod ranks, in an environment of its own; the first build takes minutes.
 test-horovod: .venv-horovod/ready
@@ -136,7 +146,7 @@ gpu-bench: .venv/cuda-ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-docs docs/_build .venv-horovod .venv-launch .venv-adapters .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-release docs/_build .venv-horovod .venv-launch .venv-adapters .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lc3 needs Python 3.11 or newer, this is %d.%d; say make PYTHON=python3.11" % v[:2])'

@@ -11,6 +11,7 @@ myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "lc3"
+copyright = "the lc3 authors"  # noqa: A001  # Sphinx's name
 exclude_patterns = ["_build"]
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
