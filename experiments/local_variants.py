@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from experiments.methods import FOR_ADAM, all_coded
+from experiments.methods import FOR_ADAM
 from experiments.record import ResultError, read_csv, stamped, write_csv
 from experiments.tables import grid, length
 from experiments.tasks import TASKS, DataError
@@ -114,7 +114,9 @@ def chosen(options: argparse.Namespace) -> Settings:
     if options.raw:
         return Settings(density=options.density, exclude=("*",))
     if options.all_coded:
-        return all_coded(options.density, "rans")
+        return Settings(
+            density=options.density, min_ndim=0, min_numel=1, entropy="rans"
+        )
     return Settings(density=options.density)
 
 

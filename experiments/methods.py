@@ -6,9 +6,11 @@ the classes themselves.
 
 import inspect
 import math
+import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,7 +37,7 @@ from experiments.rivals import DiLoCo, FourBits, MuLoCo, Outer, SparseLoCo
 from experiments.rivals_each_step import DeMo, Ef21Muon, EveryStep, OneBitAdam
 from lc3.codec import Codec
 from lc3.coder import Coder
-from lc3.config import EntropyStage, Settings, Topology
+from lc3.config import EntropyStage, Mode, Settings, Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
 
@@ -199,6 +201,66 @@ def wrapped(
     return model
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """One method, as ``methods.toml`` has it. What is ``None`` does not apply.
+
+    Attributes:
+        hook: what exchanges: one of ``_MAKERS``.
+        sync_every: H, steps between two exchanges.
+        sparsity: 3LC's s.
+        density: part of the values that is sent.
+        pull_sparsity: s of the way back.
+        topology: see ``lc3.Tuning``.
+        block_size: see ``lc3.Tuning``.
+        entropy: see ``lc3.Config``.
+        mode: see ``lc3.Tuning``.
+        all_coded: whether biases and norms are, too.
+        adam: whether the hook is given the optimizer, an Adam.
+        residual_decay: see ``lc3.hooks.local_sgd.attach``.
+        inner_momentum_scale: see there.
+        outer_lr: see there.
+        dtype: that travels.
+        bits: of a value.
+        rank: of the matrices that travel.
+        fraction: of the values that are kept.
+        bitmap: whether a bit a value says where they are.
+    """
+
+    hook: str
+    sync_every: int | None = None
+    sparsity: float | None = None
+    density: float | None = None
+    pull_sparsity: float | None = None
+    topology: Topology | None = None
+    block_size: int | None = None
+    entropy: EntropyStage | None = None
+    mode: Mode | None = None
+    all_coded: bool = False
+    adam: bool = False
+    residual_decay: float | None = None
+    inner_momentum_scale: float | None = None
+    outer_lr: float | None = None
+    dtype: str | None = None
+    bits: int | None = None
+    rank: int | None = None
+    fraction: float | None = None
+    bitmap: bool = False
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return those of some fields that apply."""
+        return {n: v for n in names if (v := getattr(self, n)) is not None}
+
+    @property
+    def settings(self) -> Settings:
+        """What lc3 compresses."""
+        knobs = ("sparsity", "density", "pull_sparsity", "topology", "block_size")
+        coded: dict[str, Any] = {}
+        if self.all_coded:
+            coded = {"min_ndim": 0, "min_numel": 1}
+        return Settings(**self.given(*knobs, "entropy", "mode"), **coded)
+
+
 def _all_reduce(
     hook: Callable[[dist.ProcessGroup, dist.GradBucket], Future], bits: int
 ) -> Method:
@@ -210,8 +272,7 @@ def _all_reduce(
     return _ddp(attach)
 
 
-def _lc3(sparsity: float, **others: Any) -> Method:
-    config = Settings(sparsity=sparsity, **others)
+def _lc3(config: Settings) -> Method:
     return _ddp(lambda model: _hooked(model, config))
 
 
@@ -405,17 +466,9 @@ def _push_pull(config: Settings) -> Method:
     return start
 
 
-def _preconditioned(
-    sparsity: float, exchange: Topology = "owners", entropy: EntropyStage = "auto"
-) -> Method:
+def _preconditioned(fields: Fields) -> Method:
     """Return the form of every step that Adam gets, which it keeps."""
-    config = Settings(
-        sparsity=sparsity,
-        min_ndim=0,
-        min_numel=1,
-        entropy=entropy,
-        topology=exchange,
-    )
+    config = replace(fields.settings, min_ndim=0, min_numel=1)
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model = wrapped(module)
@@ -426,119 +479,141 @@ def _preconditioned(
     return start
 
 
-def all_coded(density: float, entropy: EntropyStage = "auto") -> Settings:
-    """Return a configuration in which biases and norms do not travel raw."""
-    return Settings(density=density, min_ndim=0, min_numel=1, entropy=entropy)
+_DTYPES = {"float32": "float32", "float16": "fp16", "bfloat16": "bf16"}
+_USUAL_DENSITY = 0.1  # of local steps; a name says another
 
 
-# Steps between exchanges, and the per cent of values sent.
-ALL_CODED = (
-    *((2, 30), (4, 3.6), (4, 4.7), (4, 10), (4, 30), (8, 9.5), (8, 10)),
-    *((16, 4), (16, 9.5), (16, 30), (32, 10)),
-)
+def label(fields: Fields) -> str:
+    """Return the name of a method: what it is, and what of it is not usual."""
+    every = fields.sync_every
+    match fields.hook:
+        case "all_reduce":
+            return _DTYPES[str(fields.dtype)]
+        case "ddp" if fields.mode == "auto":
+            return "auto"
+        case "ddp":
+            head = "preconditioned " if fields.adam else "3LC "
+            head += _percent(fields) or f"s={fields.sparsity:.2f}"
+        case "push_pull":
+            head = f"push-pull s={fields.sparsity:.2f}"
+        case "local_sgd":
+            head = f"local H={every}"
+            if fields.density is None:
+                head += ", uncoded"
+            elif fields.density != _USUAL_DENSITY or fields.all_coded:
+                head += f", {_percent(fields)}"
+        case "largest":
+            part = f"{100 * float(fields.fraction or 0):g}%"
+            return f"{part} sparsification" if fields.bitmap else f"top-k {part}"
+        case "power_sgd":
+            return f"PowerSGD rank {fields.rank}"
+        case "diloco":
+            return f"DiLoCo {'E3M0 ' * (fields.dtype == 'e3m0')}H={every}"
+        case "muloco":
+            return f"MuLoCo {fields.bits} bit H={every}"
+        case hook:
+            return _NAMES[hook] + (f" H={every}" if every else "")
+    unusual = {
+        "block": fields.block_size,
+        "pull": fields.pull_sparsity and f"s={fields.pull_sparsity:.2f}",
+        "all coded": fields.all_coded and "",
+        "direct": "" if fields.topology == "direct" else None,
+        "decay": fields.residual_decay,
+        "rans": "" if fields.entropy == "rans" else None,
+        "momentum": fields.inner_momentum_scale,
+        "outer rate": fields.outer_lr and f"{fields.outer_lr:g}",
+    }
+    said = [f"{k} {v}".strip() for k, v in unusual.items() if v not in (None, False)]
+    return ", ".join([head, *said])
 
-# The same, and what multiplies residuals after each exchange.
-DECAYING = ((8, 9.5, 0.8), (32, 10, 0.8))
 
-# With the range stage, which leaves room for more values in as many bytes.
-RANS = ((4, 4.6, 1.0), (8, 11.5, 1.0), (16, 11.5, 1.0), (32, 12.4, 0.8))
+def _percent(fields: Fields) -> str:
+    return "" if fields.density is None else f"density {100 * fields.density:g} %"
 
-# Where first moments are halved after each exchange and masters go farther than the
-# mean of what ranks moved: steps between exchanges, per cent sent, residuals' decay.
-HALVED = ((8, 11.5, 1.0), (8, 11, 0.8), (8, 11.5, 0.8), (16, 11, 0.8), (32, 11.5, 0.8))
 
-METHODS: dict[str, Method] = {
-    "float32": _all_reduce(allreduce_hook, 32),
-    "fp16": _all_reduce(fp16_compress_hook, 16),
-    "3LC s=1.00": _lc3(1.0),
-    "3LC s=1.50": _lc3(1.5),
-    "3LC s=1.75": _lc3(1.75),
-    "3LC s=1.90": _lc3(1.9),
-    **{
-        f"3LC s={s:.2f}, direct": _lc3(s, topology="direct")
-        for s in (1.0, 1.5, 1.75, 1.9)
-    },
-    "3LC s=1.00, all coded": _lc3(1.0, min_ndim=0, min_numel=1),
-    "s=1.00, block 1024": _lc3(1.0, block_size=1024),
-    "s=1.75, block 1024": _lc3(1.75, block_size=1024),
-    "s=1.75, pull s=1.00": _lc3(1.75, pull_sparsity=1.0),
-    "density 5 %": _lc3(1.0, density=0.05),
-    "auto": _ddp(lambda model: _hooked(model, Settings(mode="auto"))),
-    "bf16": _all_reduce(bf16_compress_hook, 16),
-    "8-bit int": _baseline(lambda _rank: Int8()),
-    "Stoch 3-value + QE": _baseline(lambda rank: StochasticTernary(seed=rank)),
-    "MQE 1-bit int": _baseline(lambda _rank: OneBit()),
-    "25% sparsification": _baseline(lambda _rank: Largest(0.25, bitmap=True)),
-    "5% sparsification": _baseline(lambda _rank: Largest(0.05, bitmap=True)),
-    "top-k 1%": _baseline(lambda _rank: Largest(0.01, bitmap=False)),
-    "top-k 0.1%": _baseline(lambda _rank: Largest(0.001, bitmap=False)),
-    "PowerSGD rank 1": _power_sgd(1),
-    "PowerSGD rank 2": _power_sgd(2),
-    "PowerSGD rank 4": _power_sgd(4),
-    "preconditioned s=1.00": _preconditioned(1.0),
-    "preconditioned s=1.00, rans": _preconditioned(1.0, entropy="rans"),
-    "preconditioned s=1.00, direct": _preconditioned(1.0, "direct"),
-    "push-pull s=1.00": _push_pull(Settings(sparsity=1.0)),
-    "2 local steps": _local(2, Settings(exclude=("*",), entropy="none")),
-    **{
-        f"local H={every}": _local(every, Settings(density=0.1))
-        for every in (2, 8, 16, 32)
-    },
-    "local H=8, decay 0.8, momentum 0.5, outer rate 2": _local(
-        8, Settings(density=0.1), **FOR_ADAM
-    ),
-    "local H=16, density 30 %": _local(16, Settings(density=0.3)),
-    "local H=8, direct": _local(8, Settings(density=0.1, topology="direct")),
-    "local H=8, density 5 %, direct": _local(
-        8, Settings(density=0.05, topology="direct")
-    ),
-    **{
-        f"local H={every}, density {percent} %, all coded": _local(
-            every, all_coded(percent / 100)
-        )
-        for every, percent in ALL_CODED
-    },
-    **{
-        f"local H={every}, density {percent} %, all coded, decay {decay}": _local(
-            every, all_coded(percent / 100), residual_decay=decay
-        )
-        for every, percent, decay in DECAYING
-    },
-    **{
-        f"local H={every}, density {percent} %, all coded, "
-        + (f"decay {decay}, rans" if decay < 1 else "rans"): _local(
-            every, all_coded(percent / 100, "rans"), residual_decay=decay
-        )
-        for every, percent, decay in RANS
-    },
-    **{
-        f"local H={every}, density {percent} %, all coded, "
-        + (f"decay {decay}, rans" if decay < 1 else "rans")
-        + ", momentum 0.5, outer rate 2": _local(
-            every,
-            all_coded(percent / 100, "rans"),
-            residual_decay=decay,
-            inner_momentum_scale=0.5,
-            outer_lr=2,
-        )
-        for every, percent, decay in HALVED
-    },
-    **{f"DiLoCo H={every}": _rival(DiLoCo, every) for every in (8, 32)},
-    **{f"DiLoCo E3M0 H={every}": _rival(FourBits, every) for every in (8, 32)},
-    **{f"SparseLoCo H={every}": _rival(SparseLoCo, every) for every in (8, 32)},
-    **{
-        f"MuLoCo {bits} bit H={every}": _rival(MuLoCo, every, bits=bits)
-        for bits in (2, 4)
-        for every in (8, 32)
-    },
-    "DeMo": _each_step(DeMo),
-    "1-bit Adam": _each_step(OneBitAdam),
-    "EF21-Muon": _each_step(Ef21Muon),
-    **{f"post-local SGD H={every}": _post_local_sgd(every) for every in (8, 32)},
-    "3LC s=1.00, rans": _lc3(1.0, entropy="rans"),
-    "3LC s=1.75, rans": _lc3(1.75, entropy="rans"),
+_NAMES = {
+    "int8": "8-bit int",
+    "stochastic_ternary": "Stoch 3-value + QE",
+    "one_bit": "MQE 1-bit int",
+    "sparseloco": "SparseLoCo",
+    "demo": "DeMo",
+    "one_bit_adam": "1-bit Adam",
+    "ef21_muon": "EF21-Muon",
+    "post_local_sgd": "post-local SGD",
 }
+
+
+def _every_step(fields: Fields) -> Method:
+    return _preconditioned(fields) if fields.adam else _lc3(fields.settings)
+
+
+def _local_steps(fields: Fields) -> Method:
+    config = fields.settings
+    if fields.density is None:
+        config = Settings(exclude=("*",), entropy="none")
+    knobs = fields.given("residual_decay", "inner_momentum_scale", "outer_lr")
+    return _local(int(fields.sync_every or 0), config, **knobs)
+
+
+_HOOKS = {
+    "float32": (allreduce_hook, 32),
+    "float16": (fp16_compress_hook, 16),
+    "bfloat16": (bf16_compress_hook, 16),
+}
+_MAKERS: dict[str, Callable[[Fields], Method]] = {
+    "all_reduce": lambda f: _all_reduce(*_HOOKS[str(f.dtype)]),
+    "ddp": _every_step,
+    "push_pull": lambda f: _push_pull(f.settings),
+    "local_sgd": _local_steps,
+    "int8": lambda _: _baseline(lambda _rank: Int8()),
+    "stochastic_ternary": lambda _: _baseline(lambda r: StochasticTernary(seed=r)),
+    "one_bit": lambda _: _baseline(lambda _rank: OneBit()),
+    "largest": lambda f: _baseline(
+        lambda _rank: Largest(float(f.fraction or 0), bitmap=f.bitmap)
+    ),
+    "power_sgd": lambda f: _power_sgd(int(f.rank or 0)),
+    "diloco": lambda f: _rival(
+        FourBits if f.dtype == "e3m0" else DiLoCo, int(f.sync_every or 0)
+    ),
+    "sparseloco": lambda f: _rival(SparseLoCo, int(f.sync_every or 0)),
+    "muloco": lambda f: _rival(MuLoCo, int(f.sync_every or 0), **f.given("bits")),
+    "demo": lambda _: _each_step(DeMo),
+    "one_bit_adam": lambda _: _each_step(OneBitAdam),
+    "ef21_muon": lambda _: _each_step(Ef21Muon),
+    "post_local_sgd": lambda f: _post_local_sgd(int(f.sync_every or 0)),
+}
+
+
+def read(path: Path) -> dict[str, Fields]:
+    """Return the methods of a TOML file by their names.
+
+    Raises:
+        ValueError: two have one name, or one has an unknown hook.
+    """
+    found: dict[str, Fields] = {}
+    for table in tomllib.loads(path.read_text(encoding="utf-8"))["method"]:
+        fields = Fields(**table)
+        if fields.hook not in _MAKERS:
+            raise ValueError(
+                f"{path}: hook {fields.hook!r} is unknown; there are "
+                f"{', '.join(_MAKERS)}"
+            )
+        name = label(fields)
+        if name in found:
+            raise ValueError(f"{path}: two methods are {name!r}")
+        found[name] = fields
+    return found
+
+
+FIELDS = read(Path(__file__).with_suffix(".toml"))
+METHODS = {name: _MAKERS[fields.hook](fields) for name, fields in FIELDS.items()}
 AT_RATE = ", lr × "
+
+
+def columns(name: str) -> dict[str, object]:
+    """Return the fields of a method as columns of a result; what is not, is empty."""
+    fields = FIELDS.get(name.partition(AT_RATE)[0], Fields(hook=""))
+    return {k: "" if v in (None, False) else v for k, v in asdict(fields).items()}
 
 
 def find(name: str) -> tuple[Method, float]:

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
 from experiments.average import AVERAGED, EVERY, Average
-from experiments.methods import DEMO, METHODS, Training, find
+from experiments.methods import DEMO, METHODS, Training, columns, find
 from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
 from launch import ranks
@@ -125,7 +125,8 @@ class Run:
                 on_link += interface_bytes() - since
                 measured = self._measure(training, torch.stack(losses), step)
                 which = {"task": self.task.name, "method": method, "seed": seed}
-                rows.append({**which, **measured, **timed(seconds / step, on_link)})
+                ended = timed(seconds / step, on_link)
+                rows.append({**which, **measured, **ended, **columns(method)})
                 if average is not None:
                     with average.in_place():
                         mean = evaluated(model, self.task)

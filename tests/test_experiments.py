@@ -158,11 +158,31 @@ def test_every_kind_of_method_trains_and_is_recorded(tmp_path: Path) -> None:
     assert sent["3LC s=1.00, rans"] < 0.95 * sent["3LC s=1.00"]
     assert sent["3LC s=1.75, rans"] < 0.95 * sent["3LC s=1.75"]
     assert sent["3LC s=1.90"] < sent["3LC s=1.00"] < sent["fp16"] / 15
+    assert last["SparseLoCo H=8"]["hook"] == "sparseloco"
+    assert last["SparseLoCo H=8"]["sync_every"] == "8"
+    assert last["3LC s=1.75, pull s=1.00"]["pull_sparsity"] == "1.0"
+    assert last[slower]["dtype"] == "float32"
     for row in last.values():
         assert {"commit", "torch", "numba", "machine", "seed"} <= set(row)
         assert 0 <= float(row["accuracy"]) <= 1
     tables.plot(rows, tmp_path / "digits.png")
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_are_data(tmp_path: Path) -> None:
+    table = tmp_path / "methods.toml"
+    table.write_text('method = [{hook = "muloco", sync_every = 5, bits = 4}]')
+    (found,) = methods.read(table).items()
+    assert found == (
+        "MuLoCo 4 bit H=5",
+        methods.Fields(hook="muloco", sync_every=5, bits=4),
+    )
+    table.write_text('method = [{hook = "demo"}, {hook = "demo"}]')
+    with pytest.raises(ValueError, match="two methods are 'DeMo'"):
+        methods.read(table)
+    table.write_text('method = [{hook = "carrier pigeons"}]')
+    with pytest.raises(ValueError, match="hook 'carrier pigeons' is unknown; there"):
+        methods.read(table)
 
 
 def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:

@@ -29,7 +29,7 @@ PER_MESSAGE = 450
 DUE = Moments({}, {}, torch.device("cpu")).due  # steps that share second moments
 MESSAGES = {  # of a step, where they are not one of a push and one of a pull
     "push-pull s=1.00": 3,
-    "2 local steps": 3 / 2,  # a small one first
+    "local H=2, uncoded": 3 / 2,  # a small one first
     "local H=8": 3 / 8,
     "local H=16": 3 / 16,
     "local H=32": 3 / 32,
