@@ -237,6 +237,8 @@ class State(FormState):
             self._wrapped.enter_context(wrapper.no_sync())
             self._wrapped.callback(keep_apart(wrapper).close)
         self._model.mark_buffers()
+        self._good_buffers: dict[str, Tensor] = {}
+        self._keep_buffers()
         self._look_anew()
 
     def _before(self, *, new: bool) -> None:
@@ -386,6 +388,7 @@ class State(FormState):
         if mine.finite:
             self._left_out_in_a_row = 0
             self._decay_momenta()
+            self._keep_buffers()
         else:
             self._recover()
         if self.knobs.overlap == 0:
@@ -401,6 +404,7 @@ class State(FormState):
         """Forget what a rank with values that are not finite has in its optimizers."""
         self.left_out += 1
         self._left_out_in_a_row += 1
+        self._restore_buffers()
         repaired = 0
         for optimizer in self._counting.optimizers:
             for parameter, kept in list(optimizer.state.items()):
@@ -557,8 +561,22 @@ class State(FormState):
                 if self.knobs.overlap and mine.buffers_finite:
                     wanted = wanted + (now[name] - self._buffers[name])
                 now[name].copy_(wanted)
+        elif not mine.buffers_finite:  # nobody's are
+            self._restore_buffers()
         if mine.buffers and (averaged.numel() or any(mine.buffers)):
             self._model.mark_buffers()
+
+    def _keep_buffers(self) -> None:
+        """Remember statistics that are finite."""
+        for name, buffer in self._model.float_buffers().items():
+            if _finite([buffer]):
+                self._good_buffers[name] = buffer.detach().clone()
+
+    def _restore_buffers(self) -> None:
+        """Go back to the last statistics that were finite, where they are not."""
+        for name, buffer in self._model.float_buffers().items():
+            if name in self._good_buffers and not _finite([buffer]):
+                buffer.copy_(self._good_buffers[name])
 
     def _outer_step(self, name: str, offset: int, master: Tensor, mean: Tensor) -> None:
         update = mean

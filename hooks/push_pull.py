@@ -27,7 +27,7 @@ from lc3 import private
 from lc3.applied import smallest, watch_accumulation
 from lc3.checkpoint import OPTIONAL, Parts, load, save
 from lc3.config import Config, Settings, settle
-from lc3.errors import AttachError, ReplicasDiffer, StateError
+from lc3.errors import AttachError, DivergedError, ReplicasDiffer, StateError
 from lc3.format import NORM_BUCKET, PULL_BUCKET
 from lc3.model import flat_view, together
 from lc3.owners import Owners
@@ -46,6 +46,7 @@ from lc3.state import FormState
 
 log = logging.getLogger(__name__)
 
+_MOST_IN_A_ROW = 20  # steps that are skipped; a GradScaler's begin with some
 _LOADED = 0.01  # of the parameters' norm: what changes them more forgets what is owed
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Groups = list[dict[str, Any]]
@@ -202,6 +203,7 @@ class PushPull(FormState, Optimizer):
         self._overflowed = False
         self._loaded = False
         self.grad_norm = math.nan
+        self._skipped_in_a_row, self._bad = 0, False
         self.skipped = 0
         # What is decoded has a norm many times the gradient's.
         self._sketch: Sketch | None = None
@@ -265,6 +267,8 @@ class PushPull(FormState, Optimizer):
             with self.engine.channel.exchanging(elements, step, bucket, hops=1):
                 self.owners.push(values, step, bucket)
         self._pushed.update(names)
+        if self._skipped_in_a_row:
+            self._bad = self._bad or not bool(buffer.isfinite().all())
         self._buffers.append(buffer.zero_())
         if len(self._pushed) < len(self._parameters):
             return buffer
@@ -275,10 +279,23 @@ class PushPull(FormState, Optimizer):
             self._stand_in = self.grad_norm * self._scale / math.sqrt(max(elements, 1))
             for one in self._buffers:
                 one.fill_(self._stand_in)
+            self._skipped_in_a_row, self._bad = 0, False
             return buffer
         # This step never was: the pushes' residuals are kept by the pull only.
         self._pushed.clear()
         self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._bad and self._skipped_in_a_row >= _MOST_IN_A_ROW:
+            rank = self.engine.transport.rank
+            error = DivergedError(
+                f"after {step + 1} steps gradients of rank {rank} are not "
+                f"finite, in the {self._skipped_in_a_row}th step in a row that nobody "
+                "makes: look at this rank's parameters, data and learning rate, and "
+                "load a checkpoint from before"
+            )
+            self.engine.channel.tell(error, step, bucket)
+            raise error
+        self._bad = False
         return buffer.fill_(math.nan)
 
     def _follow(self, scale: float) -> None:

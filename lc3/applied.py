@@ -92,9 +92,12 @@ class Applied:
         self._squares = (0.0, 0.0)
         self._said = False
         self._clip: float | None = None
+        self._optimizers = list(optimizers)
+        # A second moment that was inf before lc3 sets it; a loaded state's may be.
+        self._may_hold_inf = set(self._optimizers)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step)
-            for optimizer in optimizers
+            for optimizer in self._optimizers
         ]
         self._handles.append(register_optimizer_step_post_hook(self._after_any))
         # Gradients that are added to what was handed out would be of two sizes.
@@ -232,6 +235,8 @@ class Applied:
         norm_given = math.hypot(*(one.norm for one in given.values()))
         if overflowed or not math.isfinite(norm):
             self._settle(dict.fromkeys(grads, 0.0))
+            if not overflowed:
+                self._may_hold_inf.update(self._optimizers)
             return
         clip = 1.0
         if self._max_norm is not None:
@@ -261,10 +266,14 @@ class Applied:
         private.multiply(list(grads.values()), list(factors.values()))
         if self._moments is not None:
             self._set_second_moments(self._moments, optimizer, fractions, scale)
+            if optimizer in self._may_hold_inf and not _holds_inf(optimizer):
+                self._may_hold_inf.discard(optimizer)
         fraction = min(1.0, whole * clip / scale)
         self._settle(fractions)
         self.clips.saw(fraction, self.norm)
         square, own_square = (fraction**2 * value for value in self._squares)
+        if not math.isfinite(square + own_square):
+            return  # moments have left it out, too
         self.square += (1 - _DECAY) * (square - self.square)
         self.own_square += (1 - _DECAY) * (own_square - self.own_square)
 
@@ -313,7 +322,12 @@ class Applied:
                 if type(moment) is not Tensor or moment.dtype != torch.float32:
                     target.clamp_(min=0)  # it rounds
                 if type(moment) is Tensor:
-                    flat_view(moment).copy_(target)
+                    kept = flat_view(moment)
+                    if (
+                        optimizer in self._may_hold_inf
+                    ):  # its square was inf: Adam moves it no more
+                        target = torch.where(kept.isinf(), kept, target)
+                    kept.copy_(target)
                 else:
                     moment.copy_(target.view(moment.shape))
 
@@ -333,6 +347,7 @@ class Applied:
     def load(self, counters: Mapping[str, int | float]) -> None:
         """Go on from what ``counters`` returned."""
         self.drop()
+        self._may_hold_inf.update(self._optimizers)
         self.square = float(counters["square"])
         self.own_square = float(counters["own_square"])
         self.clips.load(counters)
@@ -485,6 +500,11 @@ def unsuited(optimizer: Optimizer) -> str:
 def _decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     given = group.get("decoupled_weight_decay")
     return bool(given) if given is not None else "AdamW" in type(optimizer).__name__
+
+
+def _holds_inf(optimizer: Optimizer) -> bool:
+    moments = (state.get("exp_avg_sq") for state in optimizer.state.values())
+    return any(bool(m.isinf().any()) for m in moments if isinstance(m, Tensor))
 
 
 def _norms(tensors: Iterable[Tensor]) -> list[float]:

@@ -135,7 +135,11 @@ class Moments:
 
     def _roots(self, name: str) -> list[Tensor]:
         """Return the roots of the moments of blocks' rows and columns, or elements."""
-        parts = self._grids[name].parts(self.kept[name][:-1] / self.kept[name][-1])
+        weight = self.kept[name][-1]
+        means = self.kept[name][:-1] / weight
+        # Where no gradient was finite so far nothing is divided.
+        means = torch.where(weight > 0, means, 1.0)
+        parts = self._grids[name].parts(means)
         if len(parts) == 1:
             return [parts[0].sqrt() + _EPSILON]
         of_rows, of_columns = parts

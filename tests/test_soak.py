@@ -34,6 +34,23 @@ def test_a_signal_to_one_rank_hangs_nobody() -> None:
 
 
 @pytest.mark.timeout(280)
+def test_what_bad_numbers_once_did(ranks: Callable[[int], Ranks]) -> None:
+    """Statistics of all ranks, a second moment that was inf, none yet, a replica."""
+    pool = ranks(faults.WORLD)
+    for form, fault, ends in (
+        ("local_sgd, momentum", "nan, all ranks", "well"),
+        ("local_sgd, delayed, adamw", "nan, ranks in turn", "well"),
+        ("ddp, adamw", "1e38", "well"),
+        ("ddp, direct, adamw", "nan, first step", "poisoned; restored: well"),
+        ("push_pull, clipped, adamw", "nan parameter", "told"),
+    ):
+        found = pool.run(faults.cells, faults.FORMS[form], [fault], timeout_s=120)
+        verdicts = {cells[fault].partition(":")[0] for cells in found}
+        whole = {cells[fault] for cells in found}
+        assert verdicts == {ends} or whole == {ends}, (form, fault, whole)
+
+
+@pytest.mark.timeout(280)
 def test_bad_numbers_neither_stall_nor_poison(ranks: Callable[[int], Ranks]) -> None:
     """Every fault once, of the 777 cells of ``make faults``."""
     forms = list(faults.FORMS)[::5]
