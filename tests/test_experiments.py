@@ -18,6 +18,7 @@ from experiments import (
     bench_codec,
     bench_gpu,
     demo,
+    growth,
     local_variants,
     memory,
     methods,
@@ -79,6 +80,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     },
     "scripts": lambda: page_block(of_file("scripts")),
     "links": lambda: tables.links_markdown(of_file("links")),
+    "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
     "gpu": lambda: bench_gpu.markdown(of_file("gpu")),
     "speed": lambda: (
