@@ -22,6 +22,7 @@ from experiments import (
     local_variants,
     memory,
     methods,
+    prose,
     record,
     summary,
     tables,
@@ -402,3 +403,12 @@ def test_variants_of_different_seeds_have_no_mean() -> None:
     rows = record.read_csv(path)
     with pytest.raises(record.ResultError, match="different seeds: train the rest"):
         local_variants.over_seeds(rows[:-1])
+
+
+def test_readme_reads_easily() -> None:
+    found = prose.figures(README)
+    assert found["words a sentence"] <= 20
+    assert found["numbers a sentence"] <= 1
+    two = prose.figures("# A\n\nOne two three. Four, 5 and 6.\n\n```\ncode 7\n```\n")
+    assert (two["sentences"], two["words a sentence"]) == (2, 3.5)
+    assert two["numbers a sentence"] == 1
