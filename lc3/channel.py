@@ -101,7 +101,7 @@ class Channel:
             self.failure = error
             reason = f"{type(error).__name__}: {error}"
             self.transport.leave_word(reason)
-            abort = seal_abort(reason, self.tag(self.transport.rank, step, bucket))
+            abort = seal_abort(reason, self._tag(self.transport.rank, step, bucket))
             # The others may be gone already; this one's own word is no news.
             with suppress(ExchangeError, PeerError):
                 self.transport.all_to_all(
@@ -241,18 +241,17 @@ class Channel:
         buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         body = data.contiguous().view(-1).view(torch.uint8)
         message = torch.cat([buffer, body.cpu()])
-        return seal(message, self.tag(self.transport.rank, step, bucket))
+        return seal(message, self._tag(self.transport.rank, step, bucket))
 
     def _unsealed(
         self, arrived: Sequence[Tensor], step: int, bucket: int
     ) -> list[Tensor]:
         return [
-            unseal(message, self.tag(sender, step, bucket))[0]
+            unseal(message, self._tag(sender, step, bucket))[0]
             for sender, message in enumerate(arrived)
         ]
 
-    def tag(self, sender: int, step: int, bucket: int) -> Tag:
-        """Return what the header of a rank's message says."""
+    def _tag(self, sender: int, step: int, bucket: int) -> Tag:
         return Tag(sender, step, bucket, self._plan)
 
 

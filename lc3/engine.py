@@ -22,7 +22,7 @@ from lc3.budget import Budget
 from lc3.channel import Channel, floats, sum_of
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.format import BUDGET_BUCKET, HEADER_BYTES, is_nan_frame, scale_of
+from lc3.format import BUDGET_BUCKET, HEADER_BYTES, Tag, is_nan_frame, scale_of
 from lc3.message import pack, unpack
 from lc3.meter import Direction, Meter
 from lc3.plan import Layout, Piece, Plan
@@ -573,7 +573,7 @@ class Engine:
         bucket: int,
     ) -> list[Tensor]:
         """Return a message for each list of pieces, whose bytes are in a row."""
-        tag = self.channel.tag(self.transport.rank, step, bucket)
+        tag = Tag(self.transport.rank, step, bucket, self.plan.fingerprint)
         left = iter(chunks)
         parts = [[next(left) for _ in some] for some in pieces]
         entropy = self.config.entropy
@@ -597,7 +597,7 @@ class Engine:
         return self._map(
             lambda sender: unpack(
                 arrived[sender],
-                self.channel.tag(sender, step, bucket),
+                Tag(sender, step, bucket, self.plan.fingerprint),
                 pieces[sender],
                 self.coder.host,
             ),
