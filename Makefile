@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo docs links release test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
+.PHONY: demo docs links quick release test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
 	test-adapters test-oldest gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
@@ -20,6 +20,11 @@ endef
 
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
+
+# The path of a gradient, in less than two minutes.
+quick: $(READY)
+	$(BIN)/python -m pytest tests/test_format.py tests/test_plan.py tests/test_structure.py tests/test_workers.py \
+		tests/test_entropy.py tests/test_rans.py tests/test_engine.py tests/test_coder.py tests/test_calls.py
 
 # TESTS says which, as pytest does; CI leaves out what is marked as long.
 TESTS :=
