@@ -14,9 +14,9 @@ from tests import rivals_cases
 from tests.ranks import Ranks
 
 Pools = Callable[[int], Ranks]
-GOLDEN = Path(__file__).parent / "golden"
+VECTORS_OF = Path(__file__).parent / "vectors"
 VECTORS, DEMO, MULOCO = (
-    json.loads((GOLDEN / f"{name}.json").read_text())
+    json.loads((VECTORS_OF / f"{name}.json").read_text())
     for name in ("sparseloco", "demo", "muloco")
 )
 
