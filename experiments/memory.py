@@ -125,7 +125,8 @@ def of(form: str, kind: str, world: int, layers: int) -> tuple[float, float]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return what rows say, as a Markdown table."""
     lines = [
-        "| form | optimizer | ranks | bytes a parameter | beside DDP | at most |",
+        "| form | optimizer | ranks | bytes a parameter | beside DDP | at most "
+        "| beside DDP |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -142,7 +143,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['form']} | {row['optimizer']} | {row['ranks']} {figures}|"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
