@@ -239,7 +239,7 @@ def with_a_scaler(rank: int, world: int, hook: str, steps: int, bad: Overflows) 
     return digests, everyone, sorted(scales), skipped
 
 
-STAGES = {  # methods of the engine, in which something goes wrong, and calls before
+STAGES = {  # methods of the engine, or of its channel, in which something goes wrong, and calls before
     "_encode": 6,
     "_pack": 9,
     "_unpack": 6,
@@ -266,7 +266,8 @@ def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
     if hook.startswith("ddp"):
         unused = {*unused, "_unsealed"}
     stage = chance.choice([name for name in STAGES if name not in unused])
-    good, left, at = getattr(engine, stage), chance.randrange(STAGES[stage]), 0.0
+    owner = engine if hasattr(engine, stage) else engine.channel
+    good, left, at = getattr(owner, stage), chance.randrange(STAGES[stage]), 0.0
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         nonlocal left, at
@@ -280,7 +281,7 @@ def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
     # rank that fails before and lives on, as none does but here, is waited for there.
     run.train(rank, range(2))
     if rank == culprit:
-        setattr(engine, stage, fail)
+        setattr(owner, stage, fail)
     said = "nothing"
     try:
         run.train(rank, range(2, 40))
