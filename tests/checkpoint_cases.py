@@ -239,7 +239,7 @@ def with_a_scaler(rank: int, world: int, hook: str, steps: int, bad: Overflows) 
     return digests, everyone, sorted(scales), skipped
 
 
-STAGES = {  # methods of the engine, or of its channel, in which something goes wrong, and calls before
+STAGES = {  # of the engine or its channel, where something goes wrong; calls before
     "_encode": 6,
     "_pack": 9,
     "_unpack": 6,
