@@ -12,7 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -37,14 +37,12 @@ class Task:
         file: of its results, without ending.
         forms: what the table calls a method, by the method's name in the file.
         accuracy: whether the figure is an accuracy, not a loss.
-        base: the method that all are compared with.
     """
 
     title: str
     file: str
     forms: dict[str, str]
     accuracy: bool = False
-    base: str = BASELINE
 
 
 TASKS = (
@@ -174,12 +172,20 @@ def outcomes(task: Task, rows: Sequence[Row]) -> dict[str, Outcome]:
     return found
 
 
-def compared(mine: Outcome, base: Outcome, *, accuracy: bool) -> str:
-    """Return in words how a method stands to the baseline, by seeds that both have."""
-    seeds = sorted(mine.figures.keys() & base.figures.keys())
+def compared(
+    mine: Mapping[str, float], base: Mapping[str, float], *, accuracy: bool
+) -> str:
+    """Return in words how a method stands to the baseline, by seeds that both have.
+
+    Args:
+        mine: the figure by seed.
+        base: the baseline's.
+        accuracy: whether they are accuracies, 0 to 1, not losses.
+    """
+    seeds = sorted(mine.keys() & base.keys())
     if not seeds:
         return "no common seed"
-    pairs = [(mine.figures[seed], base.figures[seed]) for seed in seeds]
+    pairs = [(mine[seed], base[seed]) for seed in seeds]
     if accuracy:
         apart = f"{100 * mean(a - b for a, b in pairs):+.2f} points"
     else:
@@ -203,15 +209,15 @@ def noise(base: Outcome) -> str:
 def table(task: Task, rows: Sequence[Row]) -> str:
     """Return one task's table as Markdown."""
     found = outcomes(task, rows)
-    base = found[task.base]
+    base = found[BASELINE]
     lines = []
     for method, form in task.forms.items():
         mine = found[method]
         fewer = base.bytes_per_step / mine.bytes_per_step
         figure = f"{100 * mine.mean:.2f} %" if task.accuracy else f"{mine.mean:.4f}"
-        against = (
-            "" if method == task.base else compared(mine, base, accuracy=task.accuracy)
-        )
+        against = ""
+        if method != BASELINE:
+            against = compared(mine.figures, base.figures, accuracy=task.accuracy)
         lines.append([form, f"{fewer:.1f} ×", f"{fewer / 2:.1f} ×", figure, against])
     titles = [*TITLES, "accuracy" if task.accuracy else "loss", "against float32"]
     return (
@@ -231,22 +237,16 @@ def short(results: Path) -> str:
     """Return README's table: what the documented lines do, nothing else changed."""
     rows = read_csv(results / "scripts.csv")
 
-    def outcome(script: str, form: str) -> Outcome:
+    def by_seed(script: str, form: str, column: str) -> dict[str, float]:
         mine = [r for r in rows if (r["script"], r["form"]) == (script, form)]
-        return Outcome({r["seed"]: float(r["score"]) for r in mine}, 0.0)
+        return {row["seed"]: float(row[column]) for row in mine}
 
     lines = []
     for script, what in SCRIPTS.items():
+        plain = by_seed(script, "plain", "score")
         for form in ("ddp", "local_sgd"):
-            ratios = [
-                float(row["ratio"])
-                for row in rows
-                if (row["script"], row["form"]) == (script, form)
-            ]
-            against = compared(
-                outcome(script, form), outcome(script, "plain"), accuracy=False
-            )
-            fewer = mean(ratios)
+            fewer = mean(by_seed(script, form, "ratio").values())
+            against = compared(by_seed(script, form, "score"), plain, accuracy=False)
             lines.append(
                 [what, f"`{form}`", f"{fewer:.0f} × ({fewer / 2:.0f} ×)", against]
             )

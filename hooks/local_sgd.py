@@ -567,16 +567,26 @@ class State(FormState):
             self._model.mark_buffers()
 
     def _keep_buffers(self) -> None:
-        """Remember statistics that are finite."""
-        for name, buffer in self._model.float_buffers().items():
-            if _finite([buffer]):
+        """Remember statistics that are finite; a look at all of them together."""
+        for name, buffer, finite in self._looked_at():
+            if finite and name in self._good_buffers:
+                self._good_buffers[name].copy_(buffer)
+            elif finite:
                 self._good_buffers[name] = buffer.detach().clone()
 
     def _restore_buffers(self) -> None:
         """Go back to the last statistics that were finite, where they are not."""
-        for name, buffer in self._model.float_buffers().items():
-            if name in self._good_buffers and not _finite([buffer]):
+        for name, buffer, finite in self._looked_at():
+            if not finite and name in self._good_buffers:
                 buffer.copy_(self._good_buffers[name])
+
+    def _looked_at(self) -> list[tuple[str, Tensor, bool]]:
+        """Return float buffers with their names, and whether each is finite."""
+        buffers = self._model.float_buffers()
+        if not buffers:
+            return []
+        found = torch.stack([b.isfinite().all() for b in buffers.values()]).tolist()
+        return [(n, b, f) for (n, b), f in zip(buffers.items(), found, strict=True)]
 
     def _outer_step(self, name: str, offset: int, master: Tensor, mean: Tensor) -> None:
         update = mean

@@ -325,7 +325,7 @@ class Applied:
                     kept = flat_view(moment)
                     if (
                         optimizer in self._may_hold_inf
-                    ):  # its square was inf: Adam moves it no more
+                    ):  # such elements stay as they are
                         target = torch.where(kept.isinf(), kept, target)
                     kept.copy_(target)
                 else:
@@ -503,8 +503,9 @@ def _decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
 
 
 def _holds_inf(optimizer: Optimizer) -> bool:
+    """Return whether a second moment is inf: of plain tensors, 8-bit ones are not."""
     moments = (state.get("exp_avg_sq") for state in optimizer.state.values())
-    return any(bool(m.isinf().any()) for m in moments if isinstance(m, Tensor))
+    return any(bool(m.isinf().any()) for m in moments if type(m) is Tensor)
 
 
 def _norms(tensors: Iterable[Tensor]) -> list[float]:

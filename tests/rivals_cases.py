@@ -27,6 +27,49 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
+class Shadows:
+    """All ranks' trainings, in this process, beside this rank's own."""
+
+    def __init__(self, world: int) -> None:
+        self.nets = [net_of(0) for _ in range(world)]
+        self.optimizers = [torch.optim.SGD(s.parameters(), lr=0.1) for s in self.nets]
+        self.base = [p.detach().clone() for p in self.nets[0].parameters()]
+        self.velocity = [torch.zeros_like(p) for p in self.base]
+        self.owed = [[torch.zeros_like(p) for p in self.base] for _ in self.nets]
+
+    def train(
+        self, net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, exchange: int
+    ) -> None:
+        """Make the local steps before an exchange, on every rank alike."""
+        for local in range(EVERY):
+            number = 100 * (exchange * EVERY + local)
+            step(net, optimizer, number + rank)
+            for r, (shadow, theirs) in enumerate(
+                zip(self.nets, self.optimizers, strict=True)
+            ):
+                step(shadow, theirs, number + r)
+
+    def moved(self, rank: int, at: int) -> Tensor:
+        """Return what a rank has moved of a parameter."""
+        return self.base[at] - list(self.nets[rank].parameters())[at].detach()
+
+    def nesterov(self, at: int, mean: Tensor, lr: float, momentum: float) -> None:
+        """Make the outer step of a parameter."""
+        self.velocity[at] = momentum * self.velocity[at] + mean
+        self.base[at] = self.base[at] - lr * (mean + momentum * self.velocity[at])
+
+    def go_on(self) -> None:
+        """Let every rank begin from what is shared."""
+        for shadow in self.nets:
+            for p, value in zip(shadow.parameters(), self.base, strict=True):
+                p.data.copy_(value)
+
+    def apart(self, net: nn.Module) -> float:
+        """Return how far a net is from what is shared."""
+        pairs = zip(net.parameters(), self.base, strict=True)
+        return max(float((p.detach() - value).abs().max()) for p, value in pairs)
+
+
 def trains(rank: int, world: int, kind: str) -> tuple[float, bool, bool, bool]:
     """Return how far from the shadows; whether ranks, bytes, what is shared agree."""
     net = net_of(rank)  # rank 0's is everybody's
@@ -39,27 +82,19 @@ def trains(rank: int, world: int, kind: str) -> tuple[float, bool, bool, bool]:
         make = rivals.FourBits if four else rivals.DiLoCo
         outer = make(net, [optimizer], EVERY, 0.5, 0.9)
 
-    shadows = [net_of(0) for _ in range(world)]
-    theirs = [torch.optim.SGD(s.parameters(), lr=0.1) for s in shadows]
-    base = [p.detach().clone() for p in shadows[0].parameters()]
-    velocity = [torch.zeros_like(p) for p in base]
-    owed = [[torch.zeros_like(p) for p in base] for _ in range(world)]
+    shadows = Shadows(world)
     payload = 0
     for exchange in range(EXCHANGES):
-        for local in range(EVERY):
-            number = 100 * (exchange * EVERY + local)
-            step(net, optimizer, number + rank)
-            for r in range(world):
-                step(shadows[r], theirs[r], number + r)
-        for at, old in enumerate(base):
+        shadows.train(net, optimizer, rank, exchange)
+        for at, old in enumerate(shadows.base):
             sent: list[Tensor] = []
             for r in range(world):
-                moved = old - list(shadows[r].parameters())[at].detach()
+                moved = shadows.moved(r, at)
                 if kind == "SparseLoCo":
-                    moved = 0.9 * owed[r][at] + moved
+                    moved = 0.9 * shadows.owed[r][at] + moved
                     coded = rivals.sparse(moved)
                     decoded = rivals.of_sparse(coded, moved)
-                    owed[r][at] = moved - decoded
+                    shadows.owed[r][at] = moved - decoded
                     payload += coded.numel() * (r == rank)
                     moved = decoded
                 elif four:
@@ -69,17 +104,11 @@ def trains(rank: int, world: int, kind: str) -> tuple[float, bool, bool, bool]:
                 sent.append(moved)
             mean = sum(sent, torch.zeros_like(old)) / world
             if kind == "SparseLoCo":
-                base[at] = old - 0.7 * mean
-                continue
-            velocity[at] = 0.9 * velocity[at] + mean
-            base[at] = old - 0.5 * (mean + 0.9 * velocity[at])
-        for shadow in shadows:
-            for p, value in zip(shadow.parameters(), base, strict=True):
-                p.data.copy_(value)
-    apart = max(
-        float((p.detach() - value).abs().max())
-        for p, value in zip(net.parameters(), base, strict=True)
-    )
+                shadows.base[at] = old - 0.7 * mean
+            else:
+                shadows.nesterov(at, mean, 0.5, 0.9)
+        shadows.go_on()
+    apart = shadows.apart(net)
     elements = sum(p.numel() for p in net.parameters())
     ring = EXCHANGES * (2 * (world - 1) * 4 * elements // world)
     expected = (world - 1) * payload if payload else ring
@@ -297,45 +326,27 @@ def muloco(rank: int, world: int, bits: int) -> tuple[float, bool, bool]:
     net = net_of(rank)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     outer = rivals.MuLoCo(net, [optimizer], EVERY, bits, 0.5, 0.8, 0.9)
-    shadows = [net_of(0) for _ in range(world)]
-    theirs = [torch.optim.SGD(s.parameters(), lr=0.1) for s in shadows]
-    base = [p.detach().clone() for p in shadows[0].parameters()]
-    velocity = [torch.zeros_like(p) for p in base]
-    lost = [[torch.zeros_like(p) for p in base] for _ in range(world)]
+    shadows = Shadows(world)
     payload = 0
     for exchange in range(EXCHANGES):
-        for local in range(EVERY):
-            number = 100 * (exchange * EVERY + local)
-            step(net, optimizer, number + rank)
-            for r in range(world):
-                step(shadows[r], theirs[r], number + r)
-        for at, old in enumerate(base):
+        shadows.train(net, optimizer, rank, exchange)
+        for at, old in enumerate(shadows.base):
             total = torch.zeros(old.numel())
             for r in range(world):
-                moved = old - list(shadows[r].parameters())[at].detach()
-                whole = (0.9 * lost[r][at] + moved).reshape(-1)
-                sent = by_sigmas(whole, bits)
-                lost[r][at] = (whole - sent).view_as(old)
-                total += sent
+                whole = 0.9 * shadows.owed[r][at] + shadows.moved(r, at)
+                sent = by_sigmas(whole.reshape(-1), bits).view_as(old)
+                shadows.owed[r][at] = whole - sent
+                total += sent.reshape(-1)
             parts = list((total / world).tensor_split(world))
             for r, part in enumerate(parts):
-                size = -(-part.numel() * bits // 8) + 4 * 2**bits
-                others = world - 1
-                payload += (
-                    size * ((r != rank) + others * (r == rank)) * (part.numel() > 0)
-                )
                 if part.numel():
+                    size = -(-part.numel() * bits // 8) + 4 * 2**bits
+                    # To another owner once, its own mean to everybody else.
+                    payload += size * (world - 1 if r == rank else 1)
                     parts[r] = by_sigmas(part, bits)
-            mean = torch.cat(parts).view_as(old)
-            velocity[at] = 0.8 * velocity[at] + mean
-            base[at] = old - 0.5 * (mean + 0.8 * velocity[at])
-        for shadow in shadows:
-            for p, value in zip(shadow.parameters(), base, strict=True):
-                p.data.copy_(value)
-    apart = max(
-        float((p.detach() - value).abs().max())
-        for p, value in zip(net.parameters(), base, strict=True)
-    )
+            shadows.nesterov(at, torch.cat(parts).view_as(old), 0.5, 0.8)
+        shadows.go_on()
+    apart = shadows.apart(net)
     outer.close()
     digests: list[str] = [""] * world
     dist.all_gather_object(digests, hash_of(net))

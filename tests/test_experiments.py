@@ -413,3 +413,20 @@ def test_readme_reads_easily() -> None:
     two = prose.figures("# A\n\nOne two three. Four, 5 and 6.\n\n```\ncode 7\n```\n")
     assert (two["sentences"], two["words a sentence"]) == (2, 3.5)
     assert two["numbers a sentence"] == 1
+
+
+def test_methods_are_compared_by_the_seeds_of_both() -> None:
+    base = {"0": 2.0, "1": 4.0, "2": 5.0}
+    lower = {"0": 1.9, "1": 3.8, "2": 4.75, "9": 1.0}
+    # Differences -0.1, -0.2, -0.25: t = -4.16 with two degrees of freedom.
+    said = summary.compared(lower, base, accuracy=False)
+    assert said == "-5.00 %: no clear difference (p = 0.05, 3 seeds)"
+    surer = {"0": 1.9, "1": 3.9, "2": 4.89}
+    said = summary.compared(surer, base, accuracy=False)
+    assert said == "-3.23 %: lower (p < 0.01, 3 seeds)"
+    assert (
+        summary.compared({"1": 4.1}, base, accuracy=True) == "+10.00 points; one seed"
+    )
+    assert summary.compared({"7": 4.1}, base, accuracy=True) == "no common seed"
+    outcome = summary.Outcome({"0": 0.9, "1": 1.1}, 1.0)
+    assert summary.noise(outcome) == "14.14 %"

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from lc3 import applied
 from lc3.moments import Moments, matrix_of
 from tests import ddp_cases
 from tests.ranks import Ranks
@@ -117,3 +119,27 @@ def test_an_overflow_on_one_rank_is_skipped_on_all(ranks: Pools) -> None:
 
 def test_a_sparse_gradient_is_that_of_plain_ddp(ranks: Pools) -> None:
     assert ranks(2).run(ddp_cases.sparse_with_adam) == [0.0, 0.0]
+
+
+class Coded(torch.Tensor):
+    """What 8-bit optimizers keep: not every operator knows it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.isinf:
+            raise NotImplementedError("isinf of coded numbers")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def test_only_plain_second_moments_are_looked_at() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter])
+    held = torch.tensor([1.0, torch.inf])
+    optimizer.state[parameter] = {"exp_avg_sq": held.as_subclass(Coded)}
+    assert not applied._holds_inf(optimizer)
+    optimizer.state[parameter] = {"exp_avg_sq": held}
+    assert applied._holds_inf(optimizer)
+    optimizer.state[parameter] = {"exp_avg_sq": held[:1]}
+    assert not applied._holds_inf(optimizer)
