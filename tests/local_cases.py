@@ -479,3 +479,22 @@ def gathers(rank: int, world: int) -> bool:
         train_step(net, optimizer, rank, step)
     state.close()
     return hash_of(net) == straight
+
+
+def statistics_recover(rank: int, world: int) -> list[bool]:
+    """Return whether statistics are finite, after each step; one has NaN everywhere."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    state = local_sgd.attach(net, optimizer, CODED, sync_every=2)
+    finite = []
+    for step in range(6):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+        optimizer.zero_grad()
+        net(x * (torch.nan if step == 2 else 1.0)).square().mean().backward()
+        optimizer.step()
+        finite.append(
+            all(b.isfinite().all() for b in net.buffers() if b.is_floating_point())
+        )
+    state.close()
+    return finite

@@ -210,3 +210,10 @@ def test_a_rank_that_diverges_is_brought_back(ranks: Pools) -> None:
     results = ranks(2).run(local_cases.non_finite_rank)
     assert results[0] == results[1]
     assert results[0][1]
+
+
+def test_statistics_that_nobody_has_finite_recover_with_the_exchange(
+    ranks: Pools,
+) -> None:
+    for finite in ranks(2).run(local_cases.statistics_recover):
+        assert finite == [True, True, False, True, True, True]

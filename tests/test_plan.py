@@ -147,3 +147,4 @@ def test_the_layout_of_a_bucket_is_found_once(merged: bool) -> None:
         places = [(names.index(p.name), p.start) for p in everything]
         assert places == sorted(places)
     assert plan.layout(names[:1], range(3), merged=merged) is not found
+    assert len(plan.layout(names, range(3), merged=not merged)) == (3 if merged else 1)
