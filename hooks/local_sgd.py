@@ -356,7 +356,7 @@ class State(FormState):
             self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         written = self._watch.take()
         mine = Says(
-            finite=_finite(self._moved.values()),
+            finite=_has_norm(self._moved.values()),
             written=bool(written.base),
             far=written.far,
             base=together(written.base) if written.base else 0,
@@ -409,13 +409,13 @@ class State(FormState):
         for optimizer in self._counting.optimizers:
             for parameter, kept in list(optimizer.state.items()):
                 held = [v for v in kept.values() if isinstance(v, Tensor)]
-                if not _finite(held):
+                if not _has_norm(held):
                     optimizer.state.pop(parameter)
                     repaired += 1
         rank = self.engine.transport.rank
         said = (
-            f"after {self.steps} steps what rank {rank} has moved "
-            "is not finite; the others went on without it, it has their model now, and "
+            f"after {self.steps} steps what rank {rank} has moved has no finite norm; "
+            "the others went on without it, it has their model now, and "
             f"the optimizer forgot its state of {repaired} parameters"
         )
         if self._left_out_in_a_row < _MOST_IN_A_ROW:
@@ -706,6 +706,16 @@ def _without_ddp(
         return model, None
     link_of(inner)
     return inner.module, inner
+
+
+def _has_norm(tensors: Iterable[Tensor]) -> bool:
+    """Return whether squared norms are finite, each tensor's in float32.
+
+    What has none is a training that has diverged, and of a scale beside which nothing
+    else in a tensor can be coded.
+    """
+    found = [t.float().norm().square() for t in tensors if t.is_floating_point()]
+    return not found or bool(torch.stack(found).isfinite().all())
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

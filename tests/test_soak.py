@@ -35,11 +35,12 @@ def test_a_signal_to_one_rank_hangs_nobody() -> None:
 
 @pytest.mark.timeout(280)
 def test_what_bad_numbers_once_did(ranks: Callable[[int], Ranks]) -> None:
-    """Statistics of all ranks, a second moment that was inf, none yet, a replica."""
+    """Statistics of all ranks, an inf second moment, none yet, a replica, a scale."""
     pool = ranks(faults.WORLD)
     for form, fault, ends in (
         ("local_sgd, momentum", "nan, all ranks", "well"),
         ("local_sgd, delayed, adamw", "nan, ranks in turn", "well"),
+        ("local_sgd, delayed, momentum", "1e38", "well"),
         ("ddp, adamw", "1e38", "well"),
         ("ddp, direct, adamw", "nan, first step", "poisoned; restored: well"),
         ("push_pull, clipped, adamw", "nan parameter", "told"),
