@@ -414,9 +414,9 @@ class State(FormState):
                     repaired += 1
         rank = self.engine.transport.rank
         said = (
-            f"after {self.steps} steps what rank {rank} has moved is not finite, or its "
-            "norm is not; the others went on without it, it has their model now, and "
-            f"the optimizer forgot its state of {repaired} parameters"
+            f"after {self.steps} steps what rank {rank} has moved is not finite, or "
+            "its norm is not; the others went on without it, it has their model now, "
+            f"and the optimizer forgot its state of {repaired} parameters"
         )
         if self._left_out_in_a_row < _MOST_IN_A_ROW:
             log.warning("lc3: %s", said)
