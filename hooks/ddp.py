@@ -137,7 +137,7 @@ def attach(
             mesh=mesh,
         )
         state.session.link_to(model, state.take, check_every)
-        state._look_no_more()
+        state.look_no_more()
     return state
 
 
@@ -258,10 +258,10 @@ class State(FormState):
             model = self._wrapper()
             assert model is not None  # its hook has called
             self._link = self.session.adopt(model, self.take)
-            self._look_no_more()
+            self.look_no_more()
         return self._link
 
-    def _look_no_more(self) -> None:
+    def look_no_more(self) -> None:
         """Do not count passes: buckets come, or nobody waits for any."""
         self._pass_hook.remove()
 
@@ -270,7 +270,7 @@ class State(FormState):
         trains = model.training and torch.is_grad_enabled()
         self._passes += trains and model.require_backward_grad_sync
         if self._passes == _PASSES:
-            self._look_no_more()
+            self.look_no_more()
             log.warning(
                 "lc3: %d passes and nothing was compressed: this State is not "
                 "registered; model.register_comm_hook(state, lc3.hooks.ddp.hook), or "
@@ -634,7 +634,7 @@ class State(FormState):
 
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
-        self._look_no_more()
+        self.look_no_more()
         if self._applied is not None:
             self._applied.close()
         for watched in self._watched:
