@@ -23,7 +23,7 @@ from experiments.tables import Row, grid, insert
 from lc3.codec import codec_for
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.engine import Engine
+from lc3.direct import engine_for
 from lc3.knobs import DEFAULT
 from lc3.meter import Meter
 from lc3.plan import make_plan
@@ -55,7 +55,7 @@ def sent(
     codec = codec_for(torch.device("cpu"))
 
     def exchange(transport: Transport) -> int:
-        engine = Engine(plan, settings, transport, Coder(codec), Meter())
+        engine = engine_for(plan, settings, transport, Coder(codec), Meter())
         engine.all_reduce(moved(shapes, transport.rank), 0, 0)
         engine.close()
         return transport.sent_bytes

@@ -154,7 +154,7 @@ def _hooked(
     """Attach 3LC as a user does, or a codec of the same engine instead."""
     state = ddp.attach(model, config=config)
     if codec is not None:
-        state.engine.coder = Coder(codec)
+        state.engine.messages.coder = Coder(codec)
     return Metered(state.meter, state.close, direct=state.engine.direct)
 
 

@@ -25,7 +25,7 @@ from experiments.train import at_least, evaluate, loss_of, schedule
 from lc3.codec import codec_for
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.engine import Engine
+from lc3.direct import engine_for
 from lc3.meter import Meter
 from lc3.plan import make_plan
 from lc3.transport import Loopback
@@ -47,7 +47,7 @@ class VirtualRanks:
         plan = make_plan(shapes, world, config)
         codec = codec_for(torch.device("cpu"))
         self.engines = [
-            Engine(plan, config, transport, Coder(codec), Meter())
+            engine_for(plan, config, transport, Coder(codec), Meter())
             for transport in Loopback(world).ranks
         ]
         self._pool = ThreadPoolExecutor(world)

@@ -28,8 +28,8 @@ from lc3 import private
 from lc3.applied import Applied, Kind, kind_of, unsuited, unwrapped
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
-from lc3.engine import NO_HALF_GRADS
 from lc3.errors import AttachError, ConfigError, StateError
+from lc3.exchange import NO_HALF_GRADS, pending, push_what_owners_owe
 from lc3.link import Link, linked_hook
 from lc3.meter import Meter
 from lc3.model import Frozen, flat_view, named_parameters
@@ -221,7 +221,7 @@ class State(FormState):
         self._waiting: list[tuple[Tensor, list[str], int]] = []
         self._coded: dict[str, Tensor] = {}
         self._others: dict[str, Tensor] = {}
-        plan, device = self.engine.plan, self.engine.coder.device
+        plan, device = self.engine.plan, self.engine.messages.coder.device
         names = self.session.names
         self._moments: Moments | None = None
         alone = self.engine.transport.world == 1
@@ -472,8 +472,8 @@ class State(FormState):
             self._applied.drop()
             self._applied.expect()
             self._waiting = []
-            if self.engine.auto is not None:  # what was undone, or clipped, is owed
-                self.engine.owing.update(self.engine.residuals.sent)
+            # What was undone, or clipped, is owed.
+            self.engine.owe(self.engine.residuals.sent)
             return
         self._settle()
         if self._scaler is not None:
@@ -492,7 +492,7 @@ class State(FormState):
     def _settle_as(self, share: float) -> None:
         residuals = self.engine.residuals
         if share == 0:
-            self.engine.owing.update(residuals.open)
+            self.engine.owe(residuals.open)
         residuals.settle_all(share)
 
     def discard(self) -> None:
@@ -544,7 +544,7 @@ class State(FormState):
 
         def ask() -> Tensor:
             self._settle()
-            owed.update(self.engine.pending())
+            owed.update(pending(self.engine))
             return torch.empty(0, dtype=torch.float32)
 
         self.session.lane.submit(ask).wait()
@@ -620,8 +620,8 @@ class State(FormState):
         mine.copy_from(found)
         if merged:
             self.engine.keep_own_part()
-        self.engine.push_what_owners_owe()
-        self.engine.owing.update(self.engine.residuals.sent)
+        push_what_owners_owe(self.engine)
+        self.engine.owe(self.engine.residuals.sent)
         self._overflowed = False
         if self._applied is not None:
             self._applied.load(found.counters)

@@ -25,6 +25,7 @@ from lc3 import private
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
+from lc3.exchange import push_what_owners_owe
 from lc3.model import Frozen, named_parameters
 from lc3.session import Session, alike_in, attaching, check_form
 from lc3.state import FormState
@@ -155,7 +156,7 @@ class State(FormState):
         rank = self.engine.transport.rank
         found = load(state, "fsdp2", self.engine.plan, rank, mine)
         mine.copy_from(found)
-        self.engine.push_what_owners_owe()
+        push_what_owners_owe(self.engine)
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
 

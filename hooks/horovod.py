@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, ExchangeError
+from lc3.exchange import push_what_owners_owe
 from lc3.model import flat_view
 from lc3.session import Session, attaching
 from lc3.state import FormState
@@ -268,7 +269,7 @@ class State(FormState):
         rank = self.engine.transport.rank
         found = load(state, "horovod", self.engine.plan, rank, mine)
         mine.copy_from(found)
-        self.engine.push_what_owners_owe()
+        push_what_owners_owe(self.engine)
         self.engine.budget.load(found.counters)
         self.session.begin_step(int(found.counters["step"]))
 

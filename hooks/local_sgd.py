@@ -28,7 +28,7 @@ from lc3.errors import AttachError, ConfigError, DivergedError, StateError
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
 from lc3.model import Model, named_parameters, together
-from lc3.owners import Owners
+from lc3.owners import owners_of
 from lc3.residual import arena_like
 from lc3.says import Says, loaded_alike
 from lc3.session import (
@@ -213,7 +213,7 @@ class State(FormState):
         replica = arena_like(flats)
         for name, flat in flats.items():
             replica[name].copy_(flat)
-        self.owners = Owners(self.engine, replica)
+        self.owners = owners_of(self.session.flat_engine, replica)
         self._velocity = {
             name: torch.zeros_like(master)
             for name, master in self.owners.masters.items()
@@ -451,17 +451,7 @@ class State(FormState):
             base: by name [numel].
             forget: whether what is owed is owed no longer.
         """
-        if not self.engine.direct:
-            for piece in self.owners.owned:
-                part = slice(piece.start, piece.stop)
-                shared, master = (
-                    self.owners.replica[piece.name],
-                    self.owners.master(piece),
-                )
-                ahead = 0 if forget else master - shared[part]
-                master.copy_(base[piece.name][part]).add_(ahead)
-        for name, flat in base.items():
-            self.owners.replica[name].copy_(flat)
+        self.owners.rebase(base, keep_lead=not forget)
         if forget:
             for residual in self.engine.residuals.buffers():
                 residual.zero_()
@@ -602,12 +592,7 @@ class State(FormState):
             return
         for residual in self.engine.residuals.sent.values():
             residual.mul_(self.knobs.residual_decay)
-        if self.engine.direct:
-            return
-        for piece in self.owners.owned:
-            replica = self.owners.replica[piece.name][piece.start : piece.stop]
-            master = self.owners.master(piece)
-            master.sub_(replica).mul_(self.knobs.residual_decay).add_(replica)
+        self.owners.decay_lead(self.knobs.residual_decay)
 
     def _decay_momenta(self) -> None:
         if self.knobs.inner_momentum_scale == 1:

@@ -30,7 +30,7 @@ from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, DivergedError, ReplicasDiffer, StateError
 from lc3.format import NORM_BUCKET, PULL_BUCKET
 from lc3.model import flat_view, together
-from lc3.owners import Owners
+from lc3.owners import owners_of
 from lc3.residual import arena_like
 from lc3.session import (
     alike_in,
@@ -152,7 +152,8 @@ class PushPull(FormState, Optimizer):
         groups = _groups(params, self._parameters)
         flat = self._flats()
         replica = {n: f.float() for n, f in flat.items()}  # float32: the model's own
-        self.owners = Owners(self.engine, replica)
+        self.owners = owners_of(self.session.flat_engine, replica)
+        self._means = self.session.flat_engine.means
         self._shared = {
             piece.name: self._own(piece.name).clone() for piece in self.owners.owned
         }
@@ -210,7 +211,7 @@ class PushPull(FormState, Optimizer):
         plan = self.engine.plan
         coded = {name: n for name, n in plan.numel.items() if name in plan.coded}
         if coded and self.engine.transport.world > 1:
-            self._sketch = Sketch(coded, self.engine.coder.device)
+            self._sketch = Sketch(coded, self.engine.messages.coder.device)
 
     def _flats(self) -> dict[str, Tensor]:
         """Return views of the parameters' memory, wherever it is by now."""
@@ -261,7 +262,7 @@ class PushPull(FormState, Optimizer):
         self.meter.at_step(step + 1)
         if self.engine.transport.world == 1:
             for name, value in values.items():
-                self.engine.means[name].copy_(value)
+                self._means[name].copy_(value)
         elif values:
             elements = sum(value.numel() for value in values.values())
             with self.engine.channel.exchanging(elements, step, bucket, hops=1):
@@ -337,7 +338,7 @@ class PushPull(FormState, Optimizer):
             whole = max(factors.values(), default=1.0) * self._scale
             shrink = min(1.0, self._max_norm / (self.grad_norm * whole + 1e-6))
         for name, master in self._masters.items():
-            mean = self.engine.means[name]
+            mean = self._means[name]
             # Unused on every rank: no gradient, as DDP has it.
             used = name in factors and bool(mean.any())
             factor = shrink * factors.get(name, 1.0)
@@ -414,7 +415,7 @@ class PushPull(FormState, Optimizer):
         own share.
         """
         exact = whole = 0.0  # squared norms: of what is not coded, of all that arrived
-        for name, mean in self.engine.means.items():
+        for name, mean in self._means.items():
             square = float(mean.double().square().sum())
             whole += square
             if self._sketch is None or name not in self.engine.plan.coded:

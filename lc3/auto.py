@@ -1,221 +1,136 @@
 """``Tuning(mode="auto")``: each bucket travels in the form that should arrive first.
 
-At attach all ranks measure codec and link together and keep the slowest rank's figures,
-so that all of them predict, and choose, alike. 3LC that is chosen for a bucket has to
+Choices follow from costs that all ranks share. 3LC that is chosen for a bucket has to
 prove itself: after some steps its time there is compared with what a plain all-reduce
 was predicted to take, again with figures that all ranks share.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import median
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lc3.codec import Codec
-from lc3.config import Settings
-from lc3.format import Tag
-from lc3.message import pack, unpack
-from lc3.plan import Piece
-from lc3.transport import Transport
+from lc3.costs import Costs
+from lc3.engine import Engine
+from lc3.exchange import NO_HALF_GRADS, Wire, widen
+from lc3.plan import Layout
 
 log = logging.getLogger(__name__)
 
-Wire = Literal["3lc", "bfloat16", "float32"]
 Bucket = tuple[str, ...]  # the names in it: numbers change when DDP rebuilds them
 
 TRIAL_STEPS = 12  # with 3LC, before it is compared
 _WARM_UP = 4  # of them that do not count
 _MARGIN = 1.1  # by which an all-reduce must be predicted to win afterwards
-_BITS = 0.8  # an element, push and pull: s = 1 with the entropy stage
-_TRIED, _TRIES = 1 << 14, 24  # elements and steps, to see what a configuration sends
-_DENSITY = 0.05
-_ELEMENTS = 1 << 19
-_FIRST_BYTES, _MOST_BYTES, _ENOUGH_S = 1 << 14, 1 << 22, 0.05
-_REPEATS = 5
-_CAST_S = 5e-4  # to call back into Python when the bytes are there, and cast
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What the slowest rank needs, seconds.
+class AutoEngine:
+    """An ``Exchange`` that codes what an engine should bring sooner coded.
+
+    Args:
+        engine: codes.
+        costs: the same on every rank.
 
     Attributes:
-        encode: an element, with the entropy stage.
-        decode: an element, with the entropy stage.
-        round: an exchange of nothing, all ranks with all.
-        byte: a byte that a rank sends in one.
-        reduce: an all-reduce of nothing.
-        reduce_byte: a byte of the tensor in one.
-        cast: an element to bfloat16 and back.
-        bits: that 3LC sends of an element, push and pull.
+        choices: by bucket.
+        owing: names of parameters whose residuals may hold something.
     """
 
-    encode: float
-    decode: float
-    round: float
-    byte: float
-    reduce: float
-    reduce_byte: float
-    cast: float = 0.0
-    bits: float = _BITS
+    def __init__(self, engine: Engine, costs: Costs) -> None:
+        self.choices = Choices(costs, engine.transport.world, direct=engine.direct)
+        self.owing: set[str] = set()
+        self.plan, self.config = engine.plan, engine.config
+        self.transport, self.channel = engine.transport, engine.channel
+        self.messages, self.meter = engine.messages, engine.meter
+        self.residuals, self.budget = engine.residuals, engine.budget
+        self.me, self.direct = engine.me, engine.direct
+        self.senders = engine.senders
+        self._engine = engine
 
-    def predict(self, elements: int, world: int, direct: bool) -> dict[Wire, float]:
-        """Return the seconds of a bucket on its way, by form.
+    def all_reduce(
+        self,
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
+    ) -> None:
+        """See ``Exchange.all_reduce``."""
+        widen(grads, half_grads)
+        pieces = self._engine.pieces(grads)
+        self.meter.buckets += 1
+        if self.transport.world == 1 or not any(pieces):
+            return
+        with self.channel.exchanging(self._engine.elements_of(pieces), step, bucket):
+            names, elements = tuple(grads), sum(g.numel() for g in grads.values())
+            wire = self.choices.wire(names, elements)
+            if wire != "3lc":
+                self._uncoded(pieces, grads, wire)
+                return
+            start = time.perf_counter()
+            self._engine.push_and_pull(pieces, grads, step, bucket)
+            self.owe(name for name in names if name in self.plan.coded)
+            took = self.choices.took(names, time.perf_counter() - start)
+            if took is not None:
+                mine = torch.tensor([took], dtype=torch.float64)
+                shared = self.channel.all_gather_bytes(mine, step, bucket)
+                medians = [one.clone().view(torch.float64) for one in shared]
+                self.choices.compare(names, elements, medians)
 
-        Args:
-            elements: of the bucket.
-            world: number of ranks.
-            direct: whether 3LC is exchanged without owners.
-        """
-        return {
-            "float32": self.reduce + 4 * elements * self.reduce_byte,
-            "bfloat16": self.reduce
-            + _CAST_S
-            + elements * (self.cast + 2 * self.reduce_byte),
-            "3lc": self._coded(elements, world, direct)
-            + self._sent(elements, world, direct) * self.byte,
-        }
+    def _uncoded(self, pieces: Layout, grads: Mapping[str, Tensor], wire: Wire) -> None:
+        """Average by the transport's all-reduce; what 3LC still owed comes along."""
+        owing = [name for name in grads if name in self.owing]
+        for name in owing:
+            grads[name].add_(self.residuals.sent[name])
+        world = self.transport.world
+        mine = () if self.direct else pieces[self.transport.rank]
+        owned = [piece for piece in mine if piece.name in owing]
+        for piece in owned:
+            values = grads[piece.name][piece.start : piece.stop]
+            values.add_(self.residuals.of_owned(piece), alpha=world)
+        flat = torch.cat([grad.reshape(-1) for grad in grads.values()])
+        if wire == "bfloat16":
+            flat = (flat / world).bfloat16()
+            with self.meter.stage("exchange"):
+                self.transport.all_reduce(flat)
+        else:
+            with self.meter.stage("exchange"):
+                self.transport.all_reduce(flat)
+            flat /= world
+        parts = torch.split(flat, [grad.numel() for grad in grads.values()])
+        for grad, part in zip(grads.values(), parts, strict=True):
+            grad.copy_(part)
+        for piece in chain.from_iterable(self._engine.pieces(owing)):
+            if grads[piece.name].isfinite().all():
+                self.residuals.keep_sent(piece, torch.zeros((), dtype=torch.float32))
+                self.owing.discard(piece.name)
+        for piece in owned:
+            if piece.name not in self.owing:
+                self.residuals.keep_owned(piece, torch.zeros((), dtype=torch.float32))
 
-    def break_even(self, elements: int, world: int, direct: bool) -> float:
-        """Return the link rate below which 3LC beats a float32 ring, bit/s."""
-        ring = 2 * (world - 1) / world * 4 * elements
-        saved = ring - self._sent(elements, world, direct)
-        return 8 * saved / self._coded(elements, world, direct)
+    def native_form(self, names: Collection[str], elements: int) -> Wire | None:
+        """See ``Exchange.native_form``."""
+        wire = self.choices.wire(tuple(names), elements)
+        return None if wire == "3lc" or not self.owing.isdisjoint(names) else wire
 
-    def _coded(self, elements: int, world: int, direct: bool) -> float:
-        """Return the seconds of 3LC but for its bytes.
+    def owe(self, names: Iterable[str]) -> None:
+        """See ``Exchange.owe``."""
+        self.owing.update(names)
 
-        A push and its pull encode, an owner decodes W parts, everybody the means;
-        without owners everybody encodes once and decodes W.
-        """
-        if direct:
-            return self.round + elements * (self.encode + world * self.decode)
-        coding = elements * ((1 + 1 / world) * self.encode + 2 * self.decode)
-        return 2 * self.round + coding
+    def keep_own_part(self) -> None:
+        """See ``Exchange.keep_own_part``: it pushes everything."""
 
-    def _sent(self, elements: int, world: int, direct: bool) -> float:
-        others = (world - 1) / 2 if direct else (world - 1) / world
-        return others * elements * self.bits / 8
-
-
-def codec_costs(
-    codec: Codec, config: Settings, threads: int = 1
-) -> tuple[float, float]:
-    """Return seconds an element to encode into a message, and to check and add it."""
-    generator = torch.Generator().manual_seed(0)
-    x = 0.2 * torch.rand(_ELEMENTS, generator=generator, dtype=torch.float32)
-    x[torch.rand(_ELEMENTS, generator=generator, dtype=torch.float32) < _DENSITY] = 1.0
-    buffer = torch.empty(codec.max_frame_bytes(_ELEMENTS), dtype=torch.uint8)
-    residual, values, work = torch.zeros_like(x), torch.zeros_like(x), x.clone()
-    piece, tag = Piece("", 0, _ELEMENTS, 0, coded=True), Tag(0, 0, 0, 0)
-    message = buffer[:0]
-
-    def encode() -> None:
-        nonlocal message
-        used, _ = codec.encode(work, 1.0, buffer, residual)
-        message = pack([piece], [buffer[:used]], tag, config.entropy).message
-
-    def decode() -> None:
-        (frame,) = unpack(message, tag, [piece], codec)
-        codec.add(frame, values)
-
-    encoding = []
-    for _ in range(_REPEATS):
-        work.copy_(x)
-        encoding.append(_seconds(encode))
-    decoding = [_seconds(decode) for _ in encoding]
-    each = _ELEMENTS * threads
-    return median(encoding) / each, median(decoding) / each
-
-
-def sent_bits(codec: Codec, config: Settings) -> float:
-    """Return bits of an element, push and pull, that a configuration sends.
-
-    Of gradients with a normal distribution, after the residuals have settled.
-    """
-    generator = torch.Generator().manual_seed(0)
-    piece, tag = Piece("", 0, _TRIED, 0, coded=True), Tag(0, 0, 0, 0)
-    buffer = torch.empty(codec.max_frame_bytes(_TRIED), dtype=torch.uint8)
-    sent = 0
-    for sparsity in (config.sparsity, config.pull_sparsity or config.sparsity):
-        residual = torch.zeros(_TRIED, dtype=torch.float32)
-        for step in range(_TRIES):
-            x = torch.randn(_TRIED, generator=generator, dtype=torch.float32)
-            used, _ = codec.encode(x, sparsity, buffer, residual, config.density)
-            if 2 * step >= _TRIES:
-                packed = pack([piece], [buffer[:used]], tag, config.entropy)
-                sent += 8 * packed.message.numel()
-    return sent / (_TRIES // 2) / _TRIED
-
-
-def cast_cost() -> float:
-    """Return seconds an element to bfloat16, divided by the world size, and back."""
-    x = torch.rand(_ELEMENTS, dtype=torch.float32)
-    return (
-        median(_seconds(lambda: x.copy_(x.bfloat16().div_(2))) for _ in range(_REPEATS))
-        / _ELEMENTS
-    )
-
-
-def link_costs(transport: Transport) -> tuple[float, float, float, float]:
-    """Return ``Costs``' round, byte, reduce and reduce_byte; collective."""
-    others = transport.world - 1
-
-    def gather(sent: int) -> None:
-        transport.all_gather(torch.zeros(max(1, sent // others), dtype=torch.uint8))
-
-    def reduce(size: int) -> None:
-        transport.all_reduce(torch.zeros(max(1, size // 4), dtype=torch.float32))
-
-    round_s, byte_s = _line(transport, gather)
-    reduce_s, reduce_byte_s = _line(transport, reduce)
-    return round_s, byte_s, reduce_s, reduce_byte_s
-
-
-def measure(
-    transport: Transport, codec: Codec, config: Settings, threads: int
-) -> Costs:
-    """Measure everything, the same on every rank; collective."""
-    own = (*codec_costs(codec, config, threads), cast_cost(), sent_bits(codec, config))
-    encode, decode, cast, bits = _slowest(transport, own)
-    return Costs(encode, decode, *link_costs(transport), cast, bits)
-
-
-def _line(transport: Transport, send: Callable[[int], None]) -> tuple[float, float]:
-    """Return seconds of nothing and of a byte more; larger until it takes a while."""
-
-    def timed(size: int) -> float:
-        _slowest(transport, (0.0,))  # all ranks begin together
-        return _slowest(transport, (_seconds(lambda: send(size)),))[0]
-
-    timed(1)
-    nothing = median(timed(1) for _ in range(_REPEATS))
-    size = _FIRST_BYTES
-    while (whole := min(timed(size), timed(size))) < _ENOUGH_S and size < _MOST_BYTES:
-        size *= 4
-    return nothing, max(whole - nothing, 0.0) / size
-
-
-def _slowest(transport: Transport, seconds: tuple[float, ...]) -> list[float]:
-    message = torch.tensor(seconds, dtype=torch.float64).view(torch.uint8)
-    everybody = [d.clone().view(torch.float64) for d in transport.all_gather(message)]
-    slowest: list[float] = torch.stack(everybody).amax(dim=0).tolist()
-    return slowest
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    def close(self) -> None:
+        """See ``Exchange.close``."""
+        self._engine.close()
 
 
 @dataclass
-class Auto:
+class Choices:
     """The choices of one model.
 
     Attributes:

@@ -30,6 +30,7 @@ class Budget:
         config: says the budget, if there is one, and where to begin.
 
     Attributes:
+        target: bytes of this rank an exchange, or ``None``: nothing is moved.
         sparsity: of the push.
         pull_sparsity: of the pull.
         density: instead of both, or ``None``.
@@ -39,7 +40,7 @@ class Budget:
     """
 
     def __init__(self, config: Settings) -> None:
-        self._target = config.bytes_per_step
+        self.target = config.bytes_per_step
         self.sparsity = config.sparsity
         self.pull_sparsity = (
             config.sparsity if config.pull_sparsity is None else config.pull_sparsity
@@ -52,7 +53,7 @@ class Budget:
 
     def due(self) -> bool:
         """Count a step, or an exchange of local steps; return whether to look first."""
-        if self._target is None:
+        if self.target is None:
             return False
         self.exchanges += 1
         return self.exchanges > 1 and self.exchanges % LOOK_EVERY == 1
@@ -63,9 +64,9 @@ class Budget:
         Args:
             sent_bytes: since the last look, the mean over ranks.
         """
-        assert self._target is not None
+        assert self.target is not None
         self.sent_bytes = 0
-        allowed = float(LOOK_EVERY * self._target)
+        allowed = float(LOOK_EVERY * self.target)
         credit = _MOST_CREDIT * allowed
         now = allowed - min(credit, max(-credit, self.debt / _DEBT_LOOKS))
         most = _DEBT_LOOKS * credit
@@ -89,13 +90,13 @@ class Budget:
                 "lc3: bytes_per_step=%d cannot be held: at the end of the range an "
                 "exchange still takes %.0f bytes of this rank; raise it, exchange less "
                 "often, or let fewer parameters travel raw",
-                self._target,
+                self.target,
                 sent_bytes / LOOK_EVERY,
             )
 
     def counters(self) -> dict[str, int | float]:
         """Return what a checkpoint has to keep: nothing without a budget."""
-        if self._target is None:
+        if self.target is None:
             return {}
         kept: dict[str, int | float] = {
             "budget_exchanges": self.exchanges,
@@ -110,7 +111,7 @@ class Budget:
 
     def load(self, counters: dict[str, int | float]) -> None:
         """Go on from ``counters``."""
-        if self._target is not None:
+        if self.target is not None:
             self.exchanges = int(counters["budget_exchanges"])
             self.sent_bytes = int(counters["budget_sent_bytes"])
             self.debt = float(counters["budget_debt"])

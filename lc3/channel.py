@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lc3.budget import Budget
 from lc3.errors import ExchangeError, PeerError
-from lc3.format import ASIDE_BUCKET, HEADER_BYTES, Tag, seal, seal_abort, unseal
+from lc3.format import (
+    ASIDE_BUCKET,
+    BUDGET_BUCKET,
+    HEADER_BYTES,
+    Tag,
+    seal,
+    seal_abort,
+    unseal,
+)
 from lc3.meter import Meter
 from lc3.transport import Transport
 
@@ -139,6 +147,17 @@ class Channel:
         """
         arrived = self.transport.all_gather(self._sealed(data, step, bucket))
         return self._unsealed(arrived, step, bucket)
+
+    def keep_budget(self, step: int) -> None:
+        """At some steps share what ranks have sent of gradients, and steer by it.
+
+        Inside of ``exchanging``.
+        """
+        if self._budget is not None and self._budget.due():
+            mine = torch.tensor([self._budget.sent_bytes], dtype=torch.float64)
+            everybody = self.all_gather_bytes(mine, step, BUDGET_BUCKET)
+            shared = [float(data.clone().view(torch.float64)) for data in everybody]
+            self._budget.look(sum(shared) / len(shared))
 
     def mean(self, values: Tensor, step: int, bucket: int) -> Tensor:
         """Return the mean over ranks of a dense tensor, the same bits everywhere.

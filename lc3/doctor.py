@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.distributed as dist
 
-from lc3.auto import Costs, codec_costs, measure
 from lc3.codec import codec_for, warm_up
 from lc3.config import Settings
+from lc3.costs import Costs, codec_costs, measure
 from lc3.handshake import machines
 from lc3.measure import LINKS_BIT_S
 from lc3.transport import GroupTransport

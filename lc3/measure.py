@@ -33,6 +33,7 @@ from lc3.applied import Kind, kind_of, unsuited
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
 from lc3.config import Settings
+from lc3.direct import engine_for
 from lc3.engine import Engine
 from lc3.errors import InputError
 from lc3.meter import Meter
@@ -171,7 +172,9 @@ class Recorder:
             knobs = {**_knobs(self._config), "sparsity": figures.sparsity}
             config = Settings(**knobs)
             plan = make_plan(shapes, 1, config)
-            engines.append(Engine(plan, config, transport, self._coder, figures.meter))
+            engines.append(
+                engine_for(plan, config, transport, self._coder, figures.meter)
+            )
         return engines
 
     def _code(self, engine: Engine, figures: Figures, grads: dict[str, Tensor]) -> None:

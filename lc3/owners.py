@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lc3.engine import Engine
+from lc3.exchange import gather
 from lc3.format import is_nan_frame
 from lc3.plan import Piece
 
@@ -27,31 +28,28 @@ class Owners:
             by every ``pull``, to the same bits on every rank.
 
     Attributes:
-        masters: by parameter name float32[slice], of the slices that this rank owns;
-            without owners views of the replica.
+        masters: by parameter name float32[slice], of the slices that this rank owns.
         replica: see above.
+        owned: the pieces whose masters this rank changes, in plan order.
     """
+
+    owned: Sequence[Piece]
 
     def __init__(self, engine: Engine, replica: dict[str, Tensor]) -> None:
         self.engine = engine
         self.replica = replica
         self.pieces = engine.pieces(replica)
-        self._means: Mapping[str, Tensor] = {}
-        mine = engine.plan.slices_of(engine.plan.numel, engine.transport.rank)
+        mine = engine.plan.slices_of(engine.plan.numel, engine.me)
         views = {s.name: replica[s.name][s.start : s.stop] for s in mine}
-        self.masters = (
-            views if engine.direct else {name: v.clone() for name, v in views.items()}
-        )
+        self._take(views)
 
-    @property
-    def owned(self) -> Sequence[Piece]:
-        """The pieces whose masters this rank changes, in plan order."""
-        return self.pieces[0 if self.engine.direct else self.engine.transport.rank]
+    def _take(self, views: Mapping[str, Tensor]) -> None:
+        """Begin, where the masters are what the replica is."""
+        self.owned = self.pieces[self.engine.transport.rank]
+        self.masters = {name: view.clone() for name, view in views.items()}
 
     def master(self, piece: Piece) -> Tensor:
         """Return the master of a piece that this rank owns: a view, float32[piece]."""
-        if self.engine.direct:
-            return self.replica[piece.name][piece.start : piece.stop]
         return self.masters[piece.name][piece.offset : piece.offset + piece.numel]
 
     def mean(self, piece: Piece) -> Tensor:
@@ -59,8 +57,6 @@ class Owners:
 
         NaN in all of a coded piece where some rank's values were not finite.
         """
-        if self.engine.direct:
-            return self._means[piece.name][piece.start : piece.stop]
         return self.engine.mean_of(piece)
 
     def push(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
@@ -72,12 +68,7 @@ class Owners:
             step: the same on every rank.
             bucket: its number in this step, the same on every rank.
         """
-        pieces = self.engine.pieces(values)
-        if self.engine.direct:
-            self.engine.broadcast_all(pieces, values, step, bucket)
-            self._means = values
-        else:
-            self.engine.reduce_scatter(pieces, values, step, bucket)
+        self.engine.reduce_scatter(self.engine.pieces(values), values, step, bucket)
 
     def pull(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """Bring every replica nearer to the masters, and keep the push's residuals.
@@ -89,8 +80,6 @@ class Owners:
             bucket: the same on every rank, and not that of a push in this step unless
                 there was only one.
         """
-        if self.engine.direct:
-            return
         means = [self.mean(piece) for piece in self.owned]
         for piece, mean in zip(self.owned, means, strict=True):
             master = self.master(piece)
@@ -120,11 +109,33 @@ class Owners:
             self.replica,
         )
 
+    def rebase(self, base: Mapping[str, Tensor], *, keep_lead: bool) -> None:
+        """Go on from another model, which all ranks have alike.
+
+        Args:
+            base: by name [numel]; a replica from now on.
+            keep_lead: whether masters are as far ahead of it as they were.
+        """
+        for piece in self.owned:
+            part = slice(piece.start, piece.stop)
+            master = self.master(piece)
+            ahead = master - self.replica[piece.name][part] if keep_lead else 0
+            master.copy_(base[piece.name][part]).add_(ahead)
+        self._set(base)
+
+    def _set(self, base: Mapping[str, Tensor]) -> None:
+        for name, flat in base.items():
+            self.replica[name].copy_(flat)
+
+    def decay_lead(self, factor: float) -> None:
+        """Multiply how far masters are ahead of the replica."""
+        for piece in self.owned:
+            replica = self.replica[piece.name][piece.start : piece.stop]
+            self.master(piece).sub_(replica).mul_(factor).add_(replica)
+
     def export(self) -> dict[str, Tensor]:
         """Return everybody's masters, by parameter name float32[numel]; collective."""
-        if self.engine.direct:
-            return {name: flat.clone() for name, flat in self.replica.items()}
-        return self.engine.gather(self.masters, list(self.replica))
+        return gather(self.engine, self.masters, list(self.replica))
 
     def take_lead(self, masters: Mapping[str, Tensor], share: float) -> None:
         """Let pushes bring on how far masters were ahead, if there are none any more.
@@ -135,18 +146,64 @@ class Owners:
             masters: of the slices that this rank owned, by name float32[slice].
             share: how far a mean of 1 moves a master.
         """
-        if not self.engine.direct:
-            return
+
+    def flush(self) -> None:
+        """Make every replica equal to the masters, exactly; collective."""
+        self._set(self.export())
+
+
+class Everybody(Owners):
+    """``Owners`` where there are none: every rank changes all of its replica alike.
+
+    Attributes:
+        masters: views of the replica.
+    """
+
+    def _take(self, views: Mapping[str, Tensor]) -> None:
+        (self.owned,) = self.pieces
+        self.masters = dict(views)
+        self._means: Mapping[str, Tensor] = {}
+
+    def master(self, piece: Piece) -> Tensor:
+        """See ``Owners.master``."""
+        return self.replica[piece.name][piece.start : piece.stop]
+
+    def mean(self, piece: Piece) -> Tensor:
+        """See ``Owners.mean``."""
+        return self._means[piece.name][piece.start : piece.stop]
+
+    def push(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
+        """See ``Owners.push``."""
+        self.engine.push_and_pull(self.engine.pieces(values), values, step, bucket)
+        self._means = values
+
+    def pull(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
+        """See ``Owners.pull``: there is nothing to pull."""
+
+    def rebase(self, base: Mapping[str, Tensor], *, keep_lead: bool) -> None:  # noqa: ARG002  # nobody is ahead
+        """See ``Owners.rebase``."""
+        self._set(base)
+
+    def decay_lead(self, factor: float) -> None:
+        """See ``Owners.decay_lead``: nobody is ahead."""
+
+    def export(self) -> dict[str, Tensor]:
+        """See ``Owners.export``."""
+        return {name: flat.clone() for name, flat in self.replica.items()}
+
+    def take_lead(self, masters: Mapping[str, Tensor], share: float) -> None:
+        """See ``Owners.take_lead``."""
         plan, residuals = self.engine.plan, self.engine.residuals
-        for slice_ in plan.slices_of(plan.coded, self.engine.transport.rank):
+        for slice_ in plan.slices_of(plan.coded, self.engine.me):
             replica = self.masters[slice_.name]
             owed = replica - masters[slice_.name].view(replica.shape).to(replica.device)
             sent = residuals.sent[slice_.name][slice_.start : slice_.stop]
             sent.add_(owed, alpha=self.engine.senders / share)
 
     def flush(self) -> None:
-        """Make every replica equal to the masters, exactly; collective."""
-        if self.engine.direct:
-            return
-        for name, flat in self.export().items():
-            self.replica[name].copy_(flat)
+        """See ``Owners.flush``: they are."""
+
+
+def owners_of(engine: Engine, replica: dict[str, Tensor]) -> Owners:
+    """Return the masters of an engine's topology; see ``Owners``."""
+    return (Everybody if engine.direct else Owners)(engine, replica)

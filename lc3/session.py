@@ -26,14 +26,18 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import private, rans
-from lc3.auto import Auto, measure
+from lc3.auto import AutoEngine
 from lc3.buffers import Buffers
+from lc3.channel import Channel
 from lc3.checkpoint import from_bytes, to_bytes
 from lc3.codec import codec_for, warm_up
 from lc3.coder import Coder
 from lc3.config import Settings, check_count
+from lc3.costs import measure
+from lc3.direct import engine_for
 from lc3.engine import Engine
 from lc3.errors import AttachError, ConfigError, ReplicasDiffer
+from lc3.exchange import Exchange
 from lc3.handshake import agree, refuse, threads_for
 from lc3.lane import Lane
 from lc3.link import (
@@ -118,14 +122,14 @@ class _Sealed:
     Like the handshake before it, this is no part of training that a meter counts.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """See ``Transport.all_gather``."""
-        tag = self._engine.channel.aside()
-        with self._engine.channel.telling_others(*tag):
-            return self._engine.channel.all_gather_bytes(message, *tag)
+        tag = self._channel.aside()
+        with self._channel.telling_others(*tag):
+            return self._channel.all_gather_bytes(message, *tag)
 
 
 # Works on a bucket: its flat buffer, its parameters' names, step, number; returns what
@@ -221,21 +225,30 @@ class Session:
             )
             # The longest are whole states: residuals, masters, an optimizer's.
             transport.most_bytes += 64 * sum(plan.numel.values())
-            shared = coder, self.meter
-            if len(nodes) == world:
-                self.engine = Engine(plan, config, transport, *shared)
-            else:
+            self.engine: Exchange
+            if len(nodes) < world:
                 assert isinstance(transport, Divisible)
-                self.engine = TwoLevels(plan, config, transport, nodes, *shared)
-            if config.mode == "auto" and world > 1:
-                costs = measure(transport, coder.host, config, threads)
-                self.engine.auto = Auto(costs, world, direct=self.engine.direct)
+                self.engine = TwoLevels(
+                    plan, config, transport, nodes, coder, self.meter
+                )
+            else:
+                flat = engine_for(plan, config, transport, coder, self.meter)
+                self.engine = flat
+                if config.mode == "auto" and world > 1:
+                    costs = measure(transport, coder.host, config, threads)
+                    self.engine = AutoEngine(flat, costs)
         except BaseException:
             leave()
             raise
         self.lane = Lane(f"lc3-rank{transport.rank}", coder.device)
         self.begin_step(0)
         _OPEN.add(self)
+
+    @property
+    def flat_engine(self) -> Engine:
+        """The engine, where there is no mesh and no choice by bucket."""
+        assert isinstance(self.engine, Engine)
+        return self.engine
 
     def fail(self, error: Exception) -> None:
         """Tell the other ranks that this one stops, and close."""
@@ -284,7 +297,7 @@ class Session:
             PlanMismatch: ranks differ; the same sentence on every rank.
         """
         shapes = [(name, list(p.shape)) for p, name in self.names.items()]
-        sealed = _Sealed(self.engine)
+        sealed = _Sealed(self.engine.channel)
         agree(sealed, __version__, self.config, shapes, lambda: None, facts)
 
     def link_to(

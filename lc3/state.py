@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Self
 
 from lc3.checkpoint import of_rank
 from lc3.config import Settings
-from lc3.engine import Engine
+from lc3.exchange import Exchange
 from lc3.meter import Meter
 from lc3.session import Session
 
@@ -28,7 +28,7 @@ class FormState:
     session: Session
     settings: Settings
     meter: Meter
-    engine: Engine
+    engine: Exchange
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank has to keep."""

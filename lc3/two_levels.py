@@ -8,7 +8,7 @@ exchange would. Nothing is coded twice, and slices, owners and residuals are tho
 the plan for all ranks.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lc3.auto import Wire
 from lc3.channel import Channel
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.engine import NO_HALF_GRADS, Engine, widen
+from lc3.direct import engine_for
 from lc3.errors import AttachError, PeerError
+from lc3.exchange import NO_HALF_GRADS, Wire, widen
 from lc3.meter import Meter
 from lc3.plan import Piece, Plan, make_plan
-from lc3.transport import Divisible
+from lc3.residual import Residuals
+from lc3.transport import Divisible, Transport
 
 Nodes = list[list[int]]  # the ranks of each node
 
@@ -68,10 +69,10 @@ def nodes_of(mesh: DeviceMesh | int, ranks: Sequence[int]) -> Nodes:
     return [[ranks.index(rank) for rank in node] for node in table]
 
 
-class TwoLevels(Engine):
-    """An ``Engine`` whose ``all_reduce`` is dense inside of nodes, 3LC between them.
+class TwoLevels:
+    """An ``Exchange`` that is dense inside of nodes, 3LC between them.
 
-    What is rare (``pending``, ``pass_through``) goes over ``exchange``, flat.
+    What is rare (``pending``, ``pass_through``) goes over ``channel``, flat.
 
     Args:
         plan: for all ranks.
@@ -82,7 +83,7 @@ class TwoLevels(Engine):
         meter: is written to; counts what goes between nodes.
 
     Attributes:
-        inside: the engine of this node; its ``meter`` counts what stays in it.
+        inside: the channel of this node; its ``meter`` counts what stays in it.
         between: the engine of this place.
     """
 
@@ -95,14 +96,19 @@ class TwoLevels(Engine):
         coder: Coder,
         meter: Meter,
     ) -> None:
-        super().__init__(plan, config, transport, coder, meter)
+        self.plan = plan
+        self.config = config
+        self.transport: Transport = transport
+        self.meter = meter
+        self.me = transport.rank
+        self.residuals = Residuals(plan, self.me, coder.device)
         self._node = next(node for node in nodes if transport.rank in node)
         self._places = [list(place) for place in zip(*nodes, strict=True)]
         place = self._places[self._node.index(transport.rank)]
         nothing = make_plan([], len(self._node), Settings())
         within = transport.among(self._node)
         self.inside = Channel(within, Meter(), nothing.fingerprint)
-        self.between = Engine(
+        self.between = engine_for(
             plan,
             config,
             transport.among(place),
@@ -111,7 +117,9 @@ class TwoLevels(Engine):
             owners=place,
             residuals=self.residuals,
         )
-        self.budget = self.between.budget
+        self.messages, self.budget = self.between.messages, self.between.budget
+        self.direct = self.between.direct
+        self.channel = Channel(transport, meter, plan.fingerprint)
 
     def all_reduce(
         self,
@@ -120,7 +128,7 @@ class TwoLevels(Engine):
         bucket: int,
         half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
     ) -> None:
-        """See ``Engine.all_reduce``: the 3LC mean over nodes of the nodes' means."""
+        """See ``Exchange.all_reduce``: the 3LC mean over nodes of the nodes' means."""
         widen(grads, half_grads)
         parts = [self._part(grads, place) for place in self._places]
         mine = parts[self.inside.transport.rank]
@@ -153,13 +161,16 @@ class TwoLevels(Engine):
             raise
 
     def native_form(self, names: Collection[str], elements: int) -> Wire | None:  # noqa: ARG002  # the same for all
-        """See ``Engine.native_form``: with one node only there is nothing to code."""
+        """See ``Exchange.native_form``: with one node only there is nothing to code."""
         return "float32" if self.between.transport.world == 1 else None
 
     @property
     def senders(self) -> int:
-        """See ``Engine.senders``: one rank of each node."""
+        """See ``Exchange.senders``: one rank of each node."""
         return self.between.transport.world
+
+    def owe(self, names: Iterable[str]) -> None:
+        """See ``Exchange.owe``: residuals always come along."""
 
     def keep_own_part(self) -> None:
         """Forget worker-side residuals of what other ranks of this node exchange."""
@@ -172,8 +183,7 @@ class TwoLevels(Engine):
                     sent[piece.start : piece.stop] = kept[piece.start : piece.stop]
 
     def close(self) -> None:
-        """End the threads. Calling it again does nothing."""
-        super().close()
+        """See ``Exchange.close``."""
         self.between.close()
 
     def _part(self, names: Mapping[str, Tensor], place: Sequence[int]) -> list[Piece]:

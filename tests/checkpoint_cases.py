@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lc3
 from lc3.checkpoint import PerRank
 from lc3.config import Settings, Topology
+from lc3.exchange import gather
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
 from tests.local_cases import NEUTRAL
@@ -115,7 +116,7 @@ def optimizer_state(run: Run, world: int) -> dict[str, Tensor]:
         name: run.state.inner.state[master]["exp_avg"].reshape(-1)
         for name, master in run.state._masters.items()
     }
-    whole: dict[str, Tensor] = engine.gather(shares, list(engine.plan.numel))
+    whole: dict[str, Tensor] = gather(engine, shares, list(engine.plan.numel))
     return whole
 
 
@@ -239,15 +240,16 @@ def with_a_scaler(rank: int, world: int, hook: str, steps: int, bad: Overflows) 
     return digests, everyone, sorted(scales), skipped
 
 
-STAGES = {  # of the engine or its channel, where something goes wrong; calls before
-    "_encode": 6,
-    "_pack": 9,
-    "_unpack": 6,
+# Of the engine, its messages or channel, where something goes wrong; calls before.
+STAGES = {
+    "encode": 6,
+    "pack": 9,
+    "unpack": 6,
     "reduce_scatter": 3,
     "all_gather": 3,
     "keep_residuals": 3,
     "apply": 3,
-    "broadcast_all": 3,
+    "push_and_pull": 3,
     "_unsealed": 6,
 }
 WITH_OWNERS = {"reduce_scatter", "all_gather", "keep_residuals", "apply"}
@@ -262,11 +264,13 @@ def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
     direct = hook in (WITHOUT_OWNERS, AVERAGING)
     run = Run(hook, net=normed if hook.startswith("local_sgd") else None, direct=direct)
     engine = run.state.engine
-    unused = WITH_OWNERS if direct else {"broadcast_all"}
+    unused = WITH_OWNERS if direct else {"push_and_pull"}
     if hook.startswith("ddp"):
         unused = {*unused, "_unsealed"}
     stage = chance.choice([name for name in STAGES if name not in unused])
-    owner = engine if hasattr(engine, stage) else engine.channel
+    owner = next(
+        one for one in (engine, engine.messages, engine.channel) if hasattr(one, stage)
+    )
     good, left, at = getattr(owner, stage), chance.randrange(STAGES[stage]), 0.0
 
     def fail(*args: Any, **kwargs: Any) -> Any:

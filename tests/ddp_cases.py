@@ -315,7 +315,7 @@ def backward_outcomes(rank: int, world: int, what: str) -> list[str]:
         model.module[0].weight.requires_grad_(True)
     for step in range(3):
         if what == "encode fails" and step == 1 and rank == world - 1:
-            state.engine.coder = Coder(Broken())
+            state.engine.messages.coder = Coder(Broken())
         if what == "another lc3 step" and step == 1 and rank == 0:
             state.session.step += 1
         try:

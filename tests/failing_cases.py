@@ -76,7 +76,7 @@ def comes_late(rank: int, world: int) -> str:
     state = ddp.attach(model)
     channel._ABORT_TIMEOUT_S = 0.2
     if rank == 1:
-        state.engine.coder = Coder(Broken())
+        state.engine.messages.coder = Coder(Broken())
     else:
         time.sleep(LATE_S)
     try:

@@ -293,7 +293,7 @@ def fails_on_rank_1() -> str:
         def broken(*_: Any, **__: Any) -> Any:
             raise RuntimeError("a broken codec")
 
-        optimizer.lc3.engine.coder = type("Broken", (), {"encode": broken})()
+        optimizer.lc3.engine.messages.coder = type("Broken", (), {"encode": broken})()
     try:
         backward(net, hvd.rank(), 0)
         optimizer.step()

@@ -32,7 +32,7 @@ from lc3.checkpoint import load_checkpoint, merge
 from lc3.codec import codec_for
 from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.engine import Engine
+from lc3.direct import engine_for
 from lc3.meter import Meter
 from lc3.plan import make_plan
 from lc3.transport import Loopback
@@ -70,7 +70,7 @@ def steps(count: int, seed: int, config: Settings = CONFIG) -> dict[str, float]:
     plan = make_plan(SHAPES, WORLD, config)
     codec = codec_for(torch.device("cpu"))
     engines = [
-        Engine(plan, config, transport, Coder(codec), Meter())
+        engine_for(plan, config, transport, Coder(codec), Meter())
         for transport in Loopback(WORLD).ranks
     ]
     oracle = Oracle(SHAPES, WORLD, config)

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
-from lc3.auto import TRIAL_STEPS, Auto, Costs, measure
+from lc3.auto import TRIAL_STEPS, AutoEngine, Choices
 from lc3.codec import cpu
 from lc3.coder import Coder
 from lc3.config import Settings
+from lc3.costs import Costs, measure
 from lc3.engine import Engine
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
@@ -47,7 +48,7 @@ def costs(bit_s: float, round_s: float = 1e-4) -> Costs:
 def test_the_form_that_should_arrive_first_is_chosen(
     bit_s: float, elements: int, wire: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    auto = Auto(costs(bit_s), 4, direct=False)
+    auto = Choices(costs(bit_s), 4, direct=False)
     with caplog.at_level(logging.INFO, logger="lc3.auto"):
         for _ in range(3):
             assert auto.wire(("a",), elements) == wire
@@ -104,12 +105,12 @@ def test_what_is_owed_comes_along_when_the_choice_changes(overflow: bool) -> Non
 
     def job(rank: int, transport: Transport) -> Any:
         plan = make_plan(SHAPES, transport.world, SMALL)
-        auto = Auto(nobody, transport.world, direct=False)
-        engine = Engine(plan, SMALL, transport, Coder(cpu), Meter(), auto)
+        inner = Engine(plan, SMALL, transport, Coder(cpu), Meter())
+        engine = AutoEngine(inner, nobody)
         sums = {name: torch.zeros(n).double() for name, n in plan.numel.items()}
         for step in range(steps):
             grads = gradients(rank, step)
-            coded = auto.wire(tuple(grads), 1) == "3lc"
+            coded = engine.choices.wire(tuple(grads), 1) == "3lc"
             assert coded == (step < TRIAL_STEPS)
             engine.all_reduce(grads, step, 0)
             for name, grad in grads.items():
@@ -148,11 +149,10 @@ def train_auto(rank: int, world: int, seed: int) -> tuple[list[str], float]:
         model(torch.randn(4, 300)).square().mean().backward()
         optimizer.step()
     state.check_replicas()
-    auto = state.engine.auto
-    assert auto is not None
+    assert isinstance(state.engine, AutoEngine)
     state.close()
     total = sum(float(p.detach().double().sum()) for p in net.parameters())
-    return list(auto.chosen.values()), total
+    return list(state.engine.choices.chosen.values()), total
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -198,8 +198,8 @@ def train_beside_ddp(rank: int, world: int, costs: Costs, halves: bool) -> list[
         net.to(torch.bfloat16 if halves else torch.float32)
         models.append(DistributedDataParallel(net, bucket_cap_mb=0.05))
     state = ddp.attach(models[0], config=Settings(mode="auto", min_numel=1))
-    assert state.engine.auto is not None
-    state.engine.auto.costs = costs
+    assert isinstance(state.engine, AutoEngine)
+    state.engine.choices.costs = costs
     lane, submit = 0, state.session.lane.submit
 
     def counted(job: Callable[[], torch.Tensor]) -> torch.futures.Future[torch.Tensor]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from lc3.codec import cpu, tensor
 from lc3.coder import Coder
 from lc3.engine import Engine
+from lc3.exchange import pending
 from lc3.meter import Meter
-from lc3.owners import Owners
+from lc3.owners import owners_of
 from lc3.plan import make_plan
 from lc3.transport import LoopbackTransport, Transport
 from lc3.two_levels import TwoLevels
@@ -76,7 +77,7 @@ def test_gradients_on_a_device_equal_the_oracle(nodes: Any) -> None:
                     found = grad.cpu().numpy()
                     np.testing.assert_array_equal(found, expected[step][name], name)
             assert all(isinstance(b, Pretend) for b in engine.residuals.buffers())
-            assert all(isinstance(p, Pretend) for p in engine.pending().values())
+            assert all(isinstance(p, Pretend) for p in pending(engine).values())
             passed = engine.channel.pass_through(
                 there(torch.ones(7).double() * rank), 9, 0
             )
@@ -95,7 +96,7 @@ def test_masters_on_a_device_equal_those_on_the_host() -> None:
                 coder = Coder(tensor, device=DEVICE) if device else Coder(cpu)
                 engine = Engine(plan, SMALL, transport, coder, Meter())
                 start = {k: put(g) for k, g in random_gradients(0, 0).items()}
-                owners = Owners(engine, start)
+                owners = owners_of(engine, start)
                 for step in range(STEPS):
                     moved = {
                         k: put(g) for k, g in random_gradients(rank, step + 1).items()

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lc3
-from lc3.auto import Auto, Costs
+from lc3.auto import AutoEngine
 from lc3.codec import Codec, Encoded, cpu, reference
 from lc3.coder import Coder
 from lc3.config import ENTROPY_STAGES, EntropyStage, Settings, Topology
+from lc3.costs import Costs
+from lc3.direct import engine_for
 from lc3.engine import Engine
+from lc3.exchange import Exchange, pending, push_what_owners_owe
 from lc3.format import HEADER_BYTES
 from lc3.handshake import agree
 from lc3.meter import Meter
@@ -67,7 +70,7 @@ def engine_of(
 ) -> Engine:
     plan = make_plan(shapes, transport.world, config)
     coder = Coder(codec, config.threads or 1)
-    return Engine(plan, config, transport, coder, Meter())
+    return engine_for(plan, config, transport, coder, Meter())
 
 
 Gradients = Callable[[int, int], dict[str, Tensor]]
@@ -199,13 +202,13 @@ def test_a_run_without_owners_goes_on_from_what_they_owed(from_owners: bool) -> 
                 ):
                     mine.copy_(kept)
                 assert any(owed.any() for owed in before.owned.values())
-                engine.push_what_owners_owe()
+                push_what_owners_owe(engine)
                 assert not any(o.any() for o in engine.residuals.owned.values())
             grads = random_gradients(rank, step)
             engine.all_reduce(grads, step, 0)
             for name, grad in grads.items():
                 total[name] += grad
-        for name, owed in engine.pending().items():
+        for name, owed in pending(engine).items():
             total[name] += owed
         return total, engine
 
@@ -232,11 +235,11 @@ def test_half_precision_goes_the_way_of_what_it_stands_for(
     def job(rank: int, transport: Transport) -> list[dict[str, Tensor]]:
         found = []
         for given_as_halves in (False, True):
-            engine = engine_of(transport)
+            engine: Exchange = engine_of(transport)
             if mode == "auto":
-                engine.auto = Auto(
-                    Costs(2e-9, 5e-10, 1e-4, 8e-12, 2e-4, 8e-12), world, direct=False
-                )
+                assert isinstance(engine, Engine)
+                costs = Costs(2e-9, 5e-10, 1e-4, 8e-12, 2e-4, 8e-12)
+                engine = AutoEngine(engine, costs)
             for step in range(3):
                 halves = halves_of(rank, step)
                 grads = {k: h.float() for k, h in halves.items()}
@@ -301,7 +304,7 @@ def test_threads_change_nothing(threads: int, entropy: EntropyStage) -> None:
         SMALL, threads=threads, block_size=1000, entropy=entropy
     )
     for engine in run(2, 4, config, gradients, shapes=shapes):
-        assert engine.coder.threads == threads
+        assert engine.messages.coder.threads == threads
         engine.close()
 
 

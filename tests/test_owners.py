@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lc3 import ConfigError
-from lc3.owners import Owners
+from lc3.exchange import pending
+from lc3.owners import owners_of
 from lc3.session import check_owners
 from lc3.transport import Transport
 from tests.oracle import Floats, Servers
@@ -81,7 +82,7 @@ def test_owners_equal_the_servers(world: int, name: str) -> None:
         expected.append({n: value.copy() for n, value in servers.replica.items()})
 
     def job(rank: int, transport: Transport) -> None:
-        owners, mine = Owners(engine_of(transport, config), start()), Momentum()
+        owners, mine = owners_of(engine_of(transport, config), start()), Momentum()
         for step in range(steps):
             pushed = values(rank, step)
             owners.push(pushed, step, 0)
@@ -110,22 +111,22 @@ def test_without_owners_a_run_goes_on_from_what_masters_were_ahead() -> None:
     rate = 0.5
 
     def job(rank: int, transport: Transport) -> tuple[Tensor, Tensor, Tensor]:
-        before = Owners(engine_of(transport), start())
+        before = owners_of(engine_of(transport), start())
         for step in range(6):
             pushed = random_gradients(rank, step)
             before.push(pushed, step, 0)
             for piece in before.owned:
                 before.master(piece).sub_(before.mean(piece), alpha=rate)
             before.pull(pushed, step, 0)
-        after = Owners(engine_of(transport, DIRECT), dict(before.replica))
+        after = owners_of(engine_of(transport, DIRECT), dict(before.replica))
         for name, sent in before.engine.residuals.sent.items():
             after.engine.residuals.sent[name].copy_(sent)
         ahead = {name: master.clone() for name, master in before.masters.items()}
         after.take_lead(ahead, rate)
         where = []
         for owners in (before, after):
-            masters, pending = owners.export(), owners.engine.pending()
-            where.append(masters["a"].double() - rate * pending["a"])
+            masters, owed = owners.export(), pending(owners.engine)
+            where.append(masters["a"].double() - rate * owed["a"])
         return where[0], where[1], before.export()["a"] - before.replica["a"]
 
     for old, new, lead in in_threads(2, job, timeout_s=60):
@@ -137,7 +138,7 @@ def test_replicas_follow_the_masters() -> None:
     """What a pull lacks stays in master − replica, bounded."""
 
     def job(rank: int, transport: Transport) -> list[float]:
-        owners = Owners(engine_of(transport), start())
+        owners = owners_of(engine_of(transport), start())
         distances = []
         for step in range(200):
             pushed = random_gradients(rank, step)

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 import lc3
-from lc3 import ConfigError, auto, knobs
+from lc3 import ConfigError, knobs
 from lc3.codec import cpu
 from lc3.config import Config, Settings, Tuning, settle
+from lc3.costs import Costs, sent_bits
 from lc3.hooks import ddp, local_sgd
 from lc3.transport import Transport
 from lc3.version import __version__
@@ -154,7 +155,7 @@ def test_a_repr_names_what_is_said_only() -> None:
 
 def test_auto_predicts_from_the_configuration() -> None:
     bits = {
-        name: auto.sent_bits(cpu, settle(given, Settings()))
+        name: sent_bits(cpu, settle(given, Settings()))
         for name, given in {
             "s = 1": Config(),
             "s = 1.75": Config(sparsity=1.75),
@@ -166,7 +167,7 @@ def test_auto_predicts_from_the_configuration() -> None:
     assert bits["s = 1.75"] < bits["s = 1.75 for the pull"] < bits["s = 1"] < 0.8
     assert bits["s = 1"] < bits["paper"] < bits["density"]
     costs = [
-        auto.Costs(0, 0, 0, 1e-6, 0, 0, bits=bits[name]).predict(1000, 2, direct=False)
+        Costs(0, 0, 0, 1e-6, 0, 0, bits=bits[name]).predict(1000, 2, direct=False)
         for name in ("s = 1", "density")
     ]
     assert costs[0]["3lc"] < costs[1]["3lc"]

@@ -13,8 +13,8 @@ import torch
 import lc3
 from lc3 import __main__ as command
 from lc3 import doctor, measure
-from lc3.auto import Costs
 from lc3.config import Settings
+from lc3.costs import Costs
 from tests.oracle import Oracle
 
 SCRIPT = """

@@ -13,6 +13,7 @@ from lc3 import AttachError
 from lc3.codec import cpu
 from lc3.coder import Coder
 from lc3.config import Settings
+from lc3.exchange import pending, push_what_owners_owe
 from lc3.meter import Meter
 from lc3.plan import make_plan
 from lc3.transport import LoopbackTransport, Transport
@@ -104,10 +105,10 @@ def test_two_nodes_bring_on_what_owners_owed() -> None:
         )
         for owed in engine.residuals.owned.values():
             owed += rank + 1
-        before = engine.pending()["a"]
-        engine.push_what_owners_owe()
+        before = pending(engine)["a"]
+        push_what_owners_owe(engine)
         left = any(bool(owed.any()) for owed in engine.residuals.owned.values())
-        return left, before, engine.pending()["a"]
+        return left, before, pending(engine)["a"]
 
     for left, before, after in in_threads(4, job):
         assert not left

@@ -79,7 +79,7 @@ def a_rank_fails(rank: int, world: int, failing: int) -> list[str]:
     said = []
     for step in range(3):
         if rank == failing and step == 1:
-            state.engine.between.coder = Coder(Broken())
+            state.engine.messages.coder = Coder(Broken())
         try:
             model(torch.randn(4, 64)).square().mean().backward()
         except Exception as error:  # noqa: BLE001  # it is the result

@@ -1,0 +1,88 @@
+"""The engine's verbs without owners, by one hop.
+
+Every rank sends all pieces to all others and adds up the same frames in the same order,
+so the means are the same bits everywhere, and nobody has to send them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lc3.channel import sum_of
+from lc3.coder import Coder
+from lc3.config import Settings
+from lc3.engine import Engine, views_of
+from lc3.exchange import NO_HALF_GRADS
+from lc3.format import scale_of
+from lc3.meter import Meter
+from lc3.plan import Layout, Plan
+from lc3.residual import Residuals
+from lc3.transport import Transport
+
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
+
+
+class Direct(Engine):
+    """An ``Engine`` whose ranks average what they send each other."""
+
+    direct = True
+
+    def pieces(self, names: Iterable[str]) -> Layout:
+        """Return one list of all pieces of some parameters, in their order."""
+        return self.plan.layout(names, self.owners, merged=True)
+
+    def push_and_pull(
+        self,
+        pieces: Layout,
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
+    ) -> None:
+        """Replace values by their 3LC means, from what every rank sends to all others.
+
+        Args:
+            pieces: one list, in an order that all ranks have alike.
+            grads: by parameter name, float32[numel]; overwritten. NaN in all of a coded
+                piece where some rank's values were not finite.
+            step: see ``Exchange.all_reduce``.
+            bucket: see ``Exchange.all_reduce``.
+            half_grads: see ``Exchange.all_reduce``.
+        """
+        (everything,) = pieces
+        (message,) = self.pushes(pieces, grads, step, bucket, half_grads)
+        with self.meter.stage("exchange"):
+            arrived = self.transport.all_gather(message)
+        with self.meter.stage("decode"):
+            by_sender = self.messages.unpack(
+                arrived, [everything] * len(arrived), step, bucket
+            )
+            sums: list[tuple[Tensor, Sequence[Tensor]]] = []
+            said = zip(*by_sender, strict=True)
+            views = views_of(pieces, grads)
+            for (piece, view), chunks in zip(views, said, strict=True):
+                if not piece.coded:
+                    view.copy_(sum_of(chunks))
+                elif sum(map(scale_of, chunks)) <= _LARGEST_FLOAT:
+                    self.residuals.keep_sent(piece, view)
+                    sums.append((view.zero_(), chunks))
+                else:
+                    self.residuals.keep_sent(piece, None)
+                    view.fill_(torch.nan)
+            self.messages.coder.add(sums)
+            self.divide(grads.values())
+
+
+def engine_for(
+    plan: Plan,
+    config: Settings,
+    transport: Transport,
+    coder: Coder,
+    meter: Meter,
+    owners: Sequence[int] | None = None,
+    residuals: Residuals | None = None,
+) -> Engine:
+    """Return the engine of a configuration's topology; see ``Engine``."""
+    kind = Direct if config.topology == "direct" else Engine
+    return kind(plan, config, transport, coder, meter, owners, residuals)
