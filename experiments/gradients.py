@@ -1,11 +1,13 @@
 """Real gradients with their residuals, for ratios that no random numbers can give.
 
-``python -m experiments.gradients --data-dir FOLDER`` records them anew: FOLDER holds
-CIFAR-10 in a folder ``cifar10`` and one text file.
+``python -m experiments.gradients --data-dir FOLDER`` records them: FOLDER holds
+CIFAR-10 in a folder ``cifar10`` and one text file. Without it those of the digits,
+which need no data, are recorded when they are first asked for.
 """
 
 import argparse
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import lc3
 from experiments.tasks import TASKS, Task
 from experiments.train import loss_of, schedule
 
-RECORDED = Path(__file__).parent / "results" / "gradients.npz"
+RECORDED = Path(__file__).parent / "results" / "local" / "gradients.npz"
 STEPS = 400
 SNAPSHOTS = {"early": 20, "middle": 200, "late": 400}
 SPARSITIES = (1.0, 1.75)
@@ -45,7 +47,9 @@ class Recorded:
 
 
 def recorded() -> Iterator[Recorded]:
-    """Yield everything that was recorded."""
+    """Yield everything that was recorded, or else record the digits now."""
+    if not RECORDED.exists():
+        write({"digits": RECORDED.parent})
     with np.load(RECORDED, allow_pickle=False) as file:
         for key in file.files:
             task, sparsity, moment, name = key.split("|")
@@ -99,21 +103,27 @@ def shortened(x: Tensor) -> np.ndarray:
     return bits.view(np.float32).copy()
 
 
-def main() -> None:
-    """Record all tasks and write the file."""
-    parser = argparse.ArgumentParser(prog="experiments.gradients", description=__doc__)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    folder = parser.parse_args().data_dir
-    text = next(iter(folder.glob("*.txt")), folder)
-    places = {"digits": folder, "cifar10-resnet20": folder / "cifar10", "chars": text}
+def write(places: Mapping[str, Path]) -> None:
+    """Record some tasks, each with the place of its data, and write the file whole."""
     snapshots: dict[str, np.ndarray] = {}
     for name, place in places.items():
         task = TASKS[name](place)
         for sparsity in SPARSITIES:
             snapshots |= record(task, sparsity)
     RECORDED.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(RECORDED, **snapshots)  # type: ignore[arg-type]
-    print(f"{RECORDED}: {len(snapshots)} tensors, {RECORDED.stat().st_size:,} bytes")
+    part = RECORDED.with_suffix(f".{os.getpid()}.npz")
+    np.savez_compressed(part, **snapshots)  # type: ignore[arg-type]
+    part.replace(RECORDED)
+
+
+def main() -> None:
+    """Record all tasks and write the file."""
+    parser = argparse.ArgumentParser(prog="experiments.gradients", description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    folder = parser.parse_args().data_dir
+    text = next(iter(folder.glob("*.txt")), folder)
+    write({"digits": folder, "cifar10-resnet20": folder / "cifar10", "chars": text})
+    print(f"{RECORDED}: {RECORDED.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

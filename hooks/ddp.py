@@ -25,15 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lc3 import private
-from lc3.applied import Applied, Kind, kind_of, unsuited, unwrapped
-from lc3.checkpoint import Parts, load, save
+from lc3.applied import Kind, kind_of, unwrapped
+from lc3.buckets import EXTRAS, Buckets, FollowedBuckets, is_coded
+from lc3.checkpoint import Parts
 from lc3.config import Config, Settings, settle
-from lc3.errors import AttachError, ConfigError, StateError
-from lc3.exchange import NO_HALF_GRADS, pending, push_what_owners_owe
+from lc3.errors import ConfigError, StateError
+from lc3.exchange import pending, push_what_owners_owe
 from lc3.link import Link, linked_hook
 from lc3.meter import Meter
 from lc3.model import Frozen, flat_view, named_parameters
-from lc3.moments import Moments
 from lc3.session import (
     alike_in,
     alone,
@@ -43,18 +43,13 @@ from lc3.session import (
     check_scaler,
     session_for,
 )
-from lc3.sketch import SUMS, Sketch, squares
 from lc3.state import FormState
 
 log = logging.getLogger(__name__)
 
-_CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 # Divided by their moments all gradients are of one kind, so that biases can be coded.
 FOR_ADAM = Settings(sparsity=1.1, min_ndim=0, min_numel=1)
 _PASSES = 4  # that a State is not registered by: something is wrong
-_NORM = "lc3.norm"  # travels with the last bucket of a step
 
 
 def attach(
@@ -164,6 +159,8 @@ class State(FormState):
         kind: of the optimizer: "adam", "sgd" or "other"; ``None`` without one.
     """
 
+    form = "ddp"
+
     def __init__(
         self,
         model: DistributedDataParallel,
@@ -188,7 +185,7 @@ class State(FormState):
             defaults = replace(FOR_ADAM, topology="direct" if two else "owners")
         self.settings = settle(config, defaults)
         facts = {"optimizer": self.kind, "max_norm": max_norm}
-        extras = {_NORM: SUMS + 1} if optimizers else {}
+        extras = EXTRAS if optimizers else {}
         self.session = session_for(model, self.settings, group, mesh, facts, extras)
         self.meter = self.session.meter
         self.engine = self.session.engine
@@ -210,43 +207,16 @@ class State(FormState):
             for name, parameter in named_parameters(model.module)
             if name not in model.parameters_to_ignore
         )
-        self._said: set[str] = set()
-        self._wide: list[Tensor] = []
-        self._scaler = None
-        if scaler is not None and scaler.is_enabled() and not optimizers:
-            self._scaler = scaler
-        self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
-        self._overflowed = False
         self._seen: set[str] = set()
-        self._waiting: list[tuple[Tensor, list[str], int]] = []
-        self._coded: dict[str, Tensor] = {}
-        self._others: dict[str, Tensor] = {}
-        plan, device = self.engine.plan, self.engine.messages.coder.device
-        names = self.session.names
-        self._moments: Moments | None = None
-        alone = self.engine.transport.world == 1
-        if self.kind == "adam" and not alone:
-            betas = _betas_of(optimizers, names)
-            shapes = {n: list(p.shape) for p, n in names.items() if n in plan.coded}
-            known = {name: betas.get(name, 0.999) for name in shapes}
-            self._moments = Moments(shapes, known, device)
-        self._applied: Applied | None = None
-        self._sketch: Sketch | None = None
-        self._watched: list[Any] = []
-        if not alone:
-            self.engine.residuals.hold()
-        if optimizers and not alone:
-            if self.kind == "other":
-                log.warning("lc3: %s", unsuited(_least_suited(optimizers)))
-            self._sketch = Sketch(plan.numel, device)
-            self._applied = Applied(
-                optimizers,
-                names,
-                self.engine.residuals,
-                self._moments,
-                max_norm,
+        self._buckets: Buckets
+        if optimizers and self.engine.transport.world > 1:
+            names = self.session.names
+            self._buckets = FollowedBuckets(
+                self.engine, names, optimizers, self.kind, max_norm
             )
-            self._watched = self._applied.watch_accumulation()
+        else:
+            scales = scaler is not None and scaler.is_enabled() and not optimizers
+            self._buckets = Buckets(self.engine, scaler if scales else None)
 
     def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Replace every gradient in a bucket that DDP hands to its hook."""
@@ -296,13 +266,12 @@ class State(FormState):
         """
         self.meter.at_step(step + 1)
         if bucket == 0:
-            self._begin()
+            self._seen.clear()
+            self._frozen.check("wrap the module again, and attach to that")
+            self._buckets.begin()
         self._seen.update(names)
         last = len(self._seen) == len(self.session.names)
-        reduced = self._reduce(buffer, names, step, bucket, last)
-        if self._scaler is not None and not _finite(reduced):
-            self._overflowed = True
-        return reduced
+        return self._buckets.reduce(buffer, names, step, bucket, last)
 
     def uncoded(
         self, bucket: dist.GradBucket, names: list[str], step: int
@@ -314,8 +283,7 @@ class State(FormState):
         have to come along, or since the step may not be applied.
         """
         buffer = bucket.buffer()
-        follows = self._scaler is not None or self._applied is not None
-        if follows or not _coded(buffer):
+        if self._buckets.follows or not is_coded(buffer):
             return None
         if (wire := self.engine.native_form(names, buffer.numel())) is None:
             return None
@@ -328,173 +296,6 @@ class State(FormState):
         )
         return (bf16_compress_hook if narrow else allreduce_hook)(self._group, bucket)
 
-    def _reduce(
-        self, buffer: Tensor, names: list[str], step: int, bucket: int, last: bool
-    ) -> Tensor:
-        if not _coded(buffer):
-            self._say_once(
-                f"{buffer.dtype if buffer.layout == torch.strided else 'sparse'} "
-                f"gradients pass through a plain all-reduce (first: {names[0]})"
-            )
-            mean = self.engine.channel.pass_through(buffer, step, bucket)
-            if last:
-                self._send_sums(step, bucket)
-            return mean
-        narrow = buffer.dtype != torch.float32
-        if narrow and self._applied is None:
-            flat = self._buffer_for(buffer)
-        else:
-            flat = self._widened(buffer)
-        sizes = [self.engine.plan.numel[name] for name in names]
-        if sum(sizes) != flat.numel():
-            raise AttachError(
-                f"bucket {bucket} holds {flat.numel()} elements, its parameters "
-                f"{sum(sizes)}; this torch lays out buckets in a way lc3 does not know"
-            )
-        grads = dict(zip(names, torch.split(flat, sizes), strict=True))
-        parts = dict(zip(names, torch.split(buffer, sizes), strict=True))
-        half_grads = parts if narrow else NO_HALF_GRADS
-        if self._applied is None or self._sketch is None:
-            self.engine.all_reduce(grads, step, bucket, half_grads)
-            return _narrowed(flat, buffer) if narrow else buffer
-        for name, grad in grads.items():
-            if grad.numel():
-                self._sketch.add(name, grad, step)
-        if self._applied.clips.limit is None:
-            sums = self._sketch.take() if last else None
-            self._exchange(self._applied, grads, step, bucket, sums)
-            self._keep(buffer, flat, grads)
-            if last and sums is not None:
-                self._hand_out(self._applied, sums)
-        else:
-            self._waiting.append((buffer, names, bucket))
-            if last:
-                self._exchange_clipped(step)
-        return buffer
-
-    def _exchange(
-        self,
-        applied: Applied,
-        grads: dict[str, Tensor],
-        step: int,
-        bucket: int,
-        sums: Tensor | None,
-    ) -> None:
-        """Average a bucket by 3LC, times what the script is expected to apply.
-
-        Args:
-            applied: follows the optimizers.
-            grads: by name float32[numel]; overwritten.
-            step: see ``reduce``.
-            bucket: see ``reduce``.
-            sums: that are averaged with it, in place.
-        """
-        coded = [name for name in grads if name in self.engine.plan.coded]
-        if applied.expected != 1 and coded:
-            private.multiply([grads[name] for name in coded], applied.expected)
-        divided: dict[str, Tensor] = {}
-        if self._moments is not None:
-            divided = {name: grads[name] for name in coded if grads[name].numel()}
-            if divided:
-                self._divide(self._moments, divided, step)
-        exchanged = grads if sums is None else {**grads, _NORM: sums}
-        self.engine.all_reduce(exchanged, step, bucket)
-        if self._moments is not None:
-            self._moments.multiply(divided)
-
-    def _keep(self, buffer: Tensor, flat: Tensor, grads: Mapping[str, Tensor]) -> None:
-        """Let a bucket's buffer be what arrived, and remember where it is."""
-        if buffer is not flat:
-            _narrowed(flat, buffer)
-        parts = torch.split(buffer, [grad.numel() for grad in grads.values()])
-        for name, part in zip(grads, parts, strict=True):
-            coded = name in self.engine.plan.coded
-            (self._coded if coded else self._others)[name] = part
-
-    def _exchange_clipped(self, step: int) -> None:
-        """Find out the norm first, then exchange every bucket that has waited."""
-        assert self._applied is not None
-        assert self._sketch is not None
-        sums = self._sketch.take()
-        at = self.engine.channel.aside()
-        with self.engine.channel.exchanging(0, *at):
-            sums = self.engine.channel.mean_of_small(sums, *at)
-        self._applied.expect(squares(sums)[0])
-        waiting, self._waiting = self._waiting, []
-        for buffer, names, index in waiting:
-            flat = self._widened(buffer)
-            sizes = [self.engine.plan.numel[name] for name in names]
-            grads = dict(zip(names, torch.split(flat, sizes), strict=True))
-            self._exchange(self._applied, grads, step, index, None)
-            self._keep(buffer, flat, grads)
-        self._hand_out(self._applied, sums)
-
-    def _widened(self, buffer: Tensor) -> Tensor:
-        """Return a bucket in float32: itself, or a copy in memory used again."""
-        if buffer.dtype == torch.float32:
-            return buffer
-        return self._buffer_for(buffer).copy_(buffer)
-
-    def _send_sums(self, step: int, bucket: int) -> None:
-        """Exchange the sums alone, after a last bucket that is not coded."""
-        if self._applied is None or self._sketch is None:
-            return
-        if self._waiting:
-            self._exchange_clipped(step)
-            return
-        sums = self._sketch.take()
-        self.engine.all_reduce({_NORM: sums}, step, bucket + 1)
-        self._hand_out(self._applied, sums)
-
-    def _hand_out(self, applied: Applied, sums: Tensor) -> None:
-        applied.hand_out(self._coded, self._others, *squares(sums))
-        self._coded, self._others = {}, {}
-
-    def _divide(self, moments: Moments, grads: dict[str, Tensor], step: int) -> None:
-        """Divide gradients by what all ranks' squares are together."""
-        if moments.due(step):
-            mine = moments.of(grads).bfloat16()  # 0.4 % of a moment is no loss
-            at = self.engine.channel.aside()
-            with self.engine.channel.exchanging(0, *at):
-                shared = self.engine.channel.mean(mine, *at)
-            moments.take([*grads], shared.float())
-        moments.divide(grads)
-
-    def _begin(self) -> None:
-        """Settle what became of the last step's exchange, and follow the scaler.
-
-        A scaler multiplies the loss, and changes by what. Powers of two are exact.
-        """
-        self._seen.clear()
-        self._frozen.check("wrap the module again, and attach to that")
-        if self._applied is not None:
-            self._coded, self._others = {}, {}
-            self._applied.drop()
-            self._applied.expect()
-            self._waiting = []
-            # What was undone, or clipped, is owed.
-            self.engine.owe(self.engine.residuals.sent)
-            return
-        self._settle()
-        if self._scaler is not None:
-            scale = self._scaler.get_scale()
-            if scale != self._scale:
-                for buffer in self.engine.residuals.buffers():
-                    buffer *= scale / self._scale
-                self._scale = scale
-
-    def _settle(self) -> None:
-        """Take the last exchange for applied, unless the scaler skipped the step."""
-        if self._applied is None:
-            self._settle_as(0.0 if self._overflowed else 1.0)
-            self._overflowed = False
-
-    def _settle_as(self, share: float) -> None:
-        residuals = self.engine.residuals
-        if share == 0:
-            self.engine.owe(residuals.open)
-        residuals.settle_all(share)
-
     def discard(self) -> None:
         """Say that no optimizer applies the gradients of the last backward pass.
 
@@ -502,10 +303,7 @@ class State(FormState):
         script skips, gradients that ``zero_grad`` throws away. Residuals and moments
         then are those from before it. With ``optimizer`` that is noticed.
         """
-        if self._applied is not None:
-            self._applied.drop()
-        else:
-            self._settle_as(0.0)
+        self._buckets.discard()
 
     @property
     def grad_norm(self) -> float:
@@ -513,25 +311,7 @@ class State(FormState):
 
         nan without ``optimizer``, and before the first step.
         """
-        return math.nan if self._applied is None else self._applied.norm
-
-    def _buffer_for(self, buffer: Tensor) -> Tensor:
-        """Return float32[numel] for what a half-precision bucket becomes.
-
-        Memory used again by the next bucket; first for the residuals to be, which the
-        old ones must outlive until the pull has arrived, then for the mean.
-        """
-        if not self._wide or self._wide[0].numel() < buffer.numel():
-            self._wide = [
-                torch.empty(buffer.numel(), device=buffer.device, dtype=torch.float32)
-            ]
-        return self._wide[0][: buffer.numel()]
-
-    def _say_once(self, what: str) -> None:
-        kind = what.split()[0]
-        if kind not in self._said:
-            self._said.add(kind)
-            log.warning("lc3: %s", what)
+        return self._buckets.norm
 
     def pending(self) -> dict[str, Tensor]:
         """Return what gradients still owe the parameters; collective.
@@ -540,15 +320,12 @@ class State(FormState):
         mean over ranks of the residuals, in the units of the gradients that the
         optimizer applies; with Adam of gradients over the roots of their moments.
         """
-        owed: dict[str, Tensor] = {}
 
-        def ask() -> Tensor:
-            self._settle()
-            owed.update(pending(self.engine))
-            return torch.empty(0, dtype=torch.float32)
+        def ask() -> dict[str, Tensor]:
+            self._buckets.settle()
+            return pending(self.engine)
 
-        self.session.lane.submit(ask).wait()
-        return owed
+        return self.session.lane.call(ask)
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
@@ -561,11 +338,9 @@ class State(FormState):
         ``backward()``, on every rank, and clip no more: with an optimizer gradients
         are clipped already, if the script has clipped before.
         """
-        if self._applied is not None:
-            self._applied.release()
+        self._buckets.release()
         owed = self.pending()
-        if self._moments is not None:
-            self._moments.multiply({n: o for n, o in owed.items() if o.numel()})
+        self._buckets.multiply(owed)
         for parameter, name in self.session.names.items():
             if name not in owed or not owed[name].any():
                 continue
@@ -578,37 +353,21 @@ class State(FormState):
             buffer.zero_()
 
     def _parts(self) -> Parts:
-        residuals = self.engine.residuals
-        counters = {
-            "step": self.session.step,
-            "scale": self._scale,
-            "senders": self.engine.senders,
-            **self.engine.budget.counters(),
-        }
-        if self._applied is not None:
-            counters |= self._applied.counters()
-        moments = {} if self._moments is None else {"moments": self._moments.kept}
-        return Parts(counters, residuals.sent, {"owned": residuals.owned}, moments)
+        parts = super()._parts()
+        parts.counters |= {"senders": self.engine.senders, **self._buckets.counters()}
+        if self._buckets.moments is not None:
+            parts.whole = {"moments": self._buckets.moments.kept}
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
-        """Return residuals and step of this rank: tensors, strings, numbers only.
-
-        Every rank saves its own. The same rank of an equal run continues from it bit
-        for bit; ``lc3.merge_states`` of all ranks' fits any number of ranks.
-        """
-        self._settle()
-        rank = self.engine.transport.rank
-        return save("ddp", self.engine.plan, rank, self._parts())
+        """See ``FormState.state_dict``."""
+        self._buckets.settle()
+        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this rank, or from merged ones.
-
-        Raises:
-            StateError: it does not fit; nothing was changed.
-        """
+        """See ``FormState.load_state_dict``."""
         mine = self._parts()
-        rank = self.engine.transport.rank
-        found = load(state, "ddp", self.engine.plan, rank, mine)
+        found = self._found(state, mine)
         merged, senders = state["rank"] is None, found.counters["senders"]
         if not merged and senders != self.engine.senders:
             raise StateError(
@@ -622,12 +381,8 @@ class State(FormState):
             self.engine.keep_own_part()
         push_what_owners_owe(self.engine)
         self.engine.owe(self.engine.residuals.sent)
-        self._overflowed = False
-        if self._applied is not None:
-            self._applied.load(found.counters)
-        self._scale = float(found.counters["scale"])
-        self.engine.budget.load(found.counters)
-        self.session.begin_step(int(found.counters["step"]))
+        self._buckets.load(found.counters)
+        self._go_on(found)
 
     def _knobs(self) -> dict[str, object]:
         return {} if self.kind is None else {"optimizer": self.kind}
@@ -635,10 +390,7 @@ class State(FormState):
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
         self.look_no_more()
-        if self._applied is not None:
-            self._applied.close()
-        for watched in self._watched:
-            watched.remove()
+        self._buckets.close()
         self.session.close()
 
 
@@ -718,38 +470,3 @@ def _senders(model: DistributedDataParallel, mesh: DeviceMesh | int | None) -> i
     if isinstance(mesh, int):
         return world // mesh if mesh > 0 else 0
     return int(mesh.mesh.shape[0]) if isinstance(mesh, DeviceMesh) else 0
-
-
-def _betas_of(
-    optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]
-) -> dict[str, float]:
-    """Return Adam's beta2 of each parameter that one of the optimizers steps."""
-    return {
-        names[parameter]: float(group["betas"][1])
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter in names
-    }
-
-
-def _least_suited(optimizers: Sequence[Optimizer]) -> Optimizer:
-    return next((o for o in optimizers if kind_of(o) == "other"), optimizers[0])
-
-
-def _coded(buffer: Tensor) -> bool:
-    return buffer.layout == torch.strided and buffer.dtype in _CODED_DTYPES
-
-
-def _narrowed(wide: Tensor, into: Tensor) -> Tensor:
-    """Write float32 to a narrower type; what is too large becomes its largest.
-
-    What 3LC decodes can be s times the largest gradient.
-    """
-    most = torch.finfo(into.dtype).max
-    return into.copy_(wide.clamp_(-most, most))
-
-
-def _finite(values: Tensor) -> bool:
-    dense = values.coalesce().values() if values.is_sparse else values
-    return bool(dense.isfinite().all())

@@ -11,7 +11,7 @@ Between all ranks of one sharded model lc3 would save little: two thirds of FSDP
 are parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from lc3 import private
-from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
-from lc3.exchange import push_what_owners_owe
 from lc3.model import Frozen, named_parameters
 from lc3.session import Session, alike_in, attaching, check_form
 from lc3.state import FormState
@@ -63,8 +61,11 @@ class State(FormState):
     """Everything lc3 keeps for one sharded model: made by ``attach``.
 
     See ``FormState``. What is gathered, or checked, is of the ranks that hold the same
-    shard, one of each site.
+    shard, one of each site. Another number of sites goes on from ``lc3.merge_states``
+    of those, with shards of the same size.
     """
+
+    form = "fsdp2"
 
     def __init__(
         self, model: nn.Module, mesh: DeviceMesh, config: Config | Settings | None
@@ -128,37 +129,6 @@ class State(FormState):
             private.at_end_of_backward(partial(self.session.wait, future))
         else:
             self.session.wait(future)
-
-    def _parts(self) -> Parts:
-        residuals = self.engine.residuals
-        counters = {"step": self.session.step, **self.engine.budget.counters()}
-        return Parts(counters, residuals.sent, {"owned": residuals.owned})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return residuals and step of this rank: tensors, strings, numbers only.
-
-        Every rank saves its own. The same rank of an equal run continues from it bit
-        for bit.
-        """
-        rank = self.engine.transport.rank
-        return save("fsdp2", self.engine.plan, rank, self._parts())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this rank.
-
-        Or, with another number of replicas but shards of the same size, from
-        ``lc3.merge_states`` of those of all replicas of this shard.
-
-        Raises:
-            StateError: it does not fit; nothing was changed.
-        """
-        mine = self._parts()
-        rank = self.engine.transport.rank
-        found = load(state, "fsdp2", self.engine.plan, rank, mine)
-        mine.copy_from(found)
-        push_what_owners_owe(self.engine)
-        self.engine.budget.load(found.counters)
-        self.session.begin_step(int(found.counters["step"]))
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if sites hold other shards; collective.

@@ -13,7 +13,7 @@ still runs. Tested with Horovod 0.28.1 (private names of its class are used).
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lc3.checkpoint import Parts, load, save
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, ExchangeError
-from lc3.exchange import push_what_owners_owe
 from lc3.model import flat_view
 from lc3.session import Session, attaching
 from lc3.state import FormState
@@ -154,6 +152,8 @@ class State(FormState):
     See ``FormState``.
     """
 
+    form = "horovod"
+
     def __init__(
         self,
         named: Sequence[tuple[str, Parameter]],
@@ -240,11 +240,6 @@ class State(FormState):
             log.warning("lc3: %s of %r passes through uncompressed", grad.dtype, name)
         return self.engine.channel.pass_through(grad, step, bucket)
 
-    def _parts(self) -> Parts:
-        residuals = self.engine.residuals
-        counters = {"step": self.session.step, **self.engine.budget.counters()}
-        return Parts(counters, residuals.sent, {"owned": residuals.owned})
-
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective.
 
@@ -253,25 +248,6 @@ class State(FormState):
         self.session.check_replicas(
             {f"parameter {name!r}": p for p, name in self.session.names.items()}
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return residuals and step of this rank, see ``lc3.hooks.ddp.State``."""
-        rank = self.engine.transport.rank
-        return save("horovod", self.engine.plan, rank, self._parts())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this rank, or from merged ones.
-
-        Raises:
-            StateError: it does not fit; nothing was changed.
-        """
-        mine = self._parts()
-        rank = self.engine.transport.rank
-        found = load(state, "horovod", self.engine.plan, rank, mine)
-        mine.copy_from(found)
-        push_what_owners_owe(self.engine)
-        self.engine.budget.load(found.counters)
-        self.session.begin_step(int(found.counters["step"]))
 
     def close(self) -> None:
         """End the lane. The optimizer can no longer step."""

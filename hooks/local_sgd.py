@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lc3 import private
 from lc3.applied import unwrapped
-from lc3.checkpoint import Parts, load, save
+from lc3.checkpoint import Parts
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, DivergedError, StateError
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
@@ -178,6 +178,8 @@ class State(FormState):
             finite.
     """
 
+    form = "local_sgd"
+
     def __init__(
         self,
         model: nn.Module,
@@ -312,7 +314,7 @@ class State(FormState):
             self._finish()
         self._start(with_buffers=True)
         self._finish()
-        self.session.lane.submit(self._flush).wait()
+        self.session.lane.call(self.owners.flush)
         self._copy_replica()
         self._look_anew()
 
@@ -425,12 +427,8 @@ class State(FormState):
             f"{said}; that was the {_MOST_IN_A_ROW}th exchange in a row: look at this "
             "rank's data and learning rate"
         )
-
-        def tell() -> Tensor:
-            self.engine.channel.tell(error, self.exchanges, 0)
-            return torch.empty(0, dtype=torch.float32)
-
-        self.session.lane.submit(tell).wait()
+        tell = self.engine.channel.tell
+        self.session.lane.call(lambda: tell(error, self.exchanges, 0))
         raise error
 
     def _copy_replica(self) -> None:
@@ -610,23 +608,18 @@ class State(FormState):
         for moment in momenta:
             moment.mul_(self.knobs.inner_momentum_scale)
 
-    def _flush(self) -> Tensor:
-        self.owners.flush()
-        return torch.empty(0, dtype=torch.float32)
-
     def state_dict(self) -> dict[str, Any]:
-        """Return what this rank has to keep: tensors, strings and integers only.
+        """See ``FormState.state_dict``.
 
-        Every rank saves its own, and its own model and optimizer beside it: between
-        two exchanges they differ. Right after ``sync`` one rank's model is all ranks'.
+        Every rank saves its own model and optimizer beside it: between two exchanges
+        they differ. Right after ``sync`` one rank's model is all ranks'.
 
         Raises:
             StateError: an exchange is under way.
         """
         if self._pending is not None:
             raise StateError("an exchange is under way; call state.sync() first")
-        rank = self.engine.transport.rank
-        return save("local_sgd", self.engine.plan, rank, self._parts())
+        return super().state_dict()
 
     def _parts(self) -> Parts:
         if self.engine.transport.world == 1:  # its model is what others go on from
@@ -646,7 +639,7 @@ class State(FormState):
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of this rank, or from merged ones.
+        """See ``FormState.load_state_dict``.
 
         The model is loaded after ``attach``, before this or after it: on every rank its
         own, or, after ``sync``, on other numbers of ranks any of them. The optimizer
@@ -657,8 +650,7 @@ class State(FormState):
         """
         self._drain()
         mine = self._parts()
-        rank = self.engine.transport.rank
-        found = load(state, "local_sgd", self.engine.plan, rank, mine)
+        found = self._found(state, mine)
         mine.copy_from(found)
         self.owners.take_lead(found.slices["masters"], self.knobs.outer_lr)
         self.steps = int(found.counters["steps"])

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lc3 import private
 from lc3.applied import smallest, watch_accumulation
-from lc3.checkpoint import OPTIONAL, Parts, load, save
+from lc3.checkpoint import OPTIONAL, Parts
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, DivergedError, ReplicasDiffer, StateError
 from lc3.format import NORM_BUCKET, PULL_BUCKET
@@ -132,6 +132,8 @@ class PushPull(FormState, Optimizer):
             ``lc3.sketch``.
         skipped: steps that were not made, on any rank, for a gradient was not finite.
     """
+
+    form = "push_pull"
 
     def __init__(
         self,
@@ -347,7 +349,7 @@ class PushPull(FormState, Optimizer):
         for master in self._masters.values():
             master.grad = None  # its memory is the pull's from here on
         with self.meter.stage("wait"):
-            self.session.lane.submit(self._pull).wait()
+            self.session.lane.call(self._pull)
         self._copy_replica()
         return loss
 
@@ -491,7 +493,7 @@ class PushPull(FormState, Optimizer):
                 self.owners.replica[name].copy_(flat)
         log.info("lc3: all ranks were given other parameters; they go on from these")
 
-    def _pull(self) -> Tensor:
+    def _pull(self) -> None:
         step, bucket = self.meter.steps - 1, PULL_BUCKET
         if self.engine.transport.world == 1:
             for name, master in self.owners.masters.items():
@@ -500,17 +502,10 @@ class PushPull(FormState, Optimizer):
             elements = sum(value.numel() for value in self._values.values())
             with self.engine.channel.exchanging(elements, step, bucket, hops=1):
                 self.owners.pull(self._values, step, bucket)
-        return torch.empty(0, dtype=torch.float32)
 
     def export(self) -> dict[str, Tensor]:
         """Return every parameter's exact master, float32 of its shape; collective."""
-        result: dict[str, Tensor] = {}
-
-        def gather() -> Tensor:
-            result.update(self.owners.export())
-            return torch.empty(0, dtype=torch.float32)
-
-        self.session.lane.submit(gather).wait()
+        result = self.session.lane.call(self.owners.export)
         return {
             name: _like(parameter, result[name])
             for name, parameter in self._parameters.items()
@@ -554,14 +549,11 @@ class PushPull(FormState, Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what this rank has to keep beside the model; every rank its own.
+        """See ``FormState.state_dict``: what there is beside the model.
 
-        The same rank of an equal run continues from it bit for bit;
-        ``lc3.merge_states`` of all ranks' fits any number of ranks, masters and
-        optimizer state exactly.
+        Another number of ranks gets masters and the optimizer's state exactly.
         """
-        rank = self.engine.transport.rank
-        return save("push_pull", self.engine.plan, rank, self._parts())
+        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict`` of this rank, or from merged ones.
@@ -572,8 +564,7 @@ class PushPull(FormState, Optimizer):
             StateError: it does not fit; nothing was changed.
         """
         mine = self._parts()
-        rank = self.engine.transport.rank
-        found = load(state, "push_pull", self.engine.plan, rank, mine)
+        found = self._found(state, mine)
         groups = found.scalars.pop("", None)
         if not isinstance(groups, list):
             raise StateError("the state has no parameter groups; is it changed?")
@@ -594,8 +585,7 @@ class PushPull(FormState, Optimizer):
         mine.slices = {"masters": self.owners.masters}
         mine.copy_from(found)
         self._scale = float(found.counters["scale"])
-        self.engine.budget.load(found.counters)
-        self.session.begin_step(int(found.counters["step"]))
+        self._go_on(found)
         self._loaded = True
 
     def _load_optimizer(self, found: Parts, groups: Groups) -> None:

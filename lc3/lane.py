@@ -10,13 +10,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lc3.errors import AttachError
 
+T = TypeVar("T")
 Job = Callable[[], Tensor]
 _Item = tuple[Job, torch.futures.Future[Tensor], Any]
 
@@ -95,6 +96,17 @@ class Lane:
         mark = None if self._streams is None else self._streams.mark()
         self._jobs.put((job, future, mark))
         return future
+
+    def call(self, job: Callable[[], T]) -> T:
+        """Run ``job`` when all that is queued has ended; return what it returns."""
+        found: list[T] = []
+
+        def run() -> Tensor:
+            found.append(job())
+            return torch.empty(0, dtype=torch.float32)
+
+        self.submit(run).wait()
+        return found[0]
 
     def close(self, timeout_s: float) -> bool:
         """Let queued jobs finish and end the thread; return whether it ended in time.

@@ -342,20 +342,18 @@ class Session:
 
     def any_rank(self, mine: Sequence[bool]) -> list[bool]:
         """Return where some rank says yes; collective."""
-        found: list[bool] = []
 
-        def ask() -> Tensor:
+        def ask() -> list[bool]:
             tag = self.engine.channel.aside()
             with self.engine.channel.exchanging(0, *tag):
                 said = self.engine.channel.all_gather_bytes(
                     torch.tensor(mine, dtype=torch.bool), *tag
                 )
             everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
-            found.extend(everybody.any(0).tolist())
-            return torch.empty(0, dtype=torch.float32)
+            some: list[bool] = everybody.any(0).tolist()
+            return some
 
-        self.lane.submit(ask).wait()
-        return found
+        return self.lane.call(ask)
 
     def count_buffers(self, sent_bytes: int) -> None:
         """Count what DDP sends of buffers."""
@@ -384,7 +382,7 @@ class Session:
                 that hold another than most.
         """
         at = self.step if step is None else step
-        self.lane.submit(self._comparison(held, at)).wait()
+        self.lane.call(self._comparison(held, at))
 
     def _comparison(self, kept: Mapping[str, Tensor], at: int) -> Callable[[], Tensor]:
         """Return a job for the lane that compares replicas after ``at`` steps."""
@@ -424,15 +422,9 @@ class Session:
 
     def gather(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return every rank's ``state`` on rank 0, none elsewhere; collective."""
-        data, gathered = to_bytes(state), list[dict[str, Any]]()
-
-        def collect() -> Tensor:
-            for rank, saved in enumerate(self.engine.channel.collect(data)):
-                gathered.append(from_bytes(saved, f"rank {rank}"))
-            return torch.empty(0, dtype=torch.float32)
-
-        self.lane.submit(collect).wait()
-        return gathered
+        data = to_bytes(state)
+        saved = self.lane.call(lambda: self.engine.channel.collect(data))
+        return [from_bytes(one, f"rank {rank}") for rank, one in enumerate(saved)]
 
     def begin_step(self, step: int) -> None:
         """Let the next bucket be the first of ``step``."""

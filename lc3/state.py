@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from lc3.checkpoint import of_rank
+from lc3.checkpoint import Parts, load, of_rank, save
 from lc3.config import Settings
-from lc3.exchange import Exchange
+from lc3.exchange import Exchange, push_what_owners_owe
 from lc3.meter import Meter
 from lc3.session import Session
 
@@ -30,13 +30,42 @@ class FormState:
     meter: Meter
     engine: Exchange
 
+    form: str  # in what is saved
+
+    def _parts(self) -> Parts:
+        """Return what is kept: views, not copies."""
+        residuals = self.engine.residuals
+        counters = {"step": self.session.step, **self.engine.budget.counters()}
+        return Parts(counters, residuals.sent, {"owned": residuals.owned})
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what this rank has to keep."""
-        raise NotImplementedError
+        """Return what this rank has to keep: tensors, strings and numbers only.
+
+        Every rank saves its own. The same rank of an equal run continues from it bit
+        for bit; ``lc3.merge_states`` of all ranks' fits any number of ranks.
+        """
+        return save(self.form, self.engine.plan, self.engine.me, self._parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned."""
-        raise NotImplementedError
+        """Continue from a ``state_dict`` of this rank, or from merged ones.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        mine = self._parts()
+        found = self._found(state, mine)
+        mine.copy_from(found)
+        push_what_owners_owe(self.engine)
+        self._go_on(found)
+
+    def _found(self, state: Mapping[str, Any], mine: Parts) -> Parts:
+        """Return what a state holds of the kinds in ``mine``, checked."""
+        return load(state, self.form, self.engine.plan, self.engine.me, mine)
+
+    def _go_on(self, found: Parts) -> None:
+        """Count on from a state."""
+        self.engine.budget.load(found.counters)
+        self.session.begin_step(int(found.counters["step"]))
 
     def gather_state(self) -> list[dict[str, Any]]:
         """Return every rank's ``state_dict()`` on rank 0, none elsewhere; collective.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import AttachError, Lc3Error, applied
+from lc3.buckets import FollowedBuckets
 from lc3.checkpoint import merge
 from lc3.codec import Encoded, cpu
 from lc3.coder import Coder
@@ -562,7 +563,7 @@ def optimizers_equal_the_oracle(rank: int, world: int, case: Case) -> dict[str, 
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     state = ddp.attach(wrapped, optimizer, case.config)
-    assert state._applied is not None
+    assert isinstance(state._buckets, FollowedBuckets)
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     oracle = ForOptimizers(shapes, world, case.config, 10**0.5)
     named = {n: p for n, p in model.named_parameters() if p.numel()}
@@ -577,15 +578,15 @@ def optimizers_equal_the_oracle(rank: int, world: int, case: Case) -> dict[str, 
         optimizer.zero_grad()
         x, y, use_spare = batches[0]
         loss_of(wrapped(x, use_spare), y).backward()
-        square = state._applied._squares[0]
+        square = state._buckets.applied._squares[0]
         roots = roots_of(state)
-        share = state._applied.expected
+        share = state._buckets.applied.expected
         check_moments(state, everyone, before, share, step)
         expected = oracle.hand_out(everyone, roots, share, square, applied._norms)
         errors.append(state.grad_norm / norm_of_mean(everyone) - 1)
         if step == 0:
             limit = state.grad_norm / 3
-        known = state._applied.clips.limit  # it changes when an optimizer steps
+        known = state._buckets.applied.clips.limit  # it changes when an optimizer steps
         now = 1 if known is None else min(1, known / square**0.5)
         assert share == pytest.approx(now, rel=1e-12)
         for name, parameter in named.items():
@@ -610,7 +611,7 @@ def optimizers_equal_the_oracle(rank: int, world: int, case: Case) -> dict[str, 
             assert_same(flat_view(grads[name]), final, f"{name} at step {step}")
         if case.adam:
             check_adam(targets, optimizer, named)
-    assert state._applied.clips.limit == pytest.approx(limit, rel=1e-3)
+    assert state._buckets.applied.clips.limit == pytest.approx(limit, rel=1e-3)
     report = {"hash": hash_of(model), "errors": errors}
     state.close()
     return report
@@ -627,23 +628,23 @@ def assert_same(found: Tensor, expected: Any, where: str) -> None:
 
 
 def clone_of_moments(state: ddp.State) -> dict[str, Tensor]:
-    if state._moments is None:
+    if state._buckets.moments is None:
         return {}
-    return {name: kept.clone() for name, kept in state._moments.kept.items()}
+    return {name: kept.clone() for name, kept in state._buckets.moments.kept.items()}
 
 
 def roots_of(state: ddp.State) -> dict[str, list[Any]]:
     """Return what gradients were divided by, by name, of every element."""
-    if state._moments is None:
+    if state._buckets.moments is None:
         return {}
     found = {}
-    for name in state._moments.kept:
-        grid = state._moments._grids[name]
+    for name in state._buckets.moments.kept:
+        grid = state._buckets.moments._grids[name]
         roots = []
-        for index in range(len(state._moments._roots(name))):
+        for index in range(len(state._buckets.moments._roots(name))):
             by = [
                 root if i == index else torch.ones_like(root)
-                for i, root in enumerate(state._moments._roots(name))
+                for i, root in enumerate(state._buckets.moments._roots(name))
             ]
             element = torch.ones(grid.numel)
             grid.scale(element, by)
@@ -661,8 +662,8 @@ def check_moments(
 ) -> None:
     """Compare what moments have taken in with means over blocks, one by one."""
     for name, kept in clone_of_moments(state).items():
-        assert state._moments is not None
-        if not state._moments.due(step) or not kept.numel() > 1:
+        assert state._buckets.moments is not None
+        if not state._buckets.moments.due(step) or not kept.numel() > 1:
             continue
         squares = np.mean([np.square(one[name] * share) for one in everyone], 0)
         rows, columns = matrix_of(shape_of(state, name))
@@ -691,10 +692,12 @@ def shape_of(state: ddp.State, name: str) -> list[int]:
 
 def targets_of(state: ddp.State) -> dict[str, Tensor]:
     """Return what Adam should divide by in this step, squared, by name."""
-    if state._moments is None or state._applied is None:
+    buckets = state._buckets
+    if buckets.moments is None or not isinstance(buckets, FollowedBuckets):
         return {}
-    noise = state._applied.noise
-    return {n: state._moments.of_elements(n) * noise for n in state._moments.kept}
+    noise = buckets.applied.noise
+    moments = buckets.moments
+    return {n: moments.of_elements(n) * noise for n in moments.kept}
 
 
 def check_adam(
@@ -766,7 +769,7 @@ def overflows_with_adam(rank: int, world: int) -> dict[str, Any]:
         scaler.update()
         hashes.append(hash_of(model.module))
         losses.append(loss.item())
-    kept = [*state._moments.kept.values(), *state.engine.residuals.buffers()]
+    kept = [*state._buckets.moments.kept.values(), *state.engine.residuals.buffers()]
     finite = all(bool(moments.isfinite().all()) for moments in kept)
     state.close()
     return {"hashes": hashes, "losses": losses, "finite": finite}

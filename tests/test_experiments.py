@@ -19,7 +19,6 @@ from experiments import (
     bench_gpu,
     demo,
     growth,
-    local_variants,
     memory,
     methods,
     prose,
@@ -258,75 +257,6 @@ def test_rows_of_an_average_stand_beside_the_others(tmp_path: Path) -> None:
     assert steps == ["12", "24", "32"]
 
 
-def test_a_rank_may_go_on_from_its_own_model() -> None:
-    """What is owed then is in the model, and nowhere else."""
-    flat = {"raw": torch.full((2,), 9.0), "coded": torch.full((2,), 9.0)}
-    residual = torch.tensor([0.5, -1.0])
-    state = SimpleNamespace(
-        _model=SimpleNamespace(flats=lambda: flat),
-        _watch=SimpleNamespace(),
-        owners=SimpleNamespace(replica={n: torch.tensor([1.0, 2.0]) for n in flat}),
-        engine=SimpleNamespace(residuals=SimpleNamespace(sent={"coded": residual})),
-    )
-    local_variants.go_on_from_own(state)  # type: ignore[arg-type]
-    state._copy_replica()
-    assert flat["raw"].tolist() == [1, 2]
-    assert flat["coded"].tolist() == [0.5, 3]
-    assert residual.tolist() == [0, 0]
-
-
-def test_variants_refuse_a_file_of_other_columns_before_they_train(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "old.csv"
-    path.write_text("task,every,lc3\nchars,8,0.1.0\n")
-    with pytest.raises(SystemExit, match="has no column 'lr': it is of lc3"):
-        local_variants.main(["--task", "digits", "--out", str(path)])
-    assert path.read_text() == "task,every,lc3\nchars,8,0.1.0\n"
-
-
-def test_first_moments_are_averaged_before_they_decay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    weight.grad = torch.tensor([1.0, 2.0])
-    optimizer.step()
-    momentum = optimizer.state[weight]["momentum_buffer"]
-    seen: list[list[float]] = []
-    state = SimpleNamespace(_decay_momenta=lambda: seen.append(momentum.tolist()))
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda t: t.add_(1))
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    local_variants.average_moments(state, [optimizer])  # type: ignore[arg-type]
-    state._decay_momenta()
-    assert momentum.tolist() == [1, 1.5]
-    assert seen == [[1, 1.5]]
-
-
-def test_the_command_of_variants_prints_what_it_ends_with(tmp_path: Path) -> None:
-    path = tmp_path / "variants.csv"
-    arguments = ["--task", "digits", "--steps", "8", "--every", "4", "--extra", "1"]
-    done = torchrun(
-        *("-m", "experiments.local_variants", *arguments),
-        *("--own", "--average", "--all-coded", "--out", str(path)),
-        *("--momentum-decay", "0.5", "--outer-lr", "1.5", "--lr", "2"),
-        *("--residual-decay", "0.8"),
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = record.read_csv(path)
-    assert [
-        f"{row['extra']} exchanges after training: loss {float(row['test_loss']):.4f}, "
-        f"{float(row['fewer']):.0f} × fewer"
-        for row in rows
-    ] == done.stdout.splitlines()
-    said = "| all coded, own model, first moments averaged, lr × 2.0, residuals × 0.8, "
-    said += "first moments × 0.5, outer rate 1.5"
-    assert local_variants.table(path).count(said) == 2
-    assert "2 ranks, 8 steps, 5 % of them warm-up, seed 0" in local_variants.table(path)
-    assert float(rows[1]["fewer"]) < float(rows[0]["fewer"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -397,13 +327,6 @@ def test_insert_needs_its_markers(text: str) -> None:
 def test_what_the_experiments_halve_is_what_attach_chooses_for_adamw() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     assert knobs.chosen_for([optimizer], knobs.DEFAULT)[0] == methods.FOR_ADAM
-
-
-def test_variants_of_different_seeds_have_no_mean() -> None:
-    path = ROOT / "experiments/results/local-variants-cifar10.csv"
-    rows = record.read_csv(path)
-    with pytest.raises(record.ResultError, match="different seeds: train the rest"):
-        local_variants.over_seeds(rows[:-1])
 
 
 def test_readme_reads_easily() -> None:

@@ -51,6 +51,7 @@ BELOW = {
     "messages": {
         *("budget", "coder", "config", "format", "message", "meter", "plan"),
     },
+    "buckets": {"applied", "errors", "exchange", "moments", "private", "sketch"},
     "exchange": {
         *("budget", "channel", "config", "messages", "meter", "plan", "residual"),
         "transport",
