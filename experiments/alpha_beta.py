@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.optimize import nnls
 
+from experiments.lab import netlab
 from experiments.record import ResultError, read_csv
 from experiments.tables import COLUMNS, Row, grid, insert
-from launch import netlab
 
 PACKET_BYTES, PAYLOAD_BYTES, MESSAGE_BYTES = 1514, 1448, 450
 RATES = {

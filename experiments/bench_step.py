@@ -1,7 +1,7 @@
 """Step time and what of the exchange is exposed, every method beside the others.
 
     torchrun --nproc-per-node 2 -m experiments.bench_step
-    sudo python -m launch.netlab --hosts 2 --rate 100mbit -- \
+    sudo python -m experiments.lab.netlab --hosts 2 --rate 100mbit -- \
         -m experiments.bench_step --rate 100mbit
 
 All methods are attached to models of their own and take turns, so that what else the
@@ -25,10 +25,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
 from experiments import models
+from experiments.lab import ranks
 from experiments.methods import METHODS, wrapped
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.train import mean_over_ranks
-from launch import ranks
 from lc3.transport import GroupTransport
 
 NOOP = "no exchange"

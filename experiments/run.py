@@ -4,8 +4,8 @@
 
 Each seed at each link rate is a job that trains every method; a method's rows are kept
 as soon as it has ended. With rates, every rank is a host of a network lab
-(``launch.netlab``, as root); without root the job runs over loopback instead, and the
-run says so.
+(``experiments.lab.netlab``, as root); without root the job runs over loopback instead,
+and the run says so.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from rich.progress import (
 )
 
 from experiments.average import AVERAGED
+from experiments.lab import netlab
 from experiments.methods import AT_RATE, find
 from experiments.record import RESULTS, read_csv, write_csv
 from experiments.tasks import TASKS
 from experiments.train import WARM_UP, add_device_option
-from launch import netlab
 
 LOOPBACK = ""  # the rate of a job that runs without a lab
 _LOG_LINES = 15
@@ -205,7 +205,14 @@ def command(
         start = ["torch.distributed.run", "--standalone"]
         start += ["--nproc-per-node", str(spec.ranks)]
     else:
-        start = ["launch.netlab", "--hosts", str(spec.ranks), "--rate", rate, "--"]
+        start = [
+            "experiments.lab.netlab",
+            "--hosts",
+            str(spec.ranks),
+            "--rate",
+            rate,
+            "--",
+        ]
     return [sys.executable, "-m", *start, *training]
 
 

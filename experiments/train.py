@@ -27,10 +27,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DistributedSampler, TensorDataset
 
 from experiments.average import AVERAGED, EVERY, Average
+from experiments.lab import ranks
 from experiments.methods import DEMO, METHODS, Training, columns, find
 from experiments.record import stamped, write_csv
 from experiments.tasks import TASKS, DataError, Task
-from launch import ranks
 
 if importlib.util.find_spec("horovod") is not None:
     from experiments import horovod_methods

@@ -1,1 +1,1 @@
-"""Starting runs, and a lab of rate-limited hosts on one machine. Not in the package."""
+"""Starting runs: a script, and files for every launcher. Not in the package."""

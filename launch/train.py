@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import lc3
+from experiments.lab import ranks
 from experiments.tasks import TASKS
 from experiments.train import average_buffers, batches, evaluate, schedule, train_step
-from launch import ranks
 from lc3.hooks import ddp, local_sgd, push_pull
 
 # What is called instead of the module, what is stepped, what keeps lc3's state.

@@ -1,6 +1,7 @@
-"""Trains in a lab until rank 1 takes its own link down; each rank writes what it saw.
+r"""Trains in a lab until rank 1 takes its own link down; each rank writes what it saw.
 
-    python -m launch.netlab --hosts 2 --each -- python -m tests.cut_link FOLDER HOOK
+    python -m experiments.lab.netlab --hosts 2 --each -- \
+        python -m tests.cut_link FOLDER HOOK
 
 Each writes ``FOLDER/RANK.json``: the error, and the seconds from the cut to it.
 """

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import alpha_beta, record
 from experiments.alpha_beta import Costs, Job, Point
-from launch import netlab
+from experiments.lab import netlab
 
 
 def made(costs: Costs) -> list[Point]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch import netlab
+from experiments.lab import netlab
 
 ROOT = Path(__file__).parents[1]
 ALONE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import ranks
+from experiments.lab import ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +128,8 @@ def test_several_interfaces_need_a_choice(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ranks_that_do_not_connect_end() -> None:
-    script = "import time; from launch import ranks\nwith ranks.connecting(0.5): "
+    script = "import time; from experiments.lab import ranks\n"
+    script += "with ranks.connecting(0.5): "
     done = run([sys.executable, "-c", script + "time.sleep(60)"])
     assert done.returncode == 1
     assert "the ranks did not connect within 0.5 s" in done.stderr

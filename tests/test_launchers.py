@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launch import netlab
+from experiments.lab import netlab
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -105,7 +105,15 @@ def test_torchrun_on_two_hosts_of_two_ranks(tmp_path: Path, static: bool) -> Non
     script = str(LAUNCH / "torchrun_nodes.sh")
     node = "NODE=$HOST " if static else ""
     said = run(
-        *(sys.executable, "-m", "launch.netlab", "--hosts", "2", "--rate", "1gbit"),
+        *(
+            sys.executable,
+            "-m",
+            "experiments.lab.netlab",
+            "--hosts",
+            "2",
+            "--rate",
+            "1gbit",
+        ),
         *("--each", "--", "sh", "-c", f"{node}exec {script} {' '.join(TRAIN)}"),
         CHECKPOINTS=str(tmp_path / "checkpoints"),
         RANKS="2",

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from experiments import record, run, tables
-from launch import netlab
+from experiments.lab import netlab
 from lc3.moments import Moments
 from tests import cut_link
 from tests.method_kinds import KINDS
@@ -61,7 +61,7 @@ dist.destroy_process_group()
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "launch.netlab", *arguments]
+    return [sys.executable, "-m", "experiments.lab.netlab", *arguments]
 
 
 @lab

@@ -1,6 +1,7 @@
 """Imports point downward only, and a framework is imported in one file."""
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,44 @@ def test_nothing_below_imports_hooks_experiments_or_tests() -> None:
         assert not tops & {"experiments", "tests", "launch"}, path
 
 
+# From the ground up: each imports what stands before it only.
+PACKAGES = ("lc3", "hooks", "experiments", "launch", "tests")
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the repository but ``lc3``'s front, by name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            inside = path.relative_to(ROOT)
+            if inside.parts[:2] == ("lc3", "hooks") or inside == Path(
+                "lc3/__init__.py"
+            ):
+                continue
+            parts = inside.with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def test_packages_import_only_what_is_below_them() -> None:
+    for name, path in modules().items():
+        package = name.partition(".")[0]
+        above = set(PACKAGES[PACKAGES.index(package) + 1 :])
+        tops = {module.partition(".")[0] for module in imported(path)}
+        tops |= {"hooks"} if "hooks" in lc3_imports(path) else set()
+        assert not tops & above, f"{name} imports {tops & above}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = modules()
+    graph = {}
+    for name, path in known.items():
+        below = {m.replace("lc3.hooks", "hooks") for m in imported(path)}
+        graph[name] = below.intersection(known) - {name, name.rpartition(".")[0]}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert len(order) > 100
+
+
 def private_names(path: Path) -> Iterator[str]:
     """Yield what a file uses of others that begins with an underscore."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -191,7 +230,7 @@ def private_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{n}" for n in names if n.startswith("_"))
         if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
             owner = ast.unparse(node.value)
-            if owner not in ("self", "cls", "part"):
+            if owner not in ("self", "cls", "part", "super()"):
                 yield f"{owner}.{node.attr}"
 
 
@@ -231,3 +270,9 @@ def test_nothing_runs_a_pickle() -> None:
             tops = {module.partition(".")[0] for module in imported(path)}
             assert "pickle" not in tops, path
             assert not any(word in path.read_text() for word in forbidden), path
+
+
+def test_the_map_of_the_rooms_is_true() -> None:
+    from tests import rooms
+
+    assert rooms.table() in (ROOT / "CONTRIBUTING.md").read_text()

@@ -1,6 +1,6 @@
 """N hosts with rate-limited links on one Linux machine, and a torchrun job across them.
 
-    sudo python -m launch.netlab --hosts 4 --rate 100mbit -- train.py --my-arguments
+    sudo python -m experiments.lab.netlab --hosts 4 --rate 100mbit -- train.py --mine
 
 Each host is a network namespace behind a switch; ``tc tbf`` limits what it sends and
 what it receives. Everything lives in namespaces of one process: when that ends, however
@@ -189,7 +189,7 @@ def address(host: int) -> str:
 def _inside_namespaces(arguments: Sequence[str]) -> int:
     """Run this program again in namespaces that end with it, and it with us."""
     apart = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    again = [sys.executable, "-m", "launch.netlab", "--inside", *arguments]
+    again = [sys.executable, "-m", "experiments.lab.netlab", "--inside", *arguments]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     process = subprocess.Popen([*apart, *again], preexec_fn=_end_with_parent)
     try:
@@ -211,7 +211,7 @@ def _run(*command: str) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked command line; a bad one ends the program with its reason."""
-    parser = argparse.ArgumentParser(prog="launch.netlab", description=__doc__)
+    parser = argparse.ArgumentParser(prog="experiments.lab.netlab", description=__doc__)
     parser.add_argument("--hosts", type=int, default=2, help="2 to 64")
     parser.add_argument("--ranks", type=int, default=1, help="per host")
     parser.add_argument("--rate", default="100mbit", help="of each link, both ways")
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         traffic = lab.traffic()
     except LabError as error:
-        print(f"launch.netlab: {error}", file=sys.stderr)
+        print(f"experiments.lab.netlab: {error}", file=sys.stderr)
         return 1
     for host in traffic:
         print(

@@ -85,8 +85,8 @@ def connecting(timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[None]:
 
     def give_up() -> None:
         print(
-            f"launch.ranks: the ranks did not connect within {timeout_s:g} s; one has "
-            "died, or cannot reach another's address. This one ends",
+            f"the ranks did not connect within {timeout_s:g} s; one has died, or "
+            "cannot reach another's address. This one ends",
             file=sys.stderr,
             flush=True,
         )

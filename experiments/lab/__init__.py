@@ -1,0 +1,1 @@
+"""Ranks as processes, and hosts with links of a given rate on one machine."""
