@@ -28,6 +28,7 @@ from lc3.errors import AttachError, ConfigError, DivergedError, StateError
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
 from lc3.model import Model, named_parameters, together
+from lc3.outer import Outer
 from lc3.owners import owners_of
 from lc3.residual import arena_like
 from lc3.says import Says, loaded_alike
@@ -44,6 +45,7 @@ from lc3.session import (
     world_group,
 )
 from lc3.state import FormState
+from lc3.statistics import Statistics
 from lc3.steps import Counting, Watch, Written
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,6 @@ log = logging.getLogger(__name__)
 # Where PyTorch's optimizers keep a first moment.
 MOMENTA = ("exp_avg", "momentum_buffer")
 
-_BUFFERS_EVERY = 8  # exchanges: statistics are for evaluation
 _MOST_IN_A_ROW = 10  # exchanges that go on without a rank
 Choose = Callable[[Sequence[Optimizer]], tuple[Knobs, str]]
 
@@ -216,17 +217,12 @@ class State(FormState):
         for name, flat in flats.items():
             replica[name].copy_(flat)
         self.owners = owners_of(self.session.flat_engine, replica)
-        self._velocity = {
-            name: torch.zeros_like(master)
-            for name, master in self.owners.masters.items()
-            if self.knobs.outer_momentum
-        }
+        self._outer = Outer(self.owners, self.knobs)
         self._moved = arena_like(flats)
         self._seen = {
             name: flat.clone() for name, flat in replica.items() if self.knobs.overlap
         }
         self._pending: torch.futures.Future[Tensor] | None = None
-        self._buffers: dict[str, Tensor] = {}
         self.steps = self.exchanges = self._unsent = 0
         self.left_out = self._left_out_in_a_row = 0
         self._said: list[Says] = []
@@ -238,9 +234,7 @@ class State(FormState):
         if wrapper is not None:
             self._wrapped.enter_context(wrapper.no_sync())
             self._wrapped.callback(keep_apart(wrapper).close)
-        self._model.mark_buffers()
-        self._good_buffers: dict[str, Tensor] = {}
-        self._keep_buffers()
+        self._statistics = Statistics(self._model, self.engine.channel)
         self._look_anew()
 
     def _before(self, *, new: bool) -> None:
@@ -298,7 +292,7 @@ class State(FormState):
         """
         self._drain()
         self._model.copy_from_first(self.engine.transport)
-        self._go_on_from(self._model.flats(), forget=True)
+        self._outer.rebase(self._model.flats(), forget=True)
         self._look_anew()
 
     def sync(self) -> None:
@@ -350,21 +344,14 @@ class State(FormState):
             torch.sub(self.owners.replica[name], flat, out=self._moved[name])
             if self.knobs.overlap:
                 self._seen[name].copy_(flat)
-        buffers = self._model.float_buffers()
-        changed = (False,) * len(buffers)
-        self._buffers = {}
-        if with_buffers or self.exchanges % _BUFFERS_EVERY == _BUFFERS_EVERY - 1:
-            changed = tuple(self._model.changed_buffers())
-            self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        changed, finite = self._statistics.begin(self.exchanges, now=with_buffers)
         written = self._watch.take()
         mine = Says(
             finite=_has_norm(self._moved.values()),
             written=bool(written.base),
             far=written.far,
             base=together(written.base) if written.base else 0,
-            buffers_finite=_finite(
-                b for b, c in zip(buffers.values(), changed, strict=True) if c
-            ),
+            buffers_finite=finite,
             buffers=changed,
         )
         self._unsent_then, self._unsent = self._unsent, 0
@@ -377,7 +364,8 @@ class State(FormState):
         with self.meter.stage("wait"):
             averaged = pending.wait()
         mine = self._said[self.engine.transport.rank]
-        self._take_buffers(averaged, mine)
+        overlaps = self.knobs.overlap > 0
+        self._statistics.take(averaged, self._said, mine, late=overlaps)
         if self.knobs.overlap == 0 or not mine.finite:
             self._copy_replica()
         else:  # what this rank moved while the exchange was under way is kept
@@ -390,7 +378,7 @@ class State(FormState):
         if mine.finite:
             self._left_out_in_a_row = 0
             self._decay_momenta()
-            self._keep_buffers()
+            self._statistics.keep()
         else:
             self._recover()
         if self.knobs.overlap == 0:
@@ -406,7 +394,7 @@ class State(FormState):
         """Forget what a rank with values that are not finite has in its optimizers."""
         self.left_out += 1
         self._left_out_in_a_row += 1
-        self._restore_buffers()
+        self._statistics.restore()
         repaired = 0
         for optimizer in self._counting.optimizers:
             for parameter, kept in list(optimizer.state.items()):
@@ -442,25 +430,11 @@ class State(FormState):
         self._model.mark()
         self._watch.take()
 
-    def _go_on_from(self, base: Mapping[str, Tensor], *, forget: bool) -> None:
-        """Let all ranks share ``base``, which they all have alike.
-
-        Args:
-            base: by name [numel].
-            forget: whether what is owed is owed no longer.
-        """
-        self.owners.rebase(base, keep_lead=not forget)
-        if forget:
-            for residual in self.engine.residuals.buffers():
-                residual.zero_()
-            for velocity in self._velocity.values():
-                velocity.zero_()
-
     def _exchange(self, mine: Says, written: Written) -> Tensor:
         """Push what was moved, change the masters, pull. Runs on the lane.
 
         Returns:
-            The mean over ranks of the buffers that have changed: see ``_mean_buffers``.
+            The mean of the buffers that have changed: see ``Statistics.mean``.
         """
         owners, step, transport = self.owners, self.exchanges, self.engine.transport
         self.meter.buckets += 1
@@ -479,10 +453,10 @@ class State(FormState):
                     moved.zero_()  # says nothing, and keeps its residual
             if counted:
                 owners.push(self._moved, step, 0)
-                self._move_masters(transport.world / counted)
+                self._outer.step(self.knobs, transport.world / counted)
                 owners.pull(self._moved, step, 0)
-                self._forget()
-            averaged = self._mean_buffers(mine, step)
+                self._outer.forget(self.knobs)
+            averaged = self._statistics.mean(everybody, mine, step)
         # ``exchanging`` has counted one all-reduce; every step would have had one.
         others = self._unsent_then - 1
         world = transport.world
@@ -496,101 +470,8 @@ class State(FormState):
             self._moved[name].add_(flat - self.owners.replica[name])
             if name in written.late:
                 self._moved[name].add_(written.late[name])
-        self._go_on_from(written.base, forget=written.whole or written.far)
+        self._outer.rebase(written.base, forget=written.whole or written.far)
         log.info("lc3: all ranks were given other parameters; they go on from these")
-
-    def _move_masters(self, weight: float) -> None:
-        """Make the outer step.
-
-        Args:
-            weight: of a mean over all ranks, of which some have said nothing.
-        """
-        for piece in self.owners.owned:
-            mean = self.owners.mean(piece)
-            if weight != 1:
-                mean *= weight
-            if mean.isfinite().all():
-                master = self.owners.master(piece)
-                self._outer_step(piece.name, piece.offset, master, mean)
-
-    def _due_buffers(self) -> list[str]:
-        """Return the names of buffers that have changed on some rank."""
-        changed = zip(*(said.buffers for said in self._said), strict=True)
-        names = self._model.float_buffers()
-        return [n for n, some in zip(names, changed, strict=True) if any(some)]
-
-    def _mean_buffers(self, mine: Says, step: int) -> Tensor:
-        """Return the mean of the buffers that have changed, over ranks where finite.
-
-        Returns:
-            float64[*], or float32 if no buffer is float64: one after the other. Of no
-            elements if there is nothing to take over.
-        """
-        flat = [self._buffers[name].reshape(-1) for name in self._due_buffers()]
-        counted = sum(said.buffers_finite for said in self._said)
-        if not flat or not counted:
-            return torch.empty(0, dtype=torch.float32)
-        wide = any(part.dtype == torch.float64 for part in flat)
-        dtype = torch.float64 if wide else torch.float32
-        values = torch.cat([part.to(dtype) for part in flat])
-        if not mine.buffers_finite:
-            values.zero_()
-        mean = self.engine.channel.mean(values, step, 1)
-        return mean if counted == len(self._said) else mean * len(self._said) / counted
-
-    def _take_buffers(self, averaged: Tensor, mine: Says) -> None:
-        """Write means to buffers; keep what this rank has changed meanwhile."""
-        if averaged.numel():
-            now = self._model.float_buffers()
-            names = self._due_buffers()
-            sizes = [now[name].numel() for name in names]
-            for name, part in zip(names, averaged.split(sizes), strict=True):
-                wanted = part.view(now[name].shape)
-                if self.knobs.overlap and mine.buffers_finite:
-                    wanted = wanted + (now[name] - self._buffers[name])
-                now[name].copy_(wanted)
-        elif not mine.buffers_finite:  # nobody's are
-            self._restore_buffers()
-        if mine.buffers and (averaged.numel() or any(mine.buffers)):
-            self._model.mark_buffers()
-
-    def _keep_buffers(self) -> None:
-        """Remember statistics that are finite; a look at all of them together."""
-        for name, buffer, finite in self._looked_at():
-            if finite and name in self._good_buffers:
-                self._good_buffers[name].copy_(buffer)
-            elif finite:
-                self._good_buffers[name] = buffer.detach().clone()
-
-    def _restore_buffers(self) -> None:
-        """Go back to the last statistics that were finite, where they are not."""
-        for name, buffer, finite in self._looked_at():
-            if not finite and name in self._good_buffers:
-                buffer.copy_(self._good_buffers[name])
-
-    def _looked_at(self) -> list[tuple[str, Tensor, bool]]:
-        """Return float buffers with their names, and whether each is finite."""
-        buffers = self._model.float_buffers()
-        if not buffers:
-            return []
-        found = torch.stack([b.isfinite().all() for b in buffers.values()]).tolist()
-        return [(n, b, f) for (n, b), f in zip(buffers.items(), found, strict=True)]
-
-    def _outer_step(self, name: str, offset: int, master: Tensor, mean: Tensor) -> None:
-        update = mean
-        if self.knobs.outer_momentum:
-            velocity = self._velocity[name][offset : offset + mean.numel()]
-            velocity.mul_(self.knobs.outer_momentum).add_(mean)
-            update = mean.add(velocity, alpha=self.knobs.outer_momentum)
-        master.sub_(update, alpha=self.knobs.outer_lr)
-
-    def _forget(self) -> None:
-        """Let what was not sent decay: this rank's residuals, its masters' lead."""
-        if self.knobs.residual_decay == 1:
-            return
-        for residual in self.engine.residuals.sent.values():
-            residual.mul_(self.knobs.residual_decay)
-        self.owners.decay_lead(self.knobs.residual_decay)
 
     def _decay_momenta(self) -> None:
         if self.knobs.inner_momentum_scale == 1:
@@ -623,10 +504,10 @@ class State(FormState):
 
     def _parts(self) -> Parts:
         if self.engine.transport.world == 1:  # its model is what others go on from
-            self._go_on_from(self._model.flats(), forget=False)
+            self._outer.rebase(self._model.flats(), forget=False)
         slices: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
-        if self._velocity:
-            slices["velocity"] = self._velocity
+        if self._outer.velocity:
+            slices["velocity"] = self._outer.velocity
         return Parts(
             {
                 "steps": self.steps,
@@ -693,11 +574,6 @@ def _has_norm(tensors: Iterable[Tensor]) -> bool:
     """
     found = [t.float().norm().square() for t in tensors if t.is_floating_point()]
     return not found or bool(torch.stack(found).isfinite().all())
-
-
-def _finite(tensors: Iterable[Tensor]) -> bool:
-    found = [t.isfinite().all() for t in tensors if t.is_floating_point()]
-    return not found or bool(torch.stack(found).all())
 
 
 def _check_dtypes(model: nn.Module) -> None:

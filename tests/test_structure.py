@@ -48,6 +48,8 @@ BELOW = {
     "lane": {"errors"},
     "handshake": {"config", "errors", "transport", "workers"},
     "owners": {"engine", "exchange", "format", "plan"},
+    "outer": {"knobs", "owners"},
+    "statistics": {"channel", "model", "says"},
     "channel": {"budget", "errors", "format", "meter", "transport"},
     "messages": {
         *("budget", "coder", "config", "format", "message", "meter", "plan"),

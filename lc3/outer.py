@@ -1,0 +1,78 @@
+"""The outer step: masters move by what the ranks have moved on the mean.
+
+Local steps are an optimizer whose gradient is the mean of what all ranks have moved
+since their last exchange (DiLoCo, arXiv 2311.08105), here with Nesterov's momentum and
+with a decay of what was not sent (SparseLoCo, arXiv 2508.15706).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lc3.knobs import Knobs
+from lc3.owners import Owners
+
+
+class Outer:
+    """The outer optimizer of this rank's masters.
+
+    Args:
+        owners: the masters.
+        knobs: say whether there is a momentum.
+
+    Attributes:
+        velocity: by parameter name float32[slice], of the slices that this rank owns;
+            nothing without momentum.
+    """
+
+    def __init__(self, owners: Owners, knobs: Knobs) -> None:
+        self.owners = owners
+        self.velocity = {
+            name: torch.zeros_like(master)
+            for name, master in owners.masters.items()
+            if knobs.outer_momentum
+        }
+
+    def step(self, knobs: Knobs, weight: float) -> None:
+        """Move the masters by the means that the last push has brought.
+
+        Args:
+            knobs: its rate and momentum.
+            weight: of a mean over all ranks, of which some have said nothing.
+        """
+        for piece in self.owners.owned:
+            mean = self.owners.mean(piece)
+            if weight != 1:
+                mean *= weight
+            if not mean.isfinite().all():
+                continue
+            update = mean
+            if knobs.outer_momentum:
+                part = slice(piece.offset, piece.offset + piece.numel)
+                velocity = self.velocity[piece.name][part]
+                velocity.mul_(knobs.outer_momentum).add_(mean)
+                update = mean.add(velocity, alpha=knobs.outer_momentum)
+            self.owners.master(piece).sub_(update, alpha=knobs.outer_lr)
+
+    def forget(self, knobs: Knobs) -> None:
+        """Let what was not sent decay: this rank's residuals, its masters' lead."""
+        if knobs.residual_decay == 1:
+            return
+        for residual in self.owners.engine.residuals.sent.values():
+            residual.mul_(knobs.residual_decay)
+        self.owners.decay_lead(knobs.residual_decay)
+
+    def rebase(self, base: Mapping[str, Tensor], *, forget: bool) -> None:
+        """Go on from another model, which all ranks have alike.
+
+        Args:
+            base: by name [numel].
+            forget: whether what is owed is owed no longer.
+        """
+        self.owners.rebase(base, keep_lead=not forget)
+        if forget:
+            for residual in self.owners.engine.residuals.buffers():
+                residual.zero_()
+            for velocity in self.velocity.values():
+                velocity.zero_()
