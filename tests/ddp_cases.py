@@ -381,7 +381,7 @@ def passes_through(rank: int, world: int, kind: str) -> dict[str, Any]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lc3.hooks.ddp").addHandler(handler)
+    logging.getLogger("lc3.buckets").addHandler(handler)
 
     def train(attached: bool) -> list[Tensor]:
         torch.manual_seed(5)
@@ -410,7 +410,7 @@ def passes_through(rank: int, world: int, kind: str) -> dict[str, Any]:
         return [parameter.detach() for parameter in model.parameters()]
 
     plain, through = train(False), train(True)
-    logging.getLogger("lc3.hooks.ddp").removeHandler(handler)
+    logging.getLogger("lc3.buckets").removeHandler(handler)
     return {
         "said": said,
         "equal": all(map(torch.equal, plain, through)),
