@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -26,8 +25,8 @@ from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
 from lc3.model import Frozen, named_parameters
 from lc3.session import Session, alike_in, attaching, check_form
+from lc3.site import peers_of
 from lc3.state import FormState
-from lc3.transport import GroupTransport
 
 
 def attach(
@@ -70,14 +69,8 @@ class State(FormState):
     def __init__(
         self, model: nn.Module, mesh: DeviceMesh, config: Config | Settings | None
     ) -> None:
-        sites = _sites(mesh)
         self._model = model
-        for ranks in zip(*sites, strict=True):  # groups are made by everybody
-            group = dist.new_group(list(ranks), backend="gloo", group_desc="lc3")
-            if dist.get_rank() in ranks:
-                own, peers = group, ranks
-
-        transport = GroupTransport(own, torch.device("cpu"))
+        transport, peers = peers_of(mesh)
         leave = partial(transport.leave, destroy=True)
         with attaching(lambda: (transport, leave)):
             self.settings = settle(config, Settings())
@@ -144,18 +137,6 @@ class State(FormState):
 
 def _reduce(state: State, names: Sequence[str], group: Any, output: Tensor) -> None:
     state.reduce(output, names, private.takes_views(group, output))
-
-
-def _sites(mesh: DeviceMesh) -> list[list[int]]:
-    """Return the ranks of each site."""
-    if mesh.ndim != 2 or mesh.size() != dist.get_world_size():
-        raise AttachError(
-            f"the mesh has the shape {tuple(mesh.shape)}, the job "
-            f"{dist.get_world_size()} ranks; lc3 needs a mesh of two dimensions, "
-            "between sites and inside of them, of all ranks"
-        )
-    sites: list[list[int]] = mesh.mesh.tolist()
-    return sites
 
 
 def _shards(model: nn.Module) -> dict[FSDPModule, list[tuple[str, Tensor]]]:

@@ -11,12 +11,16 @@ That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which send
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -27,7 +31,7 @@ from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, DivergedError, StateError
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
-from lc3.model import Model, named_parameters, together
+from lc3.model import Model, local, named_parameters, together
 from lc3.outer import Outer
 from lc3.owners import owners_of
 from lc3.residual import arena_like
@@ -44,6 +48,7 @@ from lc3.session import (
     session_beside,
     world_group,
 )
+from lc3.site import Site, peers_of, ranks_of_sites, site_of
 from lc3.state import FormState
 from lc3.statistics import Statistics
 from lc3.steps import Counting, Watch, Written
@@ -70,6 +75,7 @@ def attach(
     residual_decay: float | None = None,
     inner_momentum_scale: float | None = None,
     group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> "State":
     """Let every rank train ``model`` by itself, and average every so many steps.
 
@@ -117,6 +123,11 @@ def attach(
             and carry it on into the next interval, away from the other ranks. 1 keeps
             them. Less is for AdamW and Muon; SGD with momentum ends worse.
         group: a process group that nobody else uses. Default: lc3 makes one.
+        mesh: for sites of several ranks, of two dimensions, between sites and inside of
+            them, of all ranks of the job. ``model`` is sharded over the second one by
+            FSDP2's ``fully_shard``, and the optimizer steps its shards. Each rank then
+            exchanges its own shard with the same shard of the other sites: 1/G of what
+            one rank for each site would send, G being the ranks of a site.
 
     Returns:
         The state: its ``meter``, ``sync()``, ``state_dict()``, ``close()``.
@@ -153,6 +164,8 @@ def attach(
         optimizers = unwrapped(optimizer)
         found = preset_of(preset)
         two = dist.is_initialized() and dist.get_world_size(group) == 2
+        if mesh is not None:
+            two = len(ranks_of_sites(mesh)) == 2
         defaults = FOR_TWO if two and not outer_momentum else DEFAULT
         if found is not None:
             defaults = found.settings
@@ -161,7 +174,7 @@ def attach(
         if outer_momentum:
             check_owners(settings, "outer_momentum")
         choose = partial(knobs_for, settings=settings, given=given, preset=found)
-        return State(model, optimizers, settings, choose, group)
+        return State(model, optimizers, settings, choose, group, mesh)
 
 
 class State(FormState):
@@ -188,6 +201,7 @@ class State(FormState):
         settings: Settings,
         choose: Choose,
         group: dist.ProcessGroup | None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         if not optimizers:
             raise AttachError("no optimizer was given, so there are no steps to count")
@@ -197,15 +211,26 @@ class State(FormState):
         model, wrapper = _without_ddp(model)
         _check_dtypes(model)
         check_unclaimed(model)
-        trained = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
+        _check_shards(model, mesh, wrapper)
+        parameters = dict(named_parameters(model))
+        trained = [(n, local(p)) for n, p in parameters.items() if p.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         facts = {**self.knobs.said(), "buffers": buffers}
         self.settings = settings
-        self.session = (
-            Session(trained, settings, *nobody(), facts=facts)
-            if alone()
-            else session_beside(trained, settings, world_group(), group, facts=facts)
-        )
+        self._site: Site | None = None
+        if mesh is not None:
+            transport, peers = peers_of(mesh)
+            leave = partial(transport.leave, destroy=True)
+            self._site = site_of(mesh)
+            self.session = Session(
+                trained, settings, transport, leave, ranks=peers, facts=facts
+            )
+        elif alone():
+            self.session = Session(trained, settings, *nobody(), facts=facts)
+        else:
+            self.session = session_beside(
+                trained, settings, world_group(), group, facts=facts
+            )
         self.meter = self.session.meter
         self.engine = self.session.engine
         if why and self.engine.transport.rank == 0:
@@ -397,9 +422,11 @@ class State(FormState):
         self._statistics.restore()
         repaired = 0
         for optimizer in self._counting.optimizers:
-            for parameter, kept in list(optimizer.state.items()):
-                held = [v for v in kept.values() if isinstance(v, Tensor)]
-                if not _has_norm(held):
+            states = list(optimizer.state.items())
+            held = [[v for v in s.values() if isinstance(v, Tensor)] for _, s in states]
+            lost = self._any_of_site([not _has_norm(map(local, some)) for some in held])
+            for (parameter, _), gone in zip(states, lost, strict=True):
+                if gone:
                     optimizer.state.pop(parameter)
                     repaired += 1
         rank = self.engine.transport.rank
@@ -419,6 +446,12 @@ class State(FormState):
         self.session.lane.call(lambda: tell(error, self.exchanges, 0))
         raise error
 
+    def _any_of_site(self, mine: Sequence[bool]) -> list[bool]:
+        site = self._site
+        if site is None:
+            return list(mine)
+        return self.session.lane.call(lambda: site.any_rank(mine))
+
     def _copy_replica(self) -> None:
         for name, flat in self._model.flats().items():
             flat.copy_(self.owners.replica[name])
@@ -431,11 +464,26 @@ class State(FormState):
         self._watch.take()
 
     def _exchange(self, mine: Says, written: Written) -> Tensor:
-        """Push what was moved, change the masters, pull. Runs on the lane.
+        """Exchange with the other ranks, or sites. Runs on the lane.
 
         Returns:
             The mean of the buffers that have changed: see ``Statistics.mean``.
         """
+        if self._site is None:
+            return self._push_and_pull(mine, written)
+        with self._telling_sites():
+            mine = self._site.agree(mine)
+        if mine.written and not written.base:  # another shard was
+            replica = self.owners.replica
+            written = replace(written, base={n: r.clone() for n, r in replica.items()})
+        with self._site.telling():
+            averaged = self._push_and_pull(mine, written)
+        with self._telling_sites():
+            self._site.confirm()
+        return averaged
+
+    def _push_and_pull(self, mine: Says, written: Written) -> Tensor:
+        """Push what was moved, change the masters, pull; see ``_exchange``."""
         owners, step, transport = self.owners, self.exchanges, self.engine.transport
         self.meter.buckets += 1
         elements = sum(moved.numel() for moved in self._moved.values())
@@ -463,6 +511,15 @@ class State(FormState):
         self.meter.dense_bytes += others * 8 * elements * (world - 1) / world
         self.exchanges += 1
         return averaged
+
+    @contextmanager
+    def _telling_sites(self) -> Iterator[None]:
+        """Tell the other sites if this one has failed."""
+        try:
+            yield
+        except BaseException as error:
+            self.engine.channel.tell(error, self.exchanges, 0)
+            raise
 
     def _go_on_from_written(self, written: Written) -> None:
         """Let what all ranks were given be what they have moved from."""
@@ -553,6 +610,8 @@ class State(FormState):
         release(self._model.module)
         self._wrapped.close()
         self.session.close()
+        if self._site is not None:
+            self._site.leave()
 
 
 def _without_ddp(
@@ -564,6 +623,39 @@ def _without_ddp(
         return model, None
     link_of(inner)
     return inner.module, inner
+
+
+def _check_shards(model: nn.Module, mesh: DeviceMesh | None, wrapper: object) -> None:
+    """Raise ``AttachError`` unless a model is held as the mesh says."""
+    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+        raise AttachError(
+            "the model is sharded by FSDP's first version, whose parameters lc3 cannot "
+            "read; use torch.distributed.fsdp.fully_shard, and mesh=mesh"
+        )
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if mesh is None:
+        if sharded:
+            raise AttachError(
+                "the model is sharded; give the mesh, too, of two dimensions, between "
+                "sites and inside of them: attach(model, optimizer, mesh=mesh)"
+            )
+        return
+    ranks_of_sites(mesh)
+    inside = mesh.mesh.shape[1]
+    if wrapper is not None or (inside > 1 and not sharded):
+        raise AttachError(
+            f"mesh has sites of {inside} ranks, and this {type(model).__name__} is not "
+            "sharded over them; fully_shard(model, mesh=mesh[inside]) first, or leave "
+            "mesh out for a model on each rank"
+        )
+    for name, parameter in named_parameters(model):
+        over = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        if over is not None and over.mesh.tolist() not in mesh.mesh.tolist():
+            raise AttachError(
+                f"parameter {name!r} is sharded over the ranks {over.mesh.tolist()}, "
+                f"which are no site of the mesh: {mesh.mesh.tolist()}; shard over the "
+                "mesh's second dimension"
+            )
 
 
 def _has_norm(tensors: Iterable[Tensor]) -> bool:

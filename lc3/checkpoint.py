@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lc3.errors import StateError
@@ -288,7 +289,7 @@ class PerRank:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state under a key of its own."""
         mine = self._state.state_dict()
-        return {f"rank {mine['rank']} of {mine['world']}": mine}
+        return {_key_of(mine): mine}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what ``state_dict`` returned.
@@ -296,14 +297,25 @@ class PerRank:
         Raises:
             StateError: this rank's is not there, or does not fit; nothing was changed.
         """
-        mine = self._state.state_dict()
-        key = f"rank {mine['rank']} of {mine['world']}"
+        key = _key_of(self._state.state_dict())
         if key not in state:
             raise StateError(
                 f"there is no state of {key!r}, only of {sorted(state)}; load with as "
                 "many ranks as have saved it"
             )
         self._state.load_state_dict(state[key])
+
+
+def _key_of(state: Mapping[str, Any]) -> str:
+    """Return a name that no other rank's state has.
+
+    The rank in the job: where sites exchange, two ranks of a site are the same one
+    among those that hold their shards.
+    """
+    rank, world = state["rank"], state["world"]
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    return f"rank {rank} of {world}"
 
 
 def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

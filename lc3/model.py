@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lc3 import private
 from lc3.errors import AttachError
@@ -16,6 +18,15 @@ from lc3.transport import Transport
 
 _MESSAGE_BYTES = 1 << 25
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: a view of its shard, or all of it."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            shard: Tensor = tensor.to_local()
+        return shard
+    return tensor.detach()
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -59,6 +70,7 @@ class Model:
         self.module = module
         self._names = names
         self._known = set(names)
+        self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.last_seen: dict[str, nn.Parameter] = {}
         self._marks: list[tuple[int, int]] = []
         self._buffer_sums: dict[str, int] = {}
@@ -69,6 +81,8 @@ class Model:
         Raises:
             AttachError: one is gone, or others can be trained since then.
         """
+        for part in self._sharded:
+            part.reshard()  # what a forward pass has gathered
         now = dict(named_parameters(self.module))
         for name in self._names:
             if name not in now:
@@ -91,7 +105,7 @@ class Model:
         Raises:
             AttachError: see ``parameters``; or one is not in one block of memory.
         """
-        return {name: flat_view(p.detach()) for name, p in self.parameters().items()}
+        return {name: flat_view(local(p)) for name, p in self.parameters().items()}
 
     def mark(self) -> None:
         """Take what parameters hold now for what training made of them.
@@ -99,8 +113,7 @@ class Model:
         Looks at those that were seen last: a walk through a module takes longer than a
         small step.
         """
-        now = self.last_seen.values()
-        self._marks = [(p.data_ptr(), private.version_of(p)) for p in now]
+        self._marks = [_mark_of(p) for p in self.last_seen.values()]
 
     def touched(self, *, look_up: bool = False) -> bool:
         """Return whether parameters were written, or moved, since ``mark``.
@@ -115,7 +128,7 @@ class Model:
         if any(now[name] is not before[name] for name in now):
             return True
         return any(
-            (p.data_ptr(), private.version_of(p)) != mark
+            _mark_of(p) != mark
             for p, mark in zip(now.values(), self._marks, strict=True)
         )
 
@@ -158,7 +171,8 @@ class Model:
         """
         if transport.world == 1:
             return
-        tensors = [t.detach() for t in self.tensors().values() if t.numel()]
+        tensors = [local(t) for t in self.tensors().values()]
+        tensors = [tensor for tensor in tensors if tensor.numel()]
         mine = zlib.crc32(b"")
         for tensor in tensors:
             mine = zlib.crc32(_bytes_of(tensor).numpy(), mine)  # type: ignore[arg-type]
@@ -200,6 +214,12 @@ def flat_view(parameter: Tensor) -> Tensor:
             )
         expected *= size
     return view
+
+
+def _mark_of(parameter: Tensor) -> tuple[int, int]:
+    """Return what changes when a parameter is written, or moved."""
+    here = local(parameter) if isinstance(parameter, DTensor) else parameter
+    return here.data_ptr(), private.version_of(here)
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:

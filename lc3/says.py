@@ -5,8 +5,9 @@ where they are counted, and which buffers come along.
 """
 
 import struct
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -54,6 +55,20 @@ class Says:
         finite, written, far, buffers_finite = (bool(bits >> i & 1) for i in range(4))
         changed = tuple(map(bool, unpacked))
         return cls(finite, written, far, base, buffers_finite, changed)
+
+
+def of_site(mine: Says, everybody: Sequence[Says]) -> Says:
+    """Return what a site says, whose ranks have each said something of their shard."""
+    bases = [said.base for said in everybody]
+    written = any(said.written for said in everybody)
+    return replace(
+        mine,
+        finite=all(said.finite for said in everybody),
+        written=written,
+        far=any(said.far for said in everybody),
+        base=zlib.crc32(repr(bases).encode()) if written else 0,
+        buffers_finite=all(said.buffers_finite for said in everybody),
+    )
 
 
 def loaded_alike(everybody: Sequence[Says]) -> bool:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import private, rans
@@ -477,7 +476,7 @@ class Session:
 
 
 def session_beside(
-    parameters: Iterable[tuple[str, Parameter]],
+    parameters: Iterable[tuple[str, Tensor]],
     config: Settings,
     beside: dist.ProcessGroup,
     group: dist.ProcessGroup | None,

@@ -87,7 +87,7 @@ def profiled(calls: Calls) -> Iterator[None]:
 
 def walk(rank: int, world: int, form: str) -> dict[str, Any]:
     """Return what one step of a form takes, on this rank."""
-    from tests.test_structure import floors
+    from tests.rooms import floors
 
     torch.manual_seed(0)
     module = nn.Linear(256, 64)

@@ -1,4 +1,4 @@
-"""The map of the rooms, from the ground up, as CONTRIBUTING shows it.
+"""Which rooms there are, what each may import, and their map in CONTRIBUTING.
 
     python -m tests.rooms CONTRIBUTING.md
 
@@ -10,7 +10,126 @@ import ast
 from pathlib import Path
 
 from experiments.tables import grid, insert
-from tests.test_structure import ROOT, floors
+
+ROOT = Path(__file__).parents[1]
+# What each room of lc3 may import.
+BELOW = {
+    "errors": set(),
+    "version": set(),
+    "private": {"errors"},
+    "frameworks": {"config", "errors", "meter", "state"},
+    "choices": set(),
+    "knobs": {"config", "errors"},
+    "state": {"checkpoint", "config", "exchange", "meter", "session"},
+    "model": {"errors", "transport", "private"},
+    "says": {"errors"},
+    "buffers": {"model", "private"},
+    "link": {"buffers", "errors", "private"},
+    "steps": {"errors", "model"},
+    "format": {"errors"},
+    "config": {"errors"},
+    "budget": {"config"},
+    "entropy": {"errors", "format"},
+    "codec": {"config", "entropy", "errors", "format"},
+    "rans": {"codec", "errors", "format"},
+    "transport": {"errors"},
+    "plan": {"config", "errors"},
+    "residual": {"plan"},
+    "checkpoint": {"errors", "plan"},
+    "meter": {"private"},
+    "moments": set(),
+    "sketch": set(),
+    "applied": {"errors", "model", "moments", "residual", "private"},
+    "monitor": {"meter"},
+    "message": {
+        *("codec", "config", "entropy", "errors", "format", "plan", "rans"),
+    },
+    "workers": set(),
+    "coder": {"codec", "workers"},
+    "lane": {"errors"},
+    "handshake": {"config", "errors", "transport", "workers"},
+    "owners": {"engine", "exchange", "format", "plan"},
+    "outer": {"knobs", "owners"},
+    "site": {"channel", "errors", "meter", "says", "transport"},
+    "statistics": {"channel", "model", "says"},
+    "channel": {"budget", "errors", "format", "meter", "transport"},
+    "messages": {
+        *("budget", "coder", "config", "format", "message", "meter", "plan"),
+    },
+    "buckets": {"applied", "errors", "exchange", "moments", "private", "sketch"},
+    "exchange": {
+        *("budget", "channel", "config", "messages", "meter", "plan", "residual"),
+        "transport",
+    },
+    "direct": {
+        *("channel", "coder", "config", "engine", "exchange", "format", "meter"),
+        *("plan", "residual", "transport"),
+    },
+    "two_levels": {
+        *("channel", "coder", "config", "direct", "errors", "exchange", "meter"),
+        *("plan", "residual", "transport"),
+    },
+    "session": {
+        *(
+            "auto",
+            "buffers",
+            "channel",
+            "checkpoint",
+            "codec",
+            "coder",
+            "config",
+            "costs",
+            "direct",
+            "engine",
+            "errors",
+            "exchange",
+            "transport",
+            "handshake",
+            "lane",
+            "link",
+        ),
+        *("meter", "model", "plan", "private", "rans", "two_levels", "version"),
+    },
+    "measure": {
+        "applied",
+        *("codec", "coder", "config", "direct", "engine", "errors", "transport"),
+        *("meter", "plan"),
+    },
+    "doctor": {
+        "costs",
+        "codec",
+        "config",
+        "transport",
+        "handshake",
+        "measure",
+        "version",
+        "workers",
+    },
+    "__main__": {"config", "doctor", "errors", "measure", "version"},
+    "costs": {
+        *("codec", "config", "exchange", "format", "message", "plan", "transport"),
+    },
+    "auto": {"costs", "engine", "exchange", "plan"},
+    "engine": {
+        *("budget", "channel", "coder", "config", "exchange", "format", "messages"),
+        *("meter", "plan", "residual", "transport"),
+    },
+}
+
+
+def floors() -> dict[str, int]:
+    """Return for every room, and every hook, how many floors are below it."""
+    found: dict[str, int] = {}
+
+    def height(room: str) -> int:
+        if room not in found:
+            found[room] = 1 + max((height(below) for below in BELOW[room]), default=0)
+        return found[room]
+
+    named = {f"lc3.{room}": height(room) for room in BELOW}
+    top = 1 + max(named.values())
+    hooks = {f"hooks.{path.stem}": top for path in (ROOT / "hooks").glob("*.py")}
+    return {**named, **hooks}
 
 
 def purpose(path: Path) -> str:

@@ -1,0 +1,130 @@
+"""The ranks of one site, which hold one model between them, and the sites of a job.
+
+Inside of a site the model is whatever people use: shards of FSDP2, or one process. Each
+rank exchanges its own shard with the ranks of the other sites that hold the same one,
+so nothing is gathered, and a site of G ranks has G streams. What a site says, it says
+as one: a shard that is not finite leaves out the whole site, not that shard.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lc3.channel import Channel
+from lc3.errors import AttachError, PeerError
+from lc3.meter import Meter
+from lc3.says import Says, of_site
+from lc3.transport import GroupTransport
+
+_CPU = torch.device("cpu")
+
+
+class Site:
+    """The ranks that hold one model, this one among them.
+
+    Args:
+        transport: between them.
+        ranks: of the site, in the job.
+    """
+
+    def __init__(self, transport: GroupTransport, ranks: Sequence[int]) -> None:
+        self._transport = transport
+        self._channel = Channel(transport, Meter(), 0)
+        self._ranks = ranks
+
+    def agree(self, mine: Says) -> Says:
+        """Return what the site says, the same on each of its ranks; collective in it.
+
+        Buffers are each rank's own affair.
+        """
+        count = len(mine.buffers)
+        said = self._gather(mine.to_bytes())
+        return of_site(mine, [Says.from_bytes(one, count) for one in said])
+
+    def any_rank(self, mine: Sequence[bool]) -> list[bool]:
+        """Return where some rank of the site says yes; collective in it."""
+        said = self._gather(torch.tensor(mine, dtype=torch.bool))
+        everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
+        some: list[bool] = everybody.any(0).tolist()
+        return some
+
+    def confirm(self) -> None:
+        """Wait until the others have come as far; collective in the site.
+
+        Raises:
+            PeerError: one of them has failed, and said so.
+        """
+        self._gather(torch.empty(0, dtype=torch.uint8))
+
+    def _gather(self, data: Tensor) -> list[Tensor]:
+        at = self._channel.aside()
+        try:
+            with self._channel.telling_others(*at):
+                return self._channel.all_gather_bytes(data, *at)
+        except PeerError as error:  # numbered as the job does
+            raise PeerError(self._ranks[error.rank], error.reason) from error
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Let the others of the site know if this rank fails in the block."""
+        try:
+            yield
+        except BaseException as error:
+            self._channel.tell(error, *self._channel.aside())
+            raise
+
+    def leave(self) -> None:
+        """Leave the group that was made for it."""
+        self._transport.leave(destroy=True)
+
+
+def ranks_of_sites(mesh: DeviceMesh) -> list[list[int]]:
+    """Return the ranks of each site.
+
+    Raises:
+        AttachError: the mesh has not two dimensions, or not all ranks of the job.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise AttachError(
+            f"mesh={mesh!r} must be a DeviceMesh of two dimensions, between sites and "
+            "inside of them: init_device_mesh(device, (sites, ranks_per_site))"
+        )
+    if mesh.ndim != 2 or mesh.size() != dist.get_world_size():
+        raise AttachError(
+            f"the mesh has the shape {tuple(mesh.shape)}, the job "
+            f"{dist.get_world_size()} ranks; lc3 needs a mesh of two dimensions, "
+            "between sites and inside of them, of all ranks"
+        )
+    sites: list[list[int]] = mesh.mesh.tolist()
+    return sites
+
+
+def group_of(
+    teams: Sequence[Sequence[int]], what: str
+) -> tuple[GroupTransport, Sequence[int]]:
+    """Return an exchange in this rank's team, and the team; collective over all ranks.
+
+    Args:
+        teams: ranks of the job, each in one team.
+        what: the group is for.
+    """
+    for ranks in teams:  # groups are made by everybody
+        group = dist.new_group(list(ranks), backend="gloo", group_desc=what)
+        if dist.get_rank() in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            own, mine = group, ranks
+    return GroupTransport(own, _CPU), mine
+
+
+def peers_of(mesh: DeviceMesh) -> tuple[GroupTransport, Sequence[int]]:
+    """Return an exchange with the ranks that hold the same shard, and these ranks."""
+    return group_of(list(zip(*ranks_of_sites(mesh), strict=True)), "lc3")
+
+
+def site_of(mesh: DeviceMesh) -> Site:
+    """Return this rank's site; collective over all ranks of the job."""
+    return Site(*group_of(ranks_of_sites(mesh), "lc3 inside"))
