@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp._common_utils import TrainingState
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
 from lc3 import Lc3Error
@@ -75,6 +76,7 @@ class OldFSDP(FullyShardedDataParallel):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self._fsdp_wrapped_module = net()
+        self.training_state = TrainingState.IDLE
 
 
 def net() -> nn.Module:
