@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from lc3 import AttachError
 from lc3.frameworks import require
 from lc3.hooks import ddp
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 FRAMEWORKS = ["lightning", "accelerate", "transformers"]
@@ -32,18 +32,15 @@ def needs(framework: str) -> None:
 
 def torchrun(folder: Path, *arguments: str) -> str:
     """Run in ``folder``, where frameworks leave their logs; return what it prints."""
-    done = subprocess.run(
+    done = forked.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", "-m", *arguments),
         ],
-        capture_output=True,
-        text=True,
         cwd=folder,
         timeout=300,
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         },
