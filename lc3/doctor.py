@@ -52,7 +52,7 @@ def report(elements: int, compute_ms: float) -> None:
 
     Args:
         elements: parameters of the model that is to be trained.
-        compute_ms: of one step, without communication.
+        compute_ms: milliseconds of one step, without communication.
     """
     in_job = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     first = not in_job or os.environ["RANK"] == "0"
