@@ -128,7 +128,9 @@ def _predict(
     )
     for name, (costs, local) in links.items():
         times = costs.predict(elements, world, direct=False)
-        steps = {form: compute_ms + 1e3 * seconds for form, seconds in times.items()}
+        steps: dict[str, float] = {
+            form: compute_ms + 1e3 * seconds for form, seconds in times.items()
+        }
         direct_ms = 1e3 * costs.predict(elements, world, direct=True)["3lc"]
         times_faster = steps["float32"] / steps["3lc"]
         verdict = "no clear difference"

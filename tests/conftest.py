@@ -27,9 +27,13 @@ def pytest_report_header() -> str:
     return f"codec backends: {', '.join(codec.__name__ for codec in BACKENDS)}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """Give ``ranks(world)``: processes, started at first use, shared by tests."""
+    """Give ``ranks(world)``: processes, started at first use, shared by a file's tests.
+
+    Groups that frameworks leave open end with them: each has threads that look for
+    messages a hundred times a second.
+    """
     running: dict[int, Ranks] = {}
 
     def of_world(world: int) -> Ranks:
