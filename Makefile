@@ -26,7 +26,7 @@ quick: $(READY)
 	$(BIN)/python -m pytest tests/test_format.py tests/test_plan.py tests/test_structure.py tests/test_workers.py \
 		tests/test_entropy.py tests/test_rans.py tests/test_engine.py tests/test_coder.py tests/test_calls.py
 
-# TESTS says which, as pytest does; CI leaves out what is marked as long.
+# TESTS says which, as pytest does.
 TESTS :=
 test: $(READY)
 	$(BIN)/python -m pytest $(TESTS)

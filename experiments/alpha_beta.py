@@ -191,7 +191,7 @@ class Job:
         elements: parameters of the model.
         compute_ms: a step on one machine.
         codec_gb_s: float32 gradients encoded and decoded, both hops together.
-        latency_ms: of a round, between machines.
+        latency_ms: milliseconds of a round between machines.
         message_ms: processor time of a message.
         inner_bit_s: rate between the ranks of one node, for two levels.
         per_node: ranks of a node.
@@ -209,7 +209,7 @@ class Job:
         """Return the milliseconds of a step with one rank a machine.
 
         Args:
-            method: that ``PATTERNS`` knows.
+            method: a method of ``PATTERNS``.
             bits: per element and step, push and pull together.
             world: machines.
             bit_s: rate of each machine's link.

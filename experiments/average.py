@@ -18,7 +18,7 @@ class Average:
     """The average of a model, by PyTorch's own means.
 
     Args:
-        model: whose parameters it is of; those of now are not in it yet.
+        model: model whose parameters are averaged; the present ones are not in it yet.
     """
 
     def __init__(self, model: nn.Module) -> None:

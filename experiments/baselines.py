@@ -190,7 +190,7 @@ class Largest(Baseline):
     """The largest values as float32, where they are as a bitmap or as indices.
 
     Attributes:
-        share: of the values that are sent, at least one.
+        share: share of the values that are sent, at least one.
         bitmap: whether a bit a value says where they are, instead of int32 each.
     """
 

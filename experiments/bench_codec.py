@@ -68,9 +68,9 @@ class Contender(NamedTuple):
     Attributes:
         what: its name.
         direction: ``encode`` or ``decode_add``.
-        job: what is timed.
-        before: what is done before it and not timed.
-        threads: that it runs on.
+        job: function that is timed.
+        before: function that is called before it, and not timed.
+        threads: number of threads that it runs on.
     """
 
     what: str

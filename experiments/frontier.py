@@ -46,7 +46,7 @@ class Point:
     Attributes:
         method: its name.
         bytes_per_step: sent from one rank to others, the mean over seeds.
-        losses: by seed, on the test data, of its best evaluation.
+        losses: test loss of its best evaluation, by seed.
     """
 
     method: str
@@ -187,8 +187,8 @@ def waits(rows: Sequence[Row], links: Sequence[Row], percent: float) -> str:
     those the lab measured; float32's is the shortest of its learning rates'.
 
     Args:
-        rows: of trainings.
-        links: of the lab; the methods that it did not measure are left out.
+        rows: rows of trainings.
+        links: rows of the lab; the methods that it did not measure are left out.
         percent: how near, 0 or more.
 
     Returns:

@@ -33,9 +33,9 @@ class Recorded:
 
     Attributes:
         task: name of the task.
-        sparsity: that the training used.
+        sparsity: sparsity of the training.
         moment: early, middle or late.
-        name: of the parameter.
+        name: name of the parameter.
         x: float32[numel], gradient plus residual.
     """
 

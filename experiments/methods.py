@@ -106,7 +106,7 @@ class Metered:
     """What one of lc3's hooks sent, from its meter.
 
     Attributes:
-        meter: of the hook's state.
+        meter: meter of the hook's state.
         close: ends the worker lane and its process group.
         every: steps between two exchanges; bits are per step.
         direct: without owners what others push is what a rank gets.
@@ -206,7 +206,7 @@ class Fields:
     """One method, as ``methods.toml`` has it. What is ``None`` does not apply.
 
     Attributes:
-        hook: what exchanges: one of ``_MAKERS``.
+        hook: name of what exchanges: one of ``_MAKERS``.
         sync_every: H, steps between two exchanges.
         sparsity: 3LC's s.
         density: part of the values that is sent.
@@ -220,10 +220,10 @@ class Fields:
         residual_decay: see ``lc3.hooks.local_sgd.attach``.
         inner_momentum_scale: see there.
         outer_lr: see there.
-        dtype: that travels.
-        bits: of a value.
-        rank: of the matrices that travel.
-        fraction: of the values that are kept.
+        dtype: dtype of what is sent.
+        bits: bits of a value.
+        rank: rank of the matrices that are sent.
+        fraction: share of the values that are kept.
         bitmap: whether a bit a value says where they are.
     """
 
@@ -405,7 +405,7 @@ class Averaging:
     """PyTorch's post-local SGD: an all-reduce of the parameters, by a ring's bytes.
 
     Attributes:
-        elements: of the parameters.
+        elements: number of elements of the parameters.
         every: steps between averages.
         averager: counts the steps, from 1 up.
     """
@@ -620,7 +620,7 @@ def find(name: str) -> tuple[Method, float]:
     """Return a method, and what it multiplies the task's learning rate by.
 
     Args:
-        name: of ``METHODS``, as it is or followed by ``, lr × 0.5``.
+        name: a name of ``METHODS``, as it is or followed by ``, lr × 0.5``.
 
     Raises:
         KeyError: there is none of that name; the message says what there is.

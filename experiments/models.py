@@ -60,7 +60,7 @@ class Elsewhere(nn.Module):
     gradient of noise.
 
     Args:
-        backward_s: what a backward pass takes, seconds.
+        backward_s: seconds of a backward pass.
     """
 
     bucket_cap_mb = 4
@@ -148,9 +148,9 @@ class Transformer(nn.Module):
     Args:
         alphabet: how many symbols there are.
         context: how many of them it sees.
-        width: of the residual stream.
+        width: width of the residual stream.
         depth: number of blocks.
-        heads: of attention.
+        heads: number of attention heads.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ def statistical(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         x: float32[*].
-        bits: of a code.
+        bits: bits of a code.
 
     Returns:
         codes: int64[n], 0 to 2 ** bits - 1.
@@ -69,12 +69,12 @@ def two_hops(
     Args:
         transport: between the ranks.
         tensors: float32[*], contiguous; what a code does not say is left in them.
-        quantize: of a tensor, and of an owner's part of a mean.
+        quantize: quantizer of a tensor, and of an owner's part of a mean.
         owed: float32[part], what owners have left; added, and left anew. Default: what
             owners lose is lost.
 
     Returns:
-        means: in the shapes of ``tensors``, the same on every rank.
+        means: means in the shapes of ``tensors``, the same on every rank.
         push: the message to each rank.
         pull: the message to all.
     """

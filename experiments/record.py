@@ -47,7 +47,7 @@ def stamped(rows: Sequence[Row], card: str = "") -> list[dict[str, object]]:
     """Return ``rows``, each ending with the provenance of this process.
 
     Args:
-        rows: of a result file.
+        rows: rows of a result file.
         card: the accelerator that computed, if one did.
     """
     known = provenance()
@@ -87,8 +87,8 @@ def read_csv(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
     """Return the rows of a result file.
 
     Args:
-        path: of the file.
-        columns: that the caller needs.
+        path: path of the file.
+        columns: columns that the caller needs.
 
     Raises:
         ResultError: there is no such file, it is no result file, or it is one of

@@ -35,16 +35,16 @@ class Outer(ABC):
     """Counts an optimizer's steps, and brings ranks together; a ``Traffic``.
 
     Args:
-        module: that every rank trains alone; rank 0's parameters are copied to all.
-        optimizers: of this rank; the last one counts the steps.
+        module: module that every rank trains alone; all begin with rank 0's parameters.
+        optimizers: this rank's optimizers; the last one counts the steps.
         every: H, steps between two exchanges.
-        lr: of the outer optimizer.
-        momentum: of the outer optimizer, Nesterov's; 0: none.
+        lr: learning rate of the outer optimizer.
+        momentum: Nesterov momentum of the outer optimizer; 0: none.
 
     Attributes:
-        sent_bytes: from this rank so far.
+        sent_bytes: bytes that this rank has sent so far.
         entropy_bytes: the same, had lc3's entropy stage come behind.
-        codec_seconds: of coding so far.
+        codec_seconds: seconds of coding so far.
         exchanges: so far.
     """
 
@@ -235,10 +235,10 @@ class MuLoCo(Outer):
         module: see ``Outer``.
         optimizers: see ``Outer``; Muon among them, in the paper.
         every: see ``Outer``.
-        bits: of a value, 2 or 4.
+        bits: bits of a value, 2 or 4.
         lr: see ``Outer``.
         momentum: see ``Outer``.
-        decay: what multiplies what was lost, at every exchange.
+        decay: factor of what was lost, at every exchange.
     """
 
     def __init__(
@@ -334,7 +334,7 @@ class SparseLoCo(Gathered):
         optimizers: see ``Outer``.
         every: see ``Outer``.
         lr: see ``Outer``.
-        decay: what multiplies what was not sent, at every exchange.
+        decay: factor of what was not sent, at every exchange.
     """
 
     def __init__(

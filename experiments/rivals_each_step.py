@@ -31,13 +31,13 @@ class EveryStep(Optimizer):
     """An optimizer that brings ranks together itself; a ``Traffic``.
 
     Args:
-        module: that every rank has; rank 0's parameters are copied to all.
-        optimizers: whose parameters, rates and weight decays are taken over.
+        module: module of every rank; all begin with rank 0's parameters.
+        optimizers: optimizers to take parameters, rates and weight decays from.
 
     Attributes:
-        sent_bytes: from this rank so far.
+        sent_bytes: bytes that this rank has sent so far.
         entropy_bytes: the same, had lc3's entropy stage come behind.
-        codec_seconds: of coding and sending so far.
+        codec_seconds: seconds of coding and sending so far.
     """
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -132,7 +132,7 @@ class DeMo(EveryStep):
     Args:
         module: see ``EveryStep``.
         optimizers: see ``EveryStep``; ``lr`` is of a sign.
-        decay: of the momentum.
+        decay: decay of the momentum.
         top: coefficients sent of a chunk of 64 × 64, or of 64.
     """
 
@@ -322,7 +322,7 @@ class Ef21Muon(EveryStep):
     Args:
         module: see ``EveryStep``.
         optimizers: see ``EveryStep``.
-        beta: of the momentum.
+        beta: decay of the momentum.
         top: the part of the values that is sent.
     """
 

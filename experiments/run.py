@@ -51,18 +51,18 @@ class Spec:
     """One experiment, as its TOML file describes it.
 
     Attributes:
-        name: of the file, without its ending.
-        task: what is trained.
-        methods: that are compared.
-        steps: of each training.
+        name: name of the file, without its ending.
+        task: the task that is trained.
+        methods: methods that are compared.
+        steps: steps of each training.
         warm_up: share of them in which the learning rate rises, 0 to 1.
         seeds: how many, from 0 up.
-        ranks: of each job; with rates, hosts of one rank each.
-        rates: of the links, as ``tc`` writes them; none: over loopback.
-        seeds_of: by method, how many instead of ``seeds``.
+        ranks: number of ranks of each job; with rates, hosts of one rank each.
+        rates: rates of the links, as ``tc`` writes them; none: over loopback.
+        seeds_of: number of seeds by method, instead of ``seeds``.
         evaluate_every: steps between evaluations; 0: a tenth of all.
         averaged: whether a moving average of the parameters is evaluated, too.
-        learning_rates: that every method is trained at, times the task's.
+        learning_rates: factors of the task's rate that every method is trained at.
     """
 
     name: str
@@ -229,10 +229,10 @@ def run_job(
     Args:
         spec: the experiment.
         job: trainings of one seed and rate.
-        data_dir: where the task's data is.
+        data_dir: folder of the task's data.
         device: cpu or cuda.
-        folder: where rows are kept, each training's as soon as it has ended.
-        ended: is called with the number of trainings that have.
+        folder: folder of the rows, each training's as soon as it has ended.
+        ended: function that is told how many trainings have ended.
 
     Returns:
         ``None``, or how the first training without rows failed.

@@ -39,7 +39,7 @@ class VirtualRanks:
     Args:
         module: its parameters say what is exchanged.
         world: number of ranks.
-        config: of every rank.
+        config: settings of every rank.
     """
 
     def __init__(self, module: nn.Module, world: int, config: Settings) -> None:
@@ -95,11 +95,11 @@ def train(
     """Train once with ``world`` ranks and return the row of the result.
 
     Args:
-        task: what is trained.
+        task: the task that is trained.
         world: number of ranks.
-        config: of lc3; ``None`` for the plain mean in float32.
-        seed: of the initial parameters and of the order of the data.
-        steps: of the optimizer.
+        config: lc3's settings; ``None`` for the plain mean in float32.
+        seed: seed of the initial parameters and of the order of the data.
+        steps: number of steps of the optimizer.
         batch: samples of all ranks in a step.
     """
     torch.manual_seed(seed)

@@ -33,9 +33,9 @@ class Task:
     """One table of the page.
 
     Attributes:
-        title: of the task.
-        file: of its results, without ending.
-        forms: what the table calls a method, by the method's name in the file.
+        title: title of the task.
+        file: name of its result file, without ending.
+        forms: a method's name in the table, by its name in the file.
         accuracy: whether the figure is an accuracy, not a loss.
     """
 

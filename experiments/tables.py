@@ -40,8 +40,8 @@ class Summary:
         push_bits: per gradient element that the method codes, worker to owner.
         pull_bits: the same on the way back.
         frame_bits: both ways together, before the lossless entropy stage.
-        test_loss: on the test data.
-        accuracy: on the test data, 0 to 1.
+        test_loss: loss on the test data.
+        accuracy: accuracy on the test data, 0 to 1.
         spread: largest minus smallest accuracy of a seed.
         seeds: how many.
         compute_ms: one step without communication.
@@ -203,7 +203,7 @@ def grid(
     """Return a Markdown table without a last line break.
 
     Args:
-        titles: of the columns.
+        titles: titles of the columns.
         lines: a cell for each title.
         words: numbers of the columns that are set left; the others, numbers, right.
     """

@@ -34,7 +34,7 @@ class Task:
     """One training problem.
 
     Attributes:
-        name: of the task, for result files.
+        name: name of the task, for result files.
         train: pairs of input and class label (for text: a label per position).
         test: the same, never trained on.
         make_model: returns a fresh network, initialised from torch's global seed.
@@ -80,7 +80,7 @@ def fashion_mnist(data_dir: Path | None, adamw: bool = False) -> Task:
     """Return Fashion-MNIST from its four idx files, gzipped or not.
 
     Args:
-        data_dir: where they are.
+        data_dir: folder that they are in.
         adamw: whether AdamW trains in place of SGD with momentum.
     """
     where = _needs(
@@ -204,7 +204,7 @@ def one_pass(_data_dir: Path | None, size: str, muon: bool = False) -> Task:
 
     Args:
         _data_dir: not needed; the text is that of installed packages.
-        size: of the network, of ``0.25m`` to ``124m``.
+        size: size of the network, of ``0.25m`` to ``124m``.
         muon: whether its matrices are trained by Muon; AdamW trains the rest, or all.
 
     Raises:

@@ -52,12 +52,12 @@ class Run:
     """What is measured: one task, the same for every method and seed.
 
     Attributes:
-        task: what is trained.
-        steps: of each training.
+        task: the task that is trained.
+        steps: steps of each training.
         warm_up: share of them in which the learning rate rises, 0 to 1.
-        compute_ms: of a step without communication.
-        progress: where trainings are shown.
-        device: of this rank.
+        compute_ms: milliseconds of a step without communication.
+        progress: display of the trainings.
+        device: device of this rank.
         evaluate_every: steps between evaluations; one more comes after the last step.
         averaged: whether a moving average of the parameters is evaluated, too.
     """
@@ -215,8 +215,8 @@ def schedule(optimizer: Optimizer, steps: int, warm_up: float = WARM_UP) -> Lamb
     """Return the learning rate over ``steps``: linear warm-up, then a cosine.
 
     Args:
-        optimizer: whose rate rises to what it is now, and falls to 0.
-        steps: of the training.
+        optimizer: optimizer whose rate rises to its present one, and falls to 0.
+        steps: steps of the training.
         warm_up: share of the steps in which it rises, 0 to 1; at least one step.
     """
     rising = max(1, round(warm_up * steps))

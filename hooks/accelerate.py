@@ -58,13 +58,23 @@ def attach(
 
     One process, whose model ``prepare`` does not wrap, trains as without lc3.
 
+    >>> from accelerate import Accelerator
+    >>> accelerator = Accelerator(cpu=True)
+    >>> model, optimizer = accelerator.prepare(model, optimizer)
+    >>> state = lc3.hooks.accelerate.attach(accelerator, model, optimizer)
+    >>> accelerator.backward(model(torch.ones(4, 8)).sum())
+    >>> accelerator.clip_grad_norm_(model.parameters(), 1.0) > 0
+    tensor(True)
+    >>> optimizer.step()
+    >>> state.close()
+
     Args:
-        accelerator: that prepared it.
-        model: what ``prepare`` returned.
-        optimizer: what ``prepare`` returned, see ``ddp.attach``. ``None``: those that
+        accelerator: the Accelerator that prepared it.
+        model: the model that ``prepare`` returned.
+        optimizer: as ``prepare`` returned it, see ``ddp.attach``. ``None``: those that
             this accelerator has prepared.
         config: see ``ddp.attach``.
-        attach: of the form, with its arguments:
+        attach: ``attach`` of a form, with its arguments:
             ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``.
 
     Returns:

@@ -43,9 +43,9 @@ def attach(
     gradients that pile up, offloading), it waits for each.
 
     Args:
-        model: that ``fully_shard`` was applied to, over the mesh's second dimension.
-        mesh: of two dimensions, between sites and inside of them, of all ranks.
-        config: what to compress, and how much. A tensor is a shard of a parameter.
+        model: module that ``fully_shard`` sharded over the mesh's second dimension.
+        mesh: mesh of all ranks, with two dimensions: between sites, and inside a site.
+        config: settings of what to compress. A tensor is a shard of a parameter.
 
     Raises:
         AttachError: the model or the mesh is not of that kind.
@@ -91,7 +91,7 @@ class State(FormState):
 
         Args:
             output: the shards' gradients in a row, flat and padded; overwritten.
-            names: of the module's parameters, in that order.
+            names: names of the module's parameters, in that order.
             follows: whether that may be any time until backward ends.
         """
         sizes = [self.engine.plan.numel[name] for name in names]

@@ -270,14 +270,23 @@ def DistributedOptimizer(  # noqa: N802  # named as Horovod names it
     ``hvd.broadcast_parameters`` and ``hvd.broadcast_optimizer_state`` as ever. Its
     attribute ``lc3`` is the ``State``: meter, checkpoint, ``close()``.
 
+    Under ``horovodrun``::
+
+        hvd.init()
+        optimizer = lc3.hooks.horovod.DistributedOptimizer(
+            optimizer, named_parameters=model.named_parameters()
+        )
+        model(inputs).sum().backward()
+        optimizer.step()
+
     Args:
-        optimizer: of torch; a new object of a class derived from its own is returned.
-        named_parameters: of the model. Default: numbers.
-        config: what to compress, and how much.
+        optimizer: torch's; a new object of a class derived from its own is returned.
+        named_parameters: the model's. Default: numbers.
+        config: settings of what to compress, and how much.
         backward_passes_per_step: backward passes whose sum is exchanged once.
         op: ``hvd.Average``, the only one.
-        process_set: of ranks that train this model; this rank is one of them.
-        others: of Horovod's arguments, none of which fits 3LC.
+        process_set: the ranks that train this model; this rank is one of them.
+        others: other arguments of Horovod's, none of which fits 3LC.
 
     Raises:
         AttachError: Horovod is not initialised, or an argument does not fit 3LC.

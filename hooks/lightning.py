@@ -39,16 +39,22 @@ class LC3(Callback):
     ``lc3/ratio``, ``lc3/bits_push``, ``lc3/bits_pull`` and ``lc3/seconds_wait`` and so
     on where the module logs. On one rank it does nothing.
 
+    >>> from lightning.pytorch import Trainer
+    >>> callbacks = [lc3.hooks.lightning.LC3()]
+    >>> trainer = Trainer(
+    ...     accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks
+    ... )
+
     Args:
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizers.
             ``gradient_clip_val`` clips as it does without lc3.
-        attach: of the form, with its arguments:
+        attach: ``attach`` of a form, with its arguments:
             ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``. Local
             steps are brought together before they are saved and at the end, and
             validated as the model that all ranks share.
 
     Attributes:
-        state: what ``attach`` returns, while the Trainer fits.
+        state: the state that ``attach`` returned, while the Trainer fits.
 
     Raises:
         AttachError: this Lightning is too old; at the start of ``fit``: the strategy

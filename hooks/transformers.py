@@ -52,11 +52,16 @@ def attach(
     ``ddp_find_unused_parameters=False`` where every parameter is used: the Trainer's
     default searches the graph in every step.
 
+    >>> from transformers import Trainer, TrainingArguments
+    >>> arguments = TrainingArguments("out", ddp_find_unused_parameters=False)
+    >>> trainer = Trainer(model, arguments)
+    >>> callback = lc3.hooks.transformers.attach(trainer)
+
     Args:
         trainer: not training yet.
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizer.
             ``max_grad_norm`` clips as it does without lc3.
-        attach: of the form, with its arguments:
+        attach: ``attach`` of a form, with its arguments:
             ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``. Local
             steps are brought together before they are saved and at the end, and
             evaluated as the model that all ranks share.
@@ -80,7 +85,7 @@ class LC3Callback(TrainerCallback):
     """Made by ``attach``.
 
     Attributes:
-        state: what ``attach`` returned, from the start of training on.
+        state: the state that ``attach`` returned, from the start of training on.
     """
 
     def __init__(

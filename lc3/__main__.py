@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     measured = commands.add_parser(
         "measure",
         help="what compression would save and cost in your training",
-        description="Runs a training script as it is, and codes its gradients on the "
+        description="Runs a training script unmodified, and codes its gradients on the "
         "side.",
     )
     measured.add_argument(
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     measured.add_argument(
         "--ranks",
         type=_from(2),
-        help="ranks of the job to be (default: those of this one, or 4)",
+        help="number of ranks to assume (default: those of this job, or 4)",
     )
     measured.add_argument(
         *("--sparsity", "-s"),
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="sparsity multiplier to try, from 1 to below 2; may be given again "
         f"(default: {', '.join(map(str, measure.SPARSITIES))})",
     )
-    measured.add_argument("script", help="training script")
+    measured.add_argument("script", help="training script to run unmodified")
     measured.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="arguments of the script"
     )

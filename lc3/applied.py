@@ -58,16 +58,16 @@ class Applied:
     """Follows the optimizers of one model, and settles what they apply.
 
     Args:
-        optimizers: that step the model's parameters, each some of them.
-        names: of the parameters that are exchanged.
+        optimizers: optimizers that step the model's parameters, each some of them.
+        names: names of the parameters that are exchanged.
         residuals: are settled.
         moments: are settled, too, and become the optimizers' own second moments.
             ``None``: the optimizers have none.
         max_norm: clips what is applied by its global norm. ``None``: the script may.
 
     Attributes:
-        norm: of the mean gradient, estimated: see ``lc3.sketch``. nan before the first.
-        expected: what this step is expected to apply of a gradient.
+        norm: the mean gradient's, estimated by ``lc3.sketch``; nan before the first.
+        expected: share of a gradient that this step is expected to apply.
         clips: see ``Clipping``.
     """
 
@@ -366,7 +366,7 @@ class Clipping:
 
     Attributes:
         limit: the same, so far.
-        scale: what gradients are multiplied by that are not clipped.
+        scale: factor of gradients that are not clipped.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -419,7 +419,7 @@ def watch_accumulation(parameter: Tensor, is_handed: Callable[[], bool]) -> list
     What ``autograd.grad`` computes is not added to anything.
 
     Args:
-        parameter: whose gradients are looked at.
+        parameter: the parameter whose gradients are looked at.
         is_handed: returns whether ``parameter.grad`` is what was handed out.
 
     Returns:

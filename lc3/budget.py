@@ -31,11 +31,11 @@ class Budget:
 
     Attributes:
         target: bytes of this rank an exchange, or ``None``: nothing is moved.
-        sparsity: of the push.
-        pull_sparsity: of the pull.
+        sparsity: sparsity of the push.
+        pull_sparsity: sparsity of the pull.
         density: instead of both, or ``None``.
         exchanges: so far.
-        sent_bytes: by this rank in the exchanges since the last look.
+        sent_bytes: bytes that this rank sent in the exchanges since the last look.
         debt: bytes beyond the budget so far, the mean over ranks.
     """
 

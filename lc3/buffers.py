@@ -30,7 +30,7 @@ class Buffers:
     Args:
         model: has buffers.
         any_rank: returns where some rank says yes; collective.
-        count: is told the bytes that are sent.
+        count: function that is told how many bytes are sent.
 
     Attributes:
         sent_bytes: so far, from one rank on average.

@@ -51,7 +51,7 @@ class Parts:
         slices: by kind, then by parameter: one tensor of as many elements as the slice
             that this rank owns.
         whole: by kind, then by parameter: one tensor, the same on every rank.
-        scalars: of the optimizer, by parameter: numbers and tensors of one element, and
+        scalars: the optimizer's, by parameter: numbers and tensors of one element, and
             under ``""`` its parameter groups.
     """
 
@@ -198,7 +198,7 @@ def from_bytes(data: Tensor, sender: str) -> dict[str, Any]:
 
     Args:
         data: uint8[*], of ``to_bytes``.
-        sender: for errors.
+        sender: rank to name in errors.
 
     Raises:
         StateError: it is no state, is compressed, or its tensors are larger than it.
@@ -274,7 +274,7 @@ class PerRank:
     ``dcp.load`` with as many ranks.
 
     Args:
-        state: of this rank.
+        state: state of this rank.
 
     Example:
         >>> state = lc3.hooks.local_sgd.attach(model, optimizer)
@@ -459,9 +459,9 @@ def load(
     """Return what a state says for this rank; changes nothing.
 
     Args:
-        state: of the same rank, world and plan, or merged.
-        hook: that reads it.
-        plan: of this run.
+        state: state of the same rank, world and plan, or merged.
+        hook: name of the hook that reads it.
+        plan: plan of this run.
         rank: this one.
         mine: what it must have, each of its shape; slices whose kind begins with
             ``OPTIONAL`` come on top.
@@ -517,7 +517,7 @@ def load(
 def _check(found: Parts, mine: Parts) -> None:
     if set(found.counters) != set(mine.counters):
         raise StateError(
-            f"the state counts {sorted(found.counters)}, this run "
+            f"the state has counters {sorted(found.counters)}, this run needs "
             f"{sorted(mine.counters)}; was it saved with the same arguments of attach?"
         )
     for side, theirs, ours in (
@@ -562,8 +562,8 @@ def _check_keys(state: Mapping[str, Any]) -> None:
         )
     if set(state) != _KEYS:
         raise StateError(
-            f"the state has {sorted(map(str, set(state) ^ _KEYS))} too many or too "
-            "few; is it cut off, or changed?"
+            f"missing or unexpected keys: {sorted(map(str, set(state) ^ _KEYS))}; "
+            "is the state cut off, or changed?"
         )
 
 

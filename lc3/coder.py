@@ -22,13 +22,13 @@ class Coder:
     """Encodes and adds up pieces, on one device.
 
     Args:
-        codec: for that device.
-        threads: that code, on the host.
-        device: of the values.
+        codec: the backend for that device.
+        threads: number of codec threads on the host.
+        device: device of the values.
 
     Attributes:
-        device: of the values.
-        threads: that code, on the host.
+        device: device of the values.
+        threads: number of codec threads on the host.
         host: checks what arrives: a frame is host bytes until it has been.
     """
 
@@ -60,7 +60,7 @@ class Coder:
             residuals: float32[piece] each, or ``None``.
             sparsity: see ``Codec.encode``.
             density: see ``Codec.encode``.
-            sources: of every piece, if any, see ``Codec.encode``.
+            sources: every piece's half-precision source or none, see ``Codec.encode``.
 
         Returns:
             For each piece its frame, uint8[*] on the host, until the next call, and how

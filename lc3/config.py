@@ -125,8 +125,8 @@ class Tuning:
         mode: "3lc": always. "auto": link and codec are measured at attach, and a bucket
             that a plain all-reduce, float32 or bfloat16, should bring sooner travels
             so; ``hooks.ddp`` only.
-        threads: that encode and decode on this rank; may differ between ranks. Default:
-            the cores it may use, divided among the ranks on its machine.
+        threads: number of codec threads on this rank; may differ between ranks.
+            Default: its share of the cores of the machine.
 
     Raises:
         ConfigError: a value is out of range.
@@ -162,8 +162,8 @@ class Config:
         sparsity: 3LC's s, 1 ≤ s < 2 after rounding to float32. Larger sends fewer
             values and keeps a larger residual.
         density: share of values to send instead, 0 < density < 1: the largest ones,
-            each as their mean magnitude, both ways. Right for the light tails of local
-            steps, wrong for per-step gradients.
+            each as their mean magnitude, in push and pull. For local steps, whose
+            moves are light-tailed; not recommended for per-step gradients.
         entropy: lossless stage over each message, both ways. "zstd" tries it on every
             message, "auto" on those that are long enough to gain; "rans" makes them
             smaller yet and takes longer, for slow links
@@ -173,9 +173,9 @@ class Config:
             size.
         exclude: patterns of parameter names that travel uncoded, as float32, whatever
             their size.
-        bytes_per_step: bytes that a rank may send per step, or per exchange of local
-            steps, for what lc3 exchanges itself. ``sparsity``, or ``density``, then is
-            where it begins, and all ranks move it together.
+        bytes_per_step: target bytes per rank and step, or per exchange of local steps,
+            for what lc3 exchanges itself. ``sparsity``, or ``density``, is then only
+            the starting value, and is adjusted alike on all ranks.
         log_every: steps between two lines about traffic and time in the log
             ``lc3.meter``, on the first rank.
         tuning: knobs for experts.
@@ -224,8 +224,8 @@ def settle(config: "Config | Settings | None", defaults: Settings) -> Settings:
     """Return every knob: what ``config`` says, and otherwise what a form has.
 
     Args:
-        config: what the user says. ``Settings``, those of another state, are complete.
-        defaults: of the form.
+        config: the user's. ``Settings``, those of another state, are complete.
+        defaults: defaults of the form.
 
     Raises:
         ConfigError: a value makes another one meaningless.

@@ -1,4 +1,4 @@
-"""What to know before a long run: versions, the codec's speed, the link's.
+"""What to know before a long run: versions, speeds of codec and link, which form wins.
 
 python -m lc3 doctor                                            # this machine
 torchrun --nnodes 2 … --no-python python -m lc3 doctor          # and the link
@@ -6,6 +6,7 @@ torchrun --nnodes 2 … --no-python python -m lc3 doctor          # and the link
 
 import os
 import platform
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,8 +15,9 @@ import torch.distributed as dist
 
 from lc3.codec import codec_for, warm_up
 from lc3.config import Settings
-from lc3.costs import Costs, codec_costs, measure
+from lc3.costs import Costs, codec_costs, measure, sent_bits
 from lc3.handshake import machines
+from lc3.knobs import DEFAULT, FOR_TWO
 from lc3.measure import LINKS_BIT_S
 from lc3.transport import GroupTransport
 from lc3.version import __version__
@@ -23,6 +25,8 @@ from lc3.workers import cores
 
 _TIMEOUT_S = 120
 _CLEAR = 1.25  # times faster; these are predictions from a second of measuring
+# Local steps between two exchanges that cost little of what the optimizer learns.
+_EVERY = {"SGD": 4, "Adam": 8}
 
 
 def versions() -> list[str]:
@@ -48,7 +52,7 @@ def report(elements: int, compute_ms: float) -> None:
 
     Args:
         elements: parameters of the model that is to be trained.
-        compute_ms: of one step, without communication.
+        compute_ms: milliseconds of one step, without communication.
     """
     in_job = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     first = not in_job or os.environ["RANK"] == "0"
@@ -69,8 +73,15 @@ def report(elements: int, compute_ms: float) -> None:
         print(
             "start it with torchrun on every machine to measure the link between them"
         )
+        every_step = Costs(encode, decode, 0.0, 0.0, 0.0, 0.0)
+        encode, decode = codec_costs(codec, FOR_TWO)
+        bits = sent_bits(codec, FOR_TWO)
+        local = replace(every_step, encode=encode, decode=decode, bits=bits)
         links = {
-            name: Costs(encode, decode, 0.0, 8 / bit_s, 0.0, 8 / bit_s)
+            name: (
+                replace(every_step, byte=8 / bit_s, reduce_byte=8 / bit_s),
+                replace(local, byte=8 / bit_s),
+            )
             for name, bit_s in LINKS_BIT_S.items()
         }
         _predict(elements, compute_ms, 2, links)
@@ -81,6 +92,8 @@ def report(elements: int, compute_ms: float) -> None:
         assert dist.group.WORLD is not None
         transport = GroupTransport(dist.group.WORLD, torch.device("cpu"))
         costs = measure(transport, codec, config, threads=1)
+        sparse = FOR_TWO if world == 2 else DEFAULT
+        local = measure(transport, codec, sparse, threads=1)
         alone = len(set(machines(transport))) == 1
         if first:
             print(
@@ -94,21 +107,30 @@ def report(elements: int, compute_ms: float) -> None:
                     f"all ranks are on this machine and share its {cores()} cores: "
                     "between machines it is the link that counts"
                 )
-            _predict(elements, compute_ms, world, {"this link": costs})
+            _predict(elements, compute_ms, world, {"this link": (costs, local)})
     dist.destroy_process_group()
 
 
 def _predict(
-    elements: int, compute_ms: float, world: int, links: dict[str, Costs]
+    elements: int, compute_ms: float, world: int, links: dict[str, tuple[Costs, Costs]]
 ) -> None:
-    """Print step times by form, for one bucket that nothing hides, and break-even."""
+    """Print step times by form, for one bucket that nothing hides, and break-even.
+
+    Args:
+        elements: parameters of the model.
+        compute_ms: milliseconds of one step, without communication.
+        world: number of ranks.
+        links: costs of 3LC in every step and of local steps' exchanges, by link.
+    """
     print(
         f"for {elements:,} parameters, {compute_ms:g} ms of computing, {world} ranks, "
         "no overlap:"
     )
-    for name, costs in links.items():
+    for name, (costs, local) in links.items():
         times = costs.predict(elements, world, direct=False)
-        steps = {form: compute_ms + 1e3 * seconds for form, seconds in times.items()}
+        steps: dict[str, float] = {
+            form: compute_ms + 1e3 * seconds for form, seconds in times.items()
+        }
         direct_ms = 1e3 * costs.predict(elements, world, direct=True)["3lc"]
         times_faster = steps["float32"] / steps["3lc"]
         verdict = "no clear difference"
@@ -119,9 +141,30 @@ def _predict(
             f"{steps['bfloat16']:10,.1f} ms, 3LC {steps['3lc']:10,.1f} ms "
             f"(direct {compute_ms + direct_ms:,.1f} ms): {verdict}"
         )
+        exchange_ms = 1e3 * local.predict(elements, world, direct=world == 2)["3lc"]
+        said = []
+        for optimizer, every in _EVERY.items():
+            local_ms = compute_ms + exchange_ms / every
+            form = _winner({**steps, f"local steps, H = {every}": local_ms})
+            said.append(f"with {optimizer} {form} ({local_ms:,.1f} ms local)")
+        print(f"  {'':11} predicted to win: {'; '.join(said)}")
     print(
         "  break-even with float32: about "
         f"{costs.break_even(elements, world, direct=False) / 1e9:.1g} "
         "Gbit/s, within a factor of two. python -m lc3 measure your_script.py tells "
         "what your gradients need"
     )
+    print(
+        f"  a form wins if it is {_CLEAR:g} times as fast as those that change less; "
+        "in order: float32, bfloat16, 3LC (hooks.ddp), local steps (hooks.local_sgd, "
+        "one exchange in H steps)"
+    )
+
+
+def _winner(step_ms: dict[str, float]) -> str:
+    """Return the last form that is clearly faster than the best before it."""
+    (best, *rest) = step_ms
+    for form in rest:
+        if _CLEAR * step_ms[form] < step_ms[best]:
+            best = form
+    return {"3lc": "3LC"}.get(best, best)

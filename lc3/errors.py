@@ -131,7 +131,7 @@ class PeerError(Lc3Error, RuntimeError):
 
     Attributes:
         rank: the rank that failed.
-        reason: what it said, one line.
+        reason: the rank's own error, one line.
 
     Example:
         >>> str(lc3.PeerError(1, 'MemoryError: no memory'))

@@ -263,7 +263,7 @@ def seal(message: Tensor, tag: Tag, flags: int = 0, magic: bytes = MAGIC) -> Ten
     Args:
         message: uint8[HEADER_BYTES + body], contiguous, on the CPU. The first
             ``HEADER_BYTES`` are overwritten.
-        tag: what the header says.
+        tag: the tag of the header.
         flags: bits of the specification.
         magic: the format version.
     """

@@ -42,8 +42,8 @@ def missing(extra: str, error: ModuleNotFoundError) -> ImportError:
     """Return what to raise where a framework is not installed.
 
     Args:
-        extra: of the package, named as the adapter.
-        error: that its import raised.
+        extra: extra of the package, named as the adapter.
+        error: error that its import raised.
     """
     return ImportError(
         f"lc3.hooks.{extra} could not import what it adapts ({error}); "

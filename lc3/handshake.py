@@ -50,11 +50,11 @@ def agree(
 
     Args:
         transport: between the ranks.
-        version: of lc3.
-        config: of this rank.
+        version: version of lc3.
+        config: config of this rank.
         shapes: the ordered (name, shape) of this rank's trainable parameters.
-        build: what to do; may raise an ``Lc3Error``.
-        facts: what else has to be the same, by name.
+        build: the function to call; may raise an ``Lc3Error``.
+        facts: other values that all ranks must share, by name.
 
     Raises:
         Exception: what ``build`` raised on this rank.

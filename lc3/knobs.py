@@ -21,10 +21,10 @@ class Knobs:
     Attributes:
         sync_every: H, local steps between two exchanges. ``None``: the loop says when.
         overlap: steps that go on while an exchange is under way.
-        outer_lr: of the masters' optimizer.
-        outer_momentum: of the masters' optimizer, Nesterov's.
-        residual_decay: what multiplies residuals after every exchange.
-        inner_momentum_scale: what multiplies the optimizers' first moments then.
+        outer_lr: learning rate of the masters' optimizer.
+        outer_momentum: Nesterov momentum of the masters' optimizer.
+        residual_decay: factor of the residuals after every exchange.
+        inner_momentum_scale: factor of the optimizers' first moments then.
 
     Raises:
         ConfigError: one is out of range.
@@ -83,9 +83,9 @@ class Preset(NamedTuple):
     """A documented set of values.
 
     Attributes:
-        settings: what is compressed.
-        knobs: of ``Knobs``.
-        purpose: of the preset, in a sentence.
+        settings: the settings of what is compressed.
+        knobs: values for the fields of ``Knobs``.
+        purpose: purpose of the preset, in a sentence.
     """
 
     settings: Settings
@@ -150,10 +150,10 @@ def knobs_for(
     """Return the knobs, and a sentence on those that were chosen.
 
     Args:
-        optimizers: that train the model.
-        settings: what is compressed.
-        given: by name, what the user says; the rest is the preset's, or chosen.
-        preset: that the user has chosen.
+        optimizers: the optimizers that train the model.
+        settings: the settings of what is compressed.
+        given: values that the user gave, by name; the rest is the preset's, or chosen.
+        preset: the preset that the user has chosen.
 
     Raises:
         ConfigError: one is out of range.

@@ -63,9 +63,9 @@ class Lane:
     a peer that never answers keeps the interpreter from exiting.
 
     Args:
-        name: of the thread.
-        device: that jobs work on.
-        streams: of the device.
+        name: name of the thread.
+        device: device that jobs work on.
+        streams: the device's streams.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class Figures:
 
     Attributes:
         sparsity: 3LC's s.
-        meter: of the engine that coded.
+        meter: meter of the engine that coded.
         residual_ratio: norm of the residual over that of the gradient, after the last
             step.
     """
@@ -83,16 +83,16 @@ class Recorder:
     """Codes the gradients of every optimizer step on the side.
 
     Args:
-        steps: of the first optimizer, to measure.
-        sparsities: to compare.
-        config: for everything else.
+        steps: number of steps of the first optimizer to measure.
+        sparsities: sparsities to compare.
+        config: settings of everything else.
 
     Attributes:
-        figures: by sparsity.
+        figures: figures by sparsity.
         elements: parameters that had a gradient.
         measured: steps so far.
         step_s: seconds between steps, without what the measurement took.
-        kinds: of optimizers that have stepped, see ``lc3.applied.kind_of``.
+        kinds: kinds of optimizers that have stepped, see ``lc3.applied.kind_of``.
         world: ranks that the script trains on.
         all_reduce_s: seconds of an all-reduce of all gradients between them; 0: alone.
     """
@@ -353,8 +353,8 @@ def main(
     Args:
         script: path.
         arguments: its own.
-        steps: to measure.
-        sparsities: to compare.
+        steps: number of steps to measure.
+        sparsities: sparsities to compare.
         world: ranks that a job would have. ``None``: as many as the script trains on,
             or 4 where that is one.
     """

@@ -41,9 +41,9 @@ def pack(
     """Return the message, entropy-coded where that makes it smaller.
 
     Args:
-        pieces: in plan order.
-        chunks: of each piece its bytes, uint8[*]: a frame or raw values.
-        tag: what the header says.
+        pieces: the pieces, in plan order.
+        chunks: the bytes of each piece, uint8[*]: a frame or raw values.
+        tag: the tag of the header.
         entropy: the stage, see ``Config``.
     """
     size = sum([chunk.numel() for chunk in chunks])
@@ -102,8 +102,8 @@ def unpack(
 
     Args:
         message: uint8[*], as it arrived.
-        tag: what its header must say.
-        pieces: that it must hold, in plan order.
+        tag: the tag that its header must have.
+        pieces: the pieces that it must hold, in plan order.
         codec: checks the frames.
 
     Raises:

@@ -32,8 +32,8 @@ class Direction:
         nonzero_digits: how many of them were sent as ±1.
         raw_bytes: bytes of raw pieces, by parameter name, before the entropy stage.
         header_bytes: bytes of message headers.
-        coded_saved_bytes: what the entropy stage took off the frames.
-        raw_saved_bytes: what it took off the raw pieces.
+        coded_saved_bytes: bytes that the entropy stage took off the frames.
+        raw_saved_bytes: bytes that it took off the raw pieces.
     """
 
     coded_elements: int = 0
@@ -84,13 +84,13 @@ class Meter:
             latency counts that often.
         sent_bytes: bytes this rank gave to the transport for other ranks: messages with
             headers, the sizes that announce them, tensors passed through.
-        dense_bytes: what a bandwidth-optimal float32 all-reduce of the same gradients
-            would have sent from this rank: 2 (W − 1) / W · 4 bytes an element.
+        dense_bytes: bytes that a bandwidth-optimal float32 all-reduce of the same
+            gradients would have sent from this rank: 2 (W − 1) / W · 4 an element.
         passed_through_bytes: the part of ``sent_bytes`` that is sparse and float64
             gradients, which are not compressed.
         push, pull: the two directions; nothing is pulled where there are no owners.
         seconds: wall-clock by stage: encode, exchange, decode on the worker lane, and
-            wait, which is what training stood still for them: what was not hidden.
+            wait: exposed communication time, in which training was blocked.
             The lane's stages are ranges of torch.profiler, named ``lc3.encode`` and so
             on, where it looks at all threads: ``experimental_config=torch.profiler.
             _ExperimentalConfig(profile_all_threads=True)``.
@@ -172,7 +172,7 @@ class Meter:
 
     @property
     def residual_ratio(self) -> float:
-        """Norm of what pushes still owe over the norm of what was to be pushed.
+        """The residual's norm over the gradient's, ‖residual‖ / ‖gradient‖.
 
         Of this rank's coded tensors, after the last step whose number is a multiple of
         100; nan before the first. Where it grows without end, the sparsity is too much.

@@ -59,8 +59,8 @@ class Model:
     """The parameters that ranks exchange, and the buffers beside them.
 
     Args:
-        module: that is trained.
-        names: of its parameters that ranks exchange.
+        module: the module that is trained.
+        names: names of its parameters that ranks exchange.
 
     Attributes:
         last_seen: the parameters by name, when somebody last looked them up.

@@ -29,9 +29,9 @@ class Moments:
     """The second moment of every parameter, and what it is made of.
 
     Args:
-        shapes: by parameter name.
+        shapes: shapes by parameter name.
         beta2: Adam's, of one step, by parameter name.
-        device: of the gradients.
+        device: device of the gradients.
 
     Attributes:
         kept: by parameter name float32[*]: means of the squares of each block's rows
@@ -151,8 +151,8 @@ class _Grid:
     """A matrix in blocks; without rows a row of elements.
 
     Args:
-        rows: of the matrix; 0: there is none.
-        columns: of the matrix, or elements.
+        rows: number of rows of the matrix; 0: there is none.
+        columns: number of columns of the matrix, or of elements.
     """
 
     def __init__(self, rows: int, columns: int) -> None:

@@ -33,9 +33,10 @@ def to_prometheus(
     """Let Prometheus read a meter; needs the package prometheus_client.
 
     Args:
-        meter: of a hook's state.
-        labels: on every figure, as the rank where several are scraped together.
-        registry: that gets it. Default: prometheus_client's own.
+        meter: the meter of a hook's state.
+        labels: labels of every figure, such as the rank where several are scraped
+            together.
+        registry: where it is registered. Default: prometheus_client's own.
 
     Returns:
         What the registry holds, for ``registry.unregister``.

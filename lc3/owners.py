@@ -143,7 +143,7 @@ class Owners:
         For a state of a run that had owners, its replica in place.
 
         Args:
-            masters: of the slices that this rank owned, by name float32[slice].
+            masters: masters of the slices that this rank owned, by name float32[slice].
             share: how far a mean of 1 moves a master.
         """
 

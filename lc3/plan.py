@@ -32,7 +32,7 @@ class Piece:
     """Elements ``start`` to ``stop`` of one flattened parameter: one scale if coded.
 
     Attributes:
-        offset: where it starts in its slice.
+        offset: its first element in its slice.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Plan:
         numel: elements by parameter name, in the order of the parameter list.
         position: place in that list by parameter name.
         coded: names of the parameters that are coded; the others travel raw.
-        slices: by parameter name; empty for a parameter without elements.
+        slices: slices by parameter name; empty for a parameter without elements.
         fingerprint: 32 bits that every message carries.
         extras: names of what is no parameter and travels raw with them.
     """
@@ -104,8 +104,8 @@ class Plan:
         Remembered, since buckets come again in every step.
 
         Args:
-            names: of the parameters; those without elements have no piece.
-            owners: whose pieces.
+            names: parameter names; those without elements have no piece.
+            owners: the owners whose pieces are returned.
             merged: whether to return one list of all of them, in the parameters' order.
         """
         key = tuple(names), tuple(owners), merged
@@ -133,9 +133,9 @@ def make_plan(
     """Return the plan for parameters ``shapes``, an ordered list of (name, shape).
 
     Args:
-        shapes: of the parameters.
+        shapes: shapes of the parameters.
         world: number of ranks.
-        config: what is coded.
+        config: settings of what is coded.
         extras: elements, by name, of what is no parameter and travels raw with them.
 
     Raises:

@@ -3,7 +3,7 @@
 The digits of a frame are nearly independent of each other, so one number, how many of
 them are not zero, says how likely each folded byte is, and a coder that spends
 fractions of a bit on a byte comes within a per cent of the digits' entropy. Where
-zeros stand together, as in layers whose inputs sleep, two more numbers say that. The
+zeros stand together, as in layers with inactive inputs, two more numbers say that. The
 bytes are specified in ``lc3.format``. Source of the coder: Duda, asymmetric numeral
 systems (arXiv 1311.2540), in the form that keeps the order of a range coder.
 """
@@ -302,7 +302,7 @@ def _encode(
 
     Args:
         body: uint8[*], the folded bytes of all frames.
-        ends: of each frame in ``body``.
+        ends: end of each frame in ``body``.
         quartic: bytes that each unfolds to.
         models: uint8[frames, 3], written.
         words: uint16[> body], written from its end.

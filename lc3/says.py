@@ -29,7 +29,7 @@ class Says:
         far: whether that brought them far away.
         base: a checksum of what they held then; 0 if nothing was written.
         buffers_finite: whether its changed buffers are.
-        buffers: which of its float buffers have changed.
+        buffers: names of its float buffers that have changed.
     """
 
     finite: bool = True

@@ -144,13 +144,13 @@ class Session:
 
     Args:
         parameters: (name, parameter), the trainable ones, in the model's order.
-        config: what to compress, and how much.
+        config: settings of what to compress, and how much.
         transport: between the ranks, that nobody else uses.
-        leave: what to do when the session ends.
-        mesh: for two levels, see ``lc3.two_levels.nodes_of``.
+        leave: function to call when the session ends.
+        mesh: device mesh for two levels, see ``lc3.two_levels.nodes_of``.
         ranks: their numbers in the job, which a mesh has and errors say. Default: as
             the transport numbers them.
-        facts: what else must be the same on every rank, by name.
+        facts: other values that must be the same on every rank, by name.
         extras: see ``make_plan``.
 
     Attributes:
@@ -263,7 +263,7 @@ class Session:
         Its error ends ``backward()`` as what it is, and the future.
 
         Args:
-            bucket: what the hook was given.
+            bucket: the bucket that the hook was given.
             job: see ``BucketJob``.
             native: starts an exchange that needs no lane, or returns ``None``; the same
                 on every rank.
@@ -308,7 +308,7 @@ class Session:
         """Let buckets of ``model`` go to ``run`` until this is closed.
 
         Args:
-            model: that DDP wraps.
+            model: the module that DDP wraps.
             run: gets the buckets.
             check_every: steps between two comparisons of all replicas; ``None``: none.
 
@@ -327,7 +327,7 @@ class Session:
         """Return a link for a model whose hook the user has registered.
 
         Args:
-            model: that DDP wraps.
+            model: the module that DDP wraps.
             run: gets the buckets until this is closed.
         """
         self._link = Link(model.process_group)
@@ -464,7 +464,7 @@ class Session:
         by itself: threads of a group that is still there then may abort the process.
 
         Args:
-            timeout_s: for what the lane is doing.
+            timeout_s: limit on the lane's present job.
         """
         if self._link is not None:
             self._link.close()
@@ -491,7 +491,7 @@ def session_beside(
         config: see ``Session``.
         beside: the group whose ranks train the model; others use it too.
         group: a group of the same ranks that nobody else uses. Default: one is made.
-        mesh: for two levels, see ``lc3.two_levels.nodes_of``.
+        mesh: device mesh for two levels, see ``lc3.two_levels.nodes_of``.
         facts: see ``Session``.
         extras: see ``make_plan``.
 
@@ -632,8 +632,8 @@ def check_owners(config: Settings, what: str) -> None:
     """Raise ``ConfigError`` if there are no owners for what lives on them."""
     if config.topology == "direct":
         raise ConfigError(
-            f"topology='direct' leaves no owners, on whose masters {what} works; leave "
-            "one of them out"
+            f"{what} needs master weights on owner ranks, and topology='direct' has "
+            "none; leave one of them out"
         )
 
 
@@ -654,7 +654,7 @@ def _check_parameters(names: Mapping[Tensor, str], config: Settings) -> torch.de
         if parameter.device != first.device:
             raise AttachError(
                 f"parameter {first_name!r} is on {first.device}, {name!r} on "
-                f"{parameter.device}; lc3 needs a model on one device a rank"
+                f"{parameter.device}; all parameters of a rank must be on one device"
             )
     if config.mode == "auto" and first.device != _CPU:
         raise ConfigError(

@@ -24,7 +24,7 @@ class Sketch:
 
     Args:
         numel: elements by parameter name, the same on every rank.
-        device: of the gradients.
+        device: device of the gradients.
     """
 
     def __init__(self, numel: Mapping[str, int], device: torch.device) -> None:

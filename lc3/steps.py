@@ -34,8 +34,8 @@ class Counting:
     """Calls back around the steps of every optimizer that holds some parameter.
 
     Args:
-        optimizers: that step the model; the last one's steps count.
-        model: that is stepped.
+        optimizers: optimizers that step the model; the last one's steps count.
+        model: the model that is stepped.
         before: called before a step, with ``new``: whether the optimizer is another
             than those known.
         after: called after it, with ``counts``, and ``replaced``: whether the optimizer

@@ -41,7 +41,8 @@ class Transport(Protocol):
         sent_bytes: bytes given to the transport for other ranks so far, the sizes that
             announce them included. A rank's message to itself is never sent.
         rounds: times this rank has waited for a message of every other.
-        most_bytes: of a message; a longer one is refused before anything is allocated.
+        most_bytes: limit on a message; a longer one is refused before anything is
+            allocated.
     """
 
     rank: int

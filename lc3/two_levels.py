@@ -36,7 +36,7 @@ def nodes_of(mesh: DeviceMesh | int, ranks: Sequence[int]) -> Nodes:
     Args:
         mesh: ranks in a node, numbered as torchrun numbers them; or a mesh of two
             dimensions, between nodes and inside of them.
-        ranks: of the group, in the job.
+        ranks: the group's ranks, numbered as in the job.
 
     Returns:
         By node the ranks in the group, as many in each.
@@ -75,12 +75,12 @@ class TwoLevels:
     What is rare (``pending``, ``pass_through``) goes over ``channel``, flat.
 
     Args:
-        plan: for all ranks.
+        plan: the plan of all ranks.
         config: the same on every rank.
         transport: between all ranks.
         nodes: the ranks of each node.
-        coder: for the device of the gradients.
-        meter: is written to; counts what goes between nodes.
+        coder: the coder for the device of the gradients.
+        meter: counts the bytes between nodes; mutated.
 
     Attributes:
         inside: the channel of this node; its ``meter`` counts what stays in it.
@@ -191,7 +191,7 @@ class TwoLevels:
 
     @contextmanager
     def _in_job(self, ranks: Sequence[int]) -> Iterator[None]:
-        """Number the rank that failed as the job does."""
+        """Map the rank that failed to its global rank."""
         try:
             yield
         except PeerError as error:

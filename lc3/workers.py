@@ -14,10 +14,10 @@ class Workers:
     """Runs jobs on ``threads`` threads, the caller's among them.
 
     Args:
-        threads: at least 1; then everything runs on the caller's thread.
+        threads: number of threads; with 1, everything runs on the caller's thread.
 
     Attributes:
-        threads: that it was given.
+        threads: number of threads.
     """
 
     def __init__(self, threads: int) -> None:

@@ -4,7 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from rich.console import Console
 
+from experiments import record, run
+from experiments.lab import netlab
+from tests.method_kinds import KINDS
 from tests.ranks import Ranks
 
 settings.register_profile(
@@ -23,9 +27,13 @@ def pytest_report_header() -> str:
     return f"codec backends: {', '.join(codec.__name__ for codec in BACKENDS)}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """Give ``ranks(world)``: processes, started at first use, shared by tests."""
+    """Give ``ranks(world)``: processes, started at first use, shared by a file's tests.
+
+    Groups that frameworks leave open end with them: each has threads that look for
+    messages a hundred times a second.
+    """
     running: dict[int, Ranks] = {}
 
     def of_world(world: int) -> Ranks:
@@ -37,3 +45,17 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     for pool in running.values():
         if pool.alive:
             pool.close()
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Give the rows of 32 steps of every kind of method, between hosts of the lab.
+
+    Over loopback where there is no lab.
+    """
+    folder = tmp_path_factory.mktemp("kinds")
+    methods = [*KINDS, "float32, lr × 0.5"]
+    rates = [] if netlab.missing() else ["1gbit"]
+    spec = run.Spec("all", "digits", methods, 32, rates=rates, evaluate_every=32)
+    assert run.run(spec, folder, None, Console()) == []
+    return record.read_csv(folder / "results.csv")

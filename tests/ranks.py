@@ -1,6 +1,7 @@
 """Runs functions on N gloo ranks: N processes, started once, used for many cases."""
 
 import faulthandler
+import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests import forked
 
 GROUP_TIMEOUT_S = 40
 
@@ -27,7 +29,9 @@ class Ranks:
         self.world = world
         self.alive = True
         self._folder = tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")
+        context: Any = forked.context()
+        if torch.cuda.is_available():  # which does not survive a fork
+            context = multiprocessing.get_context("spawn")
         store = str(Path(self._folder.name) / "store")
         self._pipes: list[Connection] = []
         self._processes = []

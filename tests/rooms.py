@@ -101,6 +101,7 @@ BELOW = {
         "config",
         "transport",
         "handshake",
+        "knobs",
         "measure",
         "version",
         "workers",

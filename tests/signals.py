@@ -14,13 +14,13 @@ import random
 import signal
 import tempfile
 import time
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 from rich.progress import track
 
+from tests import forked
 from tests.checkpoint_cases import Run
 from tests.ranks import join
 
@@ -77,10 +77,12 @@ class Trial:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def listen(self, seconds: float, until: int | None = None) -> None:
-        """Hear the ranks until the time is over, all ended, or one made ``until``."""
+    def listen(
+        self, seconds: float, until: int | None = None, ends: int = WORLD
+    ) -> None:
+        """Hear the ranks for a time, until some have ended, or one made ``until``."""
         end = time.monotonic() + seconds
-        while len(self.ended_at) < WORLD and time.monotonic() < end:
+        while len(self.ended_at) < ends and time.monotonic() < end:
             open_ = [p for r, p in enumerate(self.pipes) if r not in self.ended_at]
             for pipe in wait(open_, timeout=max(0.0, end - time.monotonic())):
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
@@ -122,7 +124,7 @@ def trial(context: Any, hook: str, deed: str, dice: random.Random) -> dict[str, 
                 time.sleep(dice.uniform(0.1, 1.5))
                 os.kill(ranks.processes[victim].pid or 0, signal.SIGCONT)
             elif deed == "stop":
-                ranks.listen(NOTICED_S)
+                ranks.listen(NOTICED_S, ends=WORLD - 1)
                 os.kill(ranks.processes[victim].pid or 0, signal.SIGKILL)
             ranks.listen(NOTICED_S)
             where = (hook, deed, victim, ranks.said)
@@ -149,8 +151,7 @@ def campaign(count: int, seed: int) -> dict[str, Any]:
         AssertionError: as ``trial``; or a rank that was held up changed the result.
     """
     dice = random.Random(seed)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tests.signals"])
+    context = forked.context()
     counted: collections.Counter[str] = collections.Counter()
     kinds: collections.Counter[str] = collections.Counter()
     digests: dict[str, str] = {}

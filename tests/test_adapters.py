@@ -1,9 +1,9 @@
 """Lightning, Accelerate and the Trainer give what DDP with lc3's hook gives."""
 
+import importlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from lc3 import AttachError
 from lc3.frameworks import require
 from lc3.hooks import ddp
+from tests import forked
+from tests.test_surface import run_examples
 
 ROOT = Path(__file__).parents[1]
 FRAMEWORKS = ["lightning", "accelerate", "transformers"]
@@ -32,18 +34,15 @@ def needs(framework: str) -> None:
 
 def torchrun(folder: Path, *arguments: str) -> str:
     """Run in ``folder``, where frameworks leave their logs; return what it prints."""
-    done = subprocess.run(
+    done = forked.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", "-m", *arguments),
         ],
-        capture_output=True,
-        text=True,
         cwd=folder,
         timeout=300,
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         },
@@ -61,6 +60,16 @@ def trained(framework: str, mode: str, folder: Path) -> dict[str, Any]:
     )
     assert torch.equal(found["parameters"], other["parameters"]), "replicas differ"
     return found
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.filterwarnings("default")  # the frameworks' own
+def test_the_examples_in_the_docstring_run(
+    framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs(framework)
+    monkeypatch.chdir(tmp_path)
+    run_examples(importlib.import_module(f"lc3.hooks.{framework}"))
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -2,14 +2,13 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests import fsdp2_cases
+from tests import forked, fsdp2_cases
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(300)
@@ -93,15 +92,12 @@ def test_what_is_unfrozen_later_is_an_error(ranks: Pools) -> None:
         assert "was frozen when lc3 was attached" in sentence
 
 
-@pytest.mark.long
 def test_the_example() -> None:
-    done = subprocess.run(
+    done = forked.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "4", "-m", "experiments.examples.with_fsdp2"),
         ],
-        capture_output=True,
-        text=True,
         timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

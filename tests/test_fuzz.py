@@ -1,6 +1,5 @@
 """The short form of ``make fuzz``; that its guard works; that memory stays flat."""
 
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import lc3
 from lc3.codec import cpu
 from lc3.format import max_frame_bytes
+from tests import forked
 from tests.fuzz import campaign
 
 
@@ -26,9 +26,7 @@ def test_the_guard_page_faults() -> None:
         "ctypes.memset(m.data_ptr() + 8, 0, 1)"
     )
     root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, check=False, timeout=60
-    )
+    done = forked.run([sys.executable, "-c", code], cwd=root, timeout=60)
     assert done.returncode == -11
 
 

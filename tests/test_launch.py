@@ -7,29 +7,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments.lab import ranks
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(world: int, *arguments: str, restarts: int = 0) -> list[str]:
+def torchrun(world: int, *arguments: str) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world), "--max-restarts", str(restarts)]
-    return [*command, "-m", "launch.train", *arguments]
+    return [*command, "--nproc-per-node", str(world), "-m", "launch.train", *arguments]
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forked.run(
         command,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
         timeout=120,
-        check=False,
     )
 
 
@@ -39,31 +37,31 @@ def parameters(output: str) -> str:
     return found[1]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "method",
+    ("method", "start", "how"),
     [
-        "3lc",
-        pytest.param("push-pull", marks=pytest.mark.long),
-        pytest.param("local", marks=pytest.mark.long),
+        ("3lc", subprocess.Popen, signal.SIGINT),  # torchrun itself
+        ("push-pull", forked.Job, signal.SIGTERM),
+        ("local", forked.Job, signal.SIGTERM),
     ],
 )
-def test_it_goes_on_where_it_stopped(tmp_path: Path, method: str) -> None:
+def test_it_goes_on_where_it_stopped(
+    tmp_path: Path, method: str, start: Any, how: signal.Signals
+) -> None:
     """Bit for bit on as many ranks; on another number it goes on, too."""
     options = ["--method", method, "--steps", "48", "--save-every", "16"]
     straight = run(torchrun(2, *options))
     assert straight.returncode == 0, straight.stderr
     folder = tmp_path / "checkpoints"
     kept = [*options, "--checkpoints", str(folder)]
-    process = subprocess.Popen(
-        torchrun(2, *kept), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    with (tmp_path / "log").open("w") as log:
+        process = start(torchrun(2, *kept), cwd=ROOT, stdout=log)
     deadline = time.monotonic() + 100
     while not list(folder.glob("step-*")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     process.wait(60)
     (saved,) = folder.glob("step-*")
     again = run(torchrun(2, *kept))
@@ -103,14 +101,11 @@ def test_what_is_missing_is_said(variables: dict[str, str], words: str) -> None:
     clean = {k: v for k, v in os.environ.items() if k not in known}
     if "OMPI_COMM_WORLD_RANK" in variables:
         variables = {**variables, "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "launch.train", "--steps", "1"],
         cwd=ROOT,
         env={**clean, **variables},
-        capture_output=True,
-        text=True,
         timeout=60,
-        check=False,
     )
     assert done.returncode == 1
     assert words in done.stderr

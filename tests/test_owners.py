@@ -159,5 +159,5 @@ def test_replicas_follow_the_masters() -> None:
 
 def test_what_works_on_masters_needs_owners() -> None:
     check_owners(SMALL, "a momentum")
-    with pytest.raises(ConfigError, match="leaves no owners, on whose masters a mom"):
+    with pytest.raises(ConfigError, match="a momentum needs master weights on"):
         check_owners(DIRECT, "a momentum")

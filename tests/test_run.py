@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,18 @@ from rich.console import Console
 
 from experiments import record, report, run, tables, train
 from experiments.record import ResultError
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 GOOD = 'task = "digits"\nmethods = ["float32"]\nsteps = 20\n'
 QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an experiment fork its ranks."""
+    popen = SimpleNamespace(Popen=forked.Job, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(run, "subprocess", popen)
 
 
 def spec_of(tmp_path: Path, text: str) -> run.Spec:
@@ -96,14 +105,14 @@ def test_rows_of_an_older_version_are_joined(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.usefixtures("forks")
 def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
     """Killed after the first method; the second start trains the second only."""
     text = GOOD.replace('"float32"', '"float32", "3LC s=1.00"').replace("20", "100")
     spec = spec_of(tmp_path, text)
     folder = tmp_path / "out" / "some"
-    command = [sys.executable, "-m", "experiments.run", str(tmp_path / "some.toml")]
-    command += ["--out", str(tmp_path / "out")]
+    arguments = [str(tmp_path / "some.toml"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "experiments.run", *arguments]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     kept = spec.trainings()[0].kept(folder)
     deadline = time.monotonic() + 90
@@ -114,10 +123,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
     first.send_signal(signal.SIGINT)
     assert first.wait(30) in (0, 130)  # 0: it had ended already
     before = kept.stat().st_mtime_ns
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, timeout=90, check=False
-    )
-    assert done.returncode == 0
+    assert run.main(arguments) == 0
     assert kept.stat().st_mtime_ns == before
     rows = record.read_csv(folder / "results.csv", tables.COLUMNS)
     assert {row["method"] for row in rows} == {"float32", "3LC s=1.00"}
@@ -131,7 +137,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
         assert f"## {title}\n" in text
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.usefixtures("forks")
 def test_an_experiment_says_when_it_evaluates(tmp_path: Path) -> None:
     text = GOOD + "warm_up = 0.5\nevaluate_every = 8\naveraged = true\n"
     spec = spec_of(tmp_path, text)
@@ -144,8 +150,7 @@ def test_an_experiment_says_when_it_evaluates(tmp_path: Path) -> None:
     assert "20 steps, 50 % of them warm-up, mean of 1 seed" in tables.caption(rows)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(200)
+@pytest.mark.usefixtures("forks")
 def test_a_failing_method_leaves_the_others(tmp_path: Path) -> None:
     """Local steps end apart unless their number is a multiple of H."""
     methods = '"float32", "local H=16", "3LC s=1.00"'

@@ -3,13 +3,20 @@
 ``make evaluate EXPERIMENT=scripts`` is the long form.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from experiments.scripts.__main__ import SCRIPTS, norm_gap, run, table, train
+from experiments.scripts import __main__ as scripts
+from experiments.scripts.__main__ import SCRIPTS, norm_gap, run, table
+from tests import forked
 
+Trained = Callable[[str, str], dict[str, Any]]
 pytestmark = pytest.mark.timeout(300)
 STEPS = 40
 
@@ -23,20 +30,29 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "script", ["nanogpt", pytest.param("mingpt", marks=pytest.mark.long)]
-)
-def test_the_lines_train_what_the_script_trains(script: str, text: Path) -> None:
-    plain, coded = (train(script, form, 0, text, STEPS) for form in ("plain", "ddp"))
+@pytest.fixture(scope="module")
+def trained(text: Path) -> Trained:
+    """Give ``trained(script, form)``: figures of forked ranks, trained once."""
+
+    @functools.cache
+    def of(script: str, form: str) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scripts, "subprocess", SimpleNamespace(run=forked.run))
+            return scripts.train(script, form, 0, text, STEPS)
+
+    return of
+
+
+@pytest.mark.parametrize("script", ["nanogpt", "mingpt"])
+def test_the_lines_train_what_the_script_trains(script: str, trained: Trained) -> None:
+    plain, coded = (trained(script, form) for form in ("plain", "ddp"))
     assert coded["score"] < 1.02 * plain["score"]
     assert coded["ratio"] > 25  # the first ten steps exchange their moments
     assert norm_gap(coded["norms"][:1], plain["norms"][:1]) < 0.2
 
 
-def test_local_steps_train_what_the_script_trains(text: Path) -> None:
-    plain, local = (
-        train("nanogpt", form, 0, text, STEPS) for form in ("plain", "local_sgd")
-    )
+def test_local_steps_train_what_the_script_trains(trained: Trained) -> None:
+    plain, local = (trained("nanogpt", form) for form in ("plain", "local_sgd"))
     # Five exchanges: the losses of a whole training are the long form's.
     assert local["score"] < 1.15 * plain["score"]
     assert local["ratio"] > 300

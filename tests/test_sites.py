@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import site_cases
+from tests import forked, site_cases
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(300)
@@ -74,19 +73,16 @@ def test_a_rank_that_fails_is_heard_in_every_site(ranks: Pools) -> None:
         assert "no memory left for frames" in said, (rank, said)
 
 
-@pytest.mark.long
 def test_the_example_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     said: list[tuple[str, ...]] = []
     for steps in ("16", "32", "32"):
         folder = tmp_path / ("whole" if said[1:] else "stopped")
-        done = subprocess.run(
+        done = forked.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                 *("--nproc-per-node", "4", "-m", "experiments.examples.sites"),
                 *(str(folder), steps),
             ],
-            capture_output=True,
-            text=True,
             timeout=200,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )

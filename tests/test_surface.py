@@ -1,5 +1,6 @@
 """What a person meets first: names, knobs, lines of the documentation, errors."""
 
+import ast
 import doctest
 import importlib
 import itertools
@@ -19,13 +20,14 @@ from torch import nn
 
 import lc3
 from lc3 import ConfigError, knobs
+from lc3.__main__ import main
 from lc3.codec import cpu
 from lc3.config import Config, Settings, Tuning, settle
 from lc3.costs import Costs, sent_bits
 from lc3.hooks import ddp, local_sgd
 from lc3.transport import Transport
 from lc3.version import __version__
-from tests import surface_cases
+from tests import forked, surface_cases
 from tests.ranks import Ranks
 from tests.test_engine import engine_of, in_threads, random_gradients
 
@@ -35,6 +37,12 @@ PAGES = [
     *(p for p in sorted((ROOT / "docs").rglob("*.md")) if "notebook" not in p.parts),
 ]
 Pools = Callable[[int], Ranks]
+ADAPTERS = {
+    "lightning": "LC3",
+    "accelerate": "attach",
+    "transformers": "attach",
+    "horovod": "DistributedOptimizer",
+}
 
 # Knobs with a value that has an effect on three tensors and three ranks.
 KNOBS: dict[str, Any] = {
@@ -311,12 +319,12 @@ def test_a_process_of_several_without_a_group_is_told(
 def test_examples_in_docstrings_run() -> None:
     for name in ("choices", "codec", "config", "checkpoint", "errors"):
         module = importlib.import_module(f"lc3.{name}")
-        _run_examples(module)
+        run_examples(module)
     for module in (ddp, local_sgd):
-        _run_examples(module)
+        run_examples(module)
 
 
-def _run_examples(module: ModuleType) -> None:
+def run_examples(module: ModuleType) -> None:
     model = nn.Linear(8, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     given = {"torch": torch, "lc3": lc3, "model": model, "optimizer": optimizer}
@@ -333,8 +341,13 @@ def test_nearly_every_public_name_has_an_example() -> None:
         if name not in ("__version__", "hooks")
     }
     named |= {f"{m.__name__}.attach": m.attach for m in (ddp, local_sgd)}
-    without = [n for n, found in named.items() if ">>>" not in (found.__doc__ or "")]
-    assert len(without) < 0.1 * len(named), without
+    docstrings = {name: found.__doc__ or "" for name, found in named.items()}
+    for adapter, name in ADAPTERS.items():  # whose frameworks may be missing
+        tree = ast.parse((ROOT / f"hooks/{adapter}.py").read_text())
+        (found,) = (n for n in tree.body if getattr(n, "name", "") == name)
+        docstrings[adapter] = ast.get_docstring(found) or ""  # type: ignore[arg-type]
+    without = [name for name, said in docstrings.items() if ">>>" not in said]
+    assert len(without) < 0.1 * len(docstrings), without
 
 
 def test_pages_of_examples_run() -> None:
@@ -356,27 +369,24 @@ def test_show_choices_prints_them() -> None:
         "import lc3, torch; lc3.show_choices(); m = torch.nn.Linear(2, 2);"
         "lc3.hooks.local_sgd.attach(m, torch.optim.AdamW(m.parameters()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
+    done = forked.run([sys.executable, "-c", code])
     assert "outer_lr=2, residual_decay=0.8, inner_momentum_scale=0.5" in done.stderr
 
 
-def test_the_command_is_installed_and_says_its_units() -> None:
-    command = [str(Path(sys.executable).with_name("lc3"))]
+def test_the_command_is_installed_and_says_its_units(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for which, words in {
         "measure": ["default: 50", "ranks of the job"],
         "doctor": ["milliseconds", "default: 25000000"],
     }.items():
-        done = subprocess.run(
-            [*command, which, "--help"], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0
-        for word in words:
-            assert word in " ".join(done.stdout.split()), done.stdout
-    done = subprocess.run(
-        [*command, "--version"], capture_output=True, text=True, timeout=120
-    )
+        with pytest.raises(SystemExit) as ended:
+            main([which, "--help"])
+        assert ended.value.code == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(word in said for word in words), said
+    command = [str(Path(sys.executable).with_name("lc3")), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[-1] == __version__
 
 

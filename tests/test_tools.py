@@ -1,10 +1,11 @@
 """``python -m lc3 measure`` and ``doctor``: what they say, and what they refuse."""
 
+import dataclasses
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lc3 import __main__ as command
 from lc3 import doctor, measure
 from lc3.config import Settings
 from lc3.costs import Costs
+from tests import forked
 from tests.oracle import Oracle
 
 SCRIPT = """
@@ -35,14 +37,11 @@ print("the script ended by itself")
 
 def lc3_command(
     *arguments: str, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+) -> CompletedProcess[str]:
+    return forked.run(
         [sys.executable, *(launcher or ("-m", "lc3")), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=120,
-        check=False,
     )
 
 
@@ -242,5 +241,30 @@ def test_the_doctor_says_what_is_clear_only(
     reduce_byte: float, verdict: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     costs = Costs(4e-10, 2e-10, 0.0, reduce_byte, 0.0, reduce_byte)
-    doctor._predict(1_000_000, 1.0, 2, {"this link": costs})
+    doctor._predict(1_000_000, 1.0, 2, {"this link": (costs, costs)})
     assert f"): {verdict}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bit_s", "code_s", "compute_ms", "sgd", "adam"),
+    [
+        (10e6, 1e-9, 100.0, "local steps, H = 4", "local steps, H = 8"),
+        (60e6, 1e-9, 300.0, "3LC", "local steps, H = 8"),
+        (3e9, 2e-8, 100.0, "bfloat16", "bfloat16"),
+        (1e12, 1e-9, 100.0, "float32", "float32"),
+    ],
+)
+def test_the_doctor_names_the_form_that_wins_for_an_optimizer(
+    bit_s: float,
+    code_s: float,
+    compute_ms: float,
+    sgd: str,
+    adam: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    costs = Costs(code_s, code_s, 0.0, 8 / bit_s, 0.0, 8 / bit_s)
+    local = dataclasses.replace(costs, bits=1.2)
+    doctor._predict(10_000_000, compute_ms, 2, {"this link": (costs, local)})
+    said = capsys.readouterr().out
+    assert f"to win: with SGD {sgd} (" in said
+    assert f"with Adam {adam} (" in said

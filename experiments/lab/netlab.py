@@ -47,8 +47,8 @@ class Traffic:
 
     Attributes:
         host: its number.
-        sent_bytes: by the host.
-        received_bytes: by the host.
+        sent_bytes: bytes that the host sent.
+        received_bytes: bytes that the host received.
     """
 
     host: int
@@ -90,7 +90,7 @@ class Lab:
 
     Args:
         hosts: how many.
-        rate: of every host's link in both directions, bits per second.
+        rate: bits per second of every host's link, in each direction.
     """
 
     def __init__(self, hosts: int, rate: int) -> None:

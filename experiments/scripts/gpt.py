@@ -38,10 +38,10 @@ class GPT(nn.Module):
 
     Args:
         symbols: how many characters there are.
-        length: of a context.
+        length: length of a context.
         layers: blocks.
-        heads: of each.
-        width: of the residual stream.
+        heads: number of heads of each.
+        width: width of the residual stream.
         bias: whether linear layers and norms have one (minGPT), or not (nanoGPT).
         tied: whether the head is the embedding.
     """
@@ -88,7 +88,7 @@ class Text:
 
     Args:
         path: a text file.
-        length: of a context.
+        length: length of a context.
     """
 
     def __init__(self, path: str, length: int) -> None:

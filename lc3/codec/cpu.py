@@ -251,7 +251,7 @@ def _pack(
 
     Args:
         x: float32[n].
-        scale: what a digit stands for.
+        scale: the value of a digit 1.
         half: the magnitude above which a value is sent: half of the scale, as a rule.
         body: uint8[≥ n / 5].
 

@@ -463,7 +463,7 @@ class Batch:
     """Codes all pieces of a bucket at once. Keeps its tables and memory for the next.
 
     Args:
-        device: of the values: CUDA, or the CPU under the simulator.
+        device: where the values are: CUDA, or the CPU under the simulator.
     """
 
     def __init__(self, device: torch.device) -> None:

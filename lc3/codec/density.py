@@ -28,7 +28,7 @@ def choose(
     Args:
         sample: float32[1 ≤ n], magnitudes of every ``sample_stride``-th value.
         density: share of values to send, 0 < density < 1.
-        largest: of all magnitudes, finite and > 0.
+        largest: the largest of all magnitudes, finite and > 0.
     """
     ordered = np.sort(sample)
     count = max(1, round(density * ordered.size))
