@@ -377,7 +377,7 @@ def test_the_command_is_installed_and_says_its_units(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for which, words in {
-        "measure": ["default: 50", "ranks of the job"],
+        "measure": ["default: 50", "number of ranks to assume"],
         "doctor": ["milliseconds", "default: 25000000"],
     }.items():
         with pytest.raises(SystemExit) as ended:
