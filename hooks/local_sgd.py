@@ -9,6 +9,7 @@ That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which send
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -35,7 +36,7 @@ from lc3.model import Model, local, named_parameters, together
 from lc3.outer import Outer
 from lc3.owners import owners_of
 from lc3.residual import arena_like
-from lc3.says import Says, loaded_alike
+from lc3.says import Says, loaded_alike, share_of
 from lc3.session import (
     Session,
     alike_in,
@@ -293,19 +294,34 @@ class State(FormState):
             if self.knobs.overlap == 0:
                 self._finish()
 
-    def exchange(self) -> None:
+    def exchange(self, weight: float | None = None) -> None:
         """Exchange now: average what the ranks have moved; collective.
 
         For loops that count themselves (``sync_every="manual"``): ranks may have made
         any number of steps since the last exchange, none too, as a rank without data or
         one whose GradScaler has skipped a step.
+
+        Args:
+            weight: of this rank in the mean, as tokens or samples that it has trained
+                on since the last exchange. Default: its steps since then. A rank that
+                weighs nothing counts for nothing. Of the ranks of a site the sum
+                counts.
+
+        Raises:
+            ConfigError: the weight is negative, or no finite number.
         """
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and 0 <= weight < math.inf):
+            raise ConfigError(
+                f"weight={weight!r} must be a number of at least 0, like the tokens "
+                "since the last exchange, or None"
+            )
         if self.engine.transport.world == 1:
             return
         self._before(new=True)
         if self._pending is not None:
             self._finish()
-        self._start()
+        self._start(weight=weight)
         if self.knobs.overlap == 0:
             self._finish()
 
@@ -362,7 +378,9 @@ class State(FormState):
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
         self.session.check_replicas(alike_in(self._model.module), self.steps)
 
-    def _start(self, *, with_buffers: bool = False) -> None:
+    def _start(
+        self, *, with_buffers: bool = False, weight: float | None = None
+    ) -> None:
         """Begin an exchange of what the parameters, and some buffers, hold now."""
         flats = self._model.flats()
         for name, flat in flats.items():
@@ -376,6 +394,7 @@ class State(FormState):
             written=bool(written.base),
             far=written.far,
             base=together(written.base) if written.base else 0,
+            weight=max(self._unsent, bool(written.base)) if weight is None else weight,
             buffers_finite=finite,
             buffers=changed,
         )
@@ -496,9 +515,10 @@ class State(FormState):
             if alike:
                 self._go_on_from_written(written)
             counted = sum(said.finite for said in everybody)
-            if not mine.finite:
+            share = share_of(mine, everybody) if mine.finite else 0.0
+            if share != 1:  # 0 says nothing, and keeps its residual
                 for moved in self._moved.values():
-                    moved.zero_()  # says nothing, and keeps its residual
+                    moved.mul_(share) if share else moved.zero_()
             if counted:
                 owners.push(self._moved, step, 0)
                 self._outer.step(self.knobs, transport.world / counted)

@@ -4,6 +4,7 @@ One small round, so that all ranks treat this exchange alike: whose moves count,
 where they are counted, and which buffers come along.
 """
 
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lc3.errors import ReplicasDiffer
+from lc3.errors import FormatError, ReplicasDiffer
 
-_HEAD = struct.Struct("<BI")
+_HEAD = struct.Struct("<BId")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Says:
         written: whether something else than an optimizer wrote to its parameters.
         far: whether that brought them far away.
         base: a checksum of what they held then; 0 if nothing was written.
+        weight: of what it has moved, among the ranks'.
         buffers_finite: whether its changed buffers are.
         buffers: names of its float buffers that have changed.
     """
@@ -36,25 +38,33 @@ class Says:
     written: bool = False
     far: bool = False
     base: int = 0
+    weight: float = 1.0
     buffers_finite: bool = True
     buffers: tuple[bool, ...] = ()
 
     def to_bytes(self) -> Tensor:
         """Return uint8[*]."""
         bits = [self.finite, self.written, self.far, self.buffers_finite]
-        head = _HEAD.pack(sum(bit << i for i, bit in enumerate(bits)), self.base)
+        flags = sum(bit << i for i, bit in enumerate(bits))
+        head = _HEAD.pack(flags, self.base, self.weight)
         packed = np.packbits(np.array(self.buffers, dtype=bool))
         return torch.frombuffer(bytearray(head + packed.tobytes()), dtype=torch.uint8)
 
     @classmethod
     def from_bytes(cls, data: Tensor, buffers: int) -> Self:
-        """Return what a rank with as many buffers has said."""
+        """Return what a rank with as many buffers has said.
+
+        Raises:
+            FormatError: it weighs less than nothing, or no finite number.
+        """
         raw = data.clone().numpy()
-        bits, base = _HEAD.unpack(raw[: _HEAD.size].tobytes())
+        bits, base, weight = _HEAD.unpack(raw[: _HEAD.size].tobytes())
+        if not 0 <= weight < math.inf:
+            raise FormatError(f"a rank says that it weighs {weight}")
         unpacked = np.unpackbits(raw[_HEAD.size :], count=buffers)
         finite, written, far, buffers_finite = (bool(bits >> i & 1) for i in range(4))
         changed = tuple(map(bool, unpacked))
-        return cls(finite, written, far, base, buffers_finite, changed)
+        return cls(finite, written, far, base, weight, buffers_finite, changed)
 
 
 def of_site(mine: Says, everybody: Sequence[Says]) -> Says:
@@ -67,8 +77,19 @@ def of_site(mine: Says, everybody: Sequence[Says]) -> Says:
         written=written,
         far=any(said.far for said in everybody),
         base=zlib.crc32(repr(bases).encode()) if written else 0,
+        weight=sum(said.weight for said in everybody),
         buffers_finite=all(said.buffers_finite for said in everybody),
     )
+
+
+def share_of(mine: Says, everybody: Sequence[Says]) -> float:
+    """Return what a rank's moves are multiplied by, so that their mean is weighted.
+
+    Of ranks that are finite; 1 where all weigh the same, or nobody anything.
+    """
+    weights = [said.weight for said in everybody if said.finite]
+    total = sum(weights)
+    return mine.weight * len(weights) / total if total else 1.0
 
 
 def loaded_alike(everybody: Sequence[Says]) -> bool:

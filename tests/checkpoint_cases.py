@@ -1,6 +1,7 @@
 """What the ranks of ``test_checkpoint`` do: each function runs on every rank."""
 
 import dataclasses
+import math
 import random
 import time
 from functools import partial
@@ -295,8 +296,14 @@ def a_stage_fails(rank: int, world: int, seed: int) -> tuple[str, float, str]:
     return f"rank {culprit}, {hook}, {stage}", at, said
 
 
-def uneven_local_steps(rank: int, world: int) -> tuple[str, float]:
-    """Each rank makes another number of steps, the last one none; uncoded."""
+def uneven_local_steps(
+    rank: int, world: int, tokens: list[float] | None = None
+) -> tuple[str, float]:
+    """Each rank makes another number of steps, the last one none; uncoded.
+
+    Returns:
+        The hash of the model, and how far it was from the weighted mean of the ranks'.
+    """
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     state = local_sgd.attach(
@@ -312,10 +319,19 @@ def uneven_local_steps(rank: int, world: int) -> tuple[str, float]:
         everyone: list[Any] = [None] * world
         mine = {n: p.detach().clone() for n, p in net.named_parameters()}
         dist.all_gather_object(everyone, mine)
-        state.exchange()
+        state.exchange(None if tokens is None else tokens[rank])
+        weights = tokens or [float(world - 1 - r) for r in range(world)]
         for name, parameter in net.named_parameters():
-            mean = torch.stack([theirs[name] for theirs in everyone]).mean(dim=0)
+            mean = sum(w * e[name] for w, e in zip(weights, everyone, strict=True))
+            mean /= sum(weights)
             apart = max(apart, float((parameter.detach() - mean).abs().max()))
+    for weight in (-1.0, math.nan, True):
+        try:
+            state.exchange(weight)
+        except lc3.ConfigError as error:
+            assert "must be a number of at least 0" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError(weight)
     state.close()
     return hash_of(net), apart
 

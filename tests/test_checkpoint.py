@@ -90,8 +90,12 @@ def test_steps_that_a_scaler_skips_never_were(ranks: Pools, hook: str) -> None:
         assert skipped == (len(bad) if hook == "push_pull" else 0)
 
 
-def test_ranks_with_other_numbers_of_local_steps(ranks: Pools) -> None:
-    reports = ranks(3).run(checkpoint_cases.uneven_local_steps)
+@pytest.mark.parametrize("tokens", [None, [300.0, 100.0, 0.0], [1.5, 0.5, 2.0]])
+def test_ranks_with_other_numbers_of_local_steps(
+    ranks: Pools, tokens: list[float] | None
+) -> None:
+    """They weigh as much as they have trained, or as the script says."""
+    reports = ranks(3).run(checkpoint_cases.uneven_local_steps, tokens)
     assert len({digest for digest, _ in reports}) == 1
     for _, apart in reports:
         assert apart < 1e-6
