@@ -111,18 +111,18 @@ def attach(
             ranks moved. 1: averaging; up to 2, which suits moments that are halved.
             With ``outer_momentum``, what is chosen is multiplied by 1 − that.
         outer_momentum: Nesterov momentum of the outer optimizer, as in DiLoCo; default
-            0. Error feedback is a momentum already: it helps uncoded exchanges, not
-            coded ones. Not with ``Tuning(topology="direct")``.
+            0. Use it only without compression: error feedback already acts like
+            momentum. Not with ``Tuning(topology="direct")``.
         residual_decay: what multiplies, after every exchange, what was not sent yet: a
             rank's residuals, and how far masters are ahead of the replicas. 1 forgets
-            nothing. What has waited for long was found again and again where the
-            replica had not moved, and sent whole it goes too far. The fewer exchanges
-            and the larger ``outer_lr``, the more: 0.8 goes with 2.
+            nothing. Local steps derive a long-delayed residual anew in every interval,
+            so sending it in full overshoots: the more, the fewer exchanges there are
+            and the larger ``outer_lr`` is. 0.8 goes with 2.
         inner_momentum_scale: what multiplies the optimizers' first moments
             (``exp_avg``, ``momentum_buffer``) whenever an exchange has changed the
-            parameters. A rank's own hold noise that the mean of the ranks has less of,
-            and carry it on into the next interval, away from the other ranks. 1 keeps
-            them. Less is for AdamW and Muon; SGD with momentum ends worse.
+            parameters. They hold this rank's own noise, and carry it into the next
+            interval. 1 keeps them. Less than 1 suits AdamW and Muon; SGD with momentum
+            ends worse.
         group: a process group that nobody else uses. Default: lc3 makes one.
         mesh: for sites of several ranks, of two dimensions, between sites and inside of
             them, of all ranks of the job. ``model`` is sharded over the second one by

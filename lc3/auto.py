@@ -122,7 +122,7 @@ class AutoEngine:
         self.owing.update(names)
 
     def keep_own_part(self) -> None:
-        """See ``Exchange.keep_own_part``: it pushes everything."""
+        """See ``Exchange.keep_own_part``: a no-op on one level."""
 
     def close(self) -> None:
         """See ``Exchange.close``."""

@@ -33,14 +33,14 @@ class Costs:
     """What the slowest rank needs, seconds.
 
     Attributes:
-        encode: an element, with the entropy stage.
-        decode: an element, with the entropy stage.
-        round: an exchange of nothing, all ranks with all.
-        byte: a byte that a rank sends in one.
-        reduce: an all-reduce of nothing.
-        reduce_byte: a byte of the tensor in one.
-        cast: an element to bfloat16 and back.
-        bits: that 3LC sends of an element, push and pull.
+        encode: time to encode an element, entropy stage included.
+        decode: time to decode an element, entropy stage included.
+        round: latency of an empty all-to-all.
+        byte: time of a byte that a rank sends in an all-to-all.
+        reduce: latency of an empty all-reduce.
+        reduce_byte: time of a byte of the tensor in an all-reduce.
+        cast: time to cast an element to bfloat16 and back.
+        bits: bits that 3LC sends of an element, push and pull together.
     """
 
     encode: float

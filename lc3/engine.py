@@ -284,7 +284,7 @@ class Engine:
         """See ``Exchange.owe``: residuals always come along."""
 
     def keep_own_part(self) -> None:
-        """See ``Exchange.keep_own_part``: it pushes everything."""
+        """See ``Exchange.keep_own_part``: a no-op on one level."""
 
     def close(self) -> None:
         """See ``Exchange.close``."""

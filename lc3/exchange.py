@@ -74,8 +74,8 @@ class Exchange(Protocol):
                 names on every rank.
             step: synchronised backward passes before this one, the same on every rank.
             bucket: its number in this step, the same on every rank.
-            half_grads: by the same names float16 or bfloat16[numel], contiguous: the
-                gradients, if those of ``grads`` are only the output.
+            half_grads: by the same names float16 or bfloat16[numel], contiguous:
+                half-precision gradients. If given, ``grads`` is output storage only.
 
         Raises:
             FormatError, PlanMismatch: what arrived does not fit; every other rank is
