@@ -33,7 +33,9 @@ BELOW = {
     "transport": {"errors"},
     "plan": {"config", "errors"},
     "residual": {"plan"},
-    "checkpoint": {"errors", "plan"},
+    "files": set(),
+    "checkpoint": {"errors", "files", "plan"},
+    "ship": {"checkpoint", "codec", "errors", "files"},
     "meter": {"private"},
     "moments": set(),
     "sketch": set(),
@@ -92,7 +94,7 @@ BELOW = {
         "version",
         "workers",
     },
-    "__main__": {"config", "doctor", "errors", "measure", "version"},
+    "__main__": {"config", "doctor", "errors", "measure", "ship", "version"},
     "auto": {"codec", "config", "transport", "format", "message", "plan"},
     "engine": {
         *(
@@ -139,7 +141,8 @@ def imported(path: Path) -> Iterator[str]:
 
 def sources() -> dict[str, list[Path]]:
     rooms = {path.stem: [path] for path in (ROOT / "lc3").glob("*.py")}
-    rooms["codec"] = list((ROOT / "lc3/codec").glob("*.py"))
+    for folder in ("codec", "ship"):
+        rooms[folder] = list((ROOT / "lc3" / folder).glob("*.py"))
     del rooms["__init__"]
     return rooms
 
@@ -217,6 +220,7 @@ def test_a_torch_without_a_private_name_is_refused(
 
 def test_a_framework_is_imported_in_one_file() -> None:
     files = [*(ROOT / "lc3").glob("*.py"), *(ROOT / "lc3/codec").glob("*.py")]
+    files += (ROOT / "lc3/ship").glob("*.py")
     for framework in ("horovod", "lightning", "accelerate", "transformers"):
         for path in files:
             assert framework not in {m.partition(".")[0] for m in imported(path)}, path
@@ -224,7 +228,7 @@ def test_a_framework_is_imported_in_one_file() -> None:
 
 def test_nothing_runs_a_pickle() -> None:
     forbidden = (" eval(", " exec(", "weights_only=False")
-    for folder in ("lc3", "lc3/codec", "hooks"):
+    for folder in ("lc3", "lc3/codec", "lc3/ship", "hooks"):
         for path in (ROOT / folder).glob("*.py"):
             tops = {module.partition(".")[0] for module in imported(path)}
             assert "pickle" not in tops, path
