@@ -29,6 +29,7 @@ from experiments.tables import insert
 from lc3 import ship
 from lc3.ship import bloomier, centres, choose, contexts, planes, steps
 from lc3.ship.choose import Lossy, section_of
+from lc3.ship.model import opened
 from lc3.ship.steps import Steps
 
 Row = dict[str, object]
@@ -390,6 +391,11 @@ def _cell(key: str, value: str) -> str:
     return f"{float(value):,.{digits.get(key, 2)}f}"
 
 
+def _family(name: str) -> str:
+    """Return which part of the benchmark makes a table."""
+    return "pruned" if name == "non-zero" else name
+
+
 TABLES = ("coder", "dct", "file", "pruned", "non-zero", "exact", "speed")
 
 
@@ -420,9 +426,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="experiments.bench_ship", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True, help="trained networks")
-    parser.add_argument("--networks", nargs="+", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--networks", nargs="*", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument(
+        "--weights", nargs="*", type=Path, default=[], help="files to ship exactly, too"
+    )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="result file; rows of other networks and tables in it stay",
+    )
     parser.add_argument("--docs", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -447,7 +461,14 @@ def main() -> None:
                         highlight=False,
                     )
                     rows.append(found)
-    write_csv(options.out, stamped(rows))
+    for path in options.weights:
+        with opened(path) as found:
+            named = {n: t.float() for n, t in found.items() if t.is_floating_point()}
+            rows += exact_rows(path.name, named)
+    measured = {(r["network"], _family(str(r["table"]))) for r in rows}
+    old = read_csv(options.out) if options.out.exists() else []
+    others = [r for r in old if (r["network"], _family(r["table"])) not in measured]
+    write_csv(options.out, [*others, *stamped(rows)])
     if options.docs:
         text = options.docs.read_text()
         text = insert(text, "ship", page(read_csv(options.out)))

@@ -203,7 +203,7 @@ def test_fit_finds_the_largest_step_and_gives_the_weights_back(tmp_path: Path) -
     before = {n: t.clone() for n, t in net.state_dict().items()}
 
     def evaluate(model: nn.Module) -> float:
-        return -float((model(x) - right).square().mean())
+        return -float((model(x) - right).square().mean().detach())
 
     plans = [ship.fit(net, evaluate, drop=drop) for drop in (1e-4, 1e-2)]
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())

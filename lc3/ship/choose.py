@@ -8,7 +8,7 @@ is not finite, is exact.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lc3.ship import bloomier, centres, planes, steps
 from lc3.ship.format import BLOOMIER, CENTRES, EXPANSION, PLANES, RELATIVE, STEPS
-from lc3.ship.steps import KERNEL, Coder, Steps
+from lc3.ship.steps import CHUNK, KERNEL, Coder, Floats, Steps
 
 QUANTIZED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FINER = 4  # steps of vectors in one of weights
@@ -97,9 +97,10 @@ def section_of(
     """
     if lossy is None or tensor.dtype not in QUANTIZED or tensor.numel() == 0:
         return exact(tensor, base)
-    x = tensor.double().numpy()
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    x = tensor.to(wide).numpy()
     if base is not None:
-        x = x - base.double().numpy()
+        x = x - base.to(wide).numpy()
     if not np.isfinite(x).all():
         return exact(tensor, base)
     if lossy.filtered and base is None and tensor.ndim > 1:
@@ -125,9 +126,9 @@ def section_of(
     return exact(tensor, base)
 
 
-def _filtered(tensor: Tensor, x: NDArray[np.float64]) -> Section | None:
+def _filtered(tensor: Tensor, x: Floats) -> Section | None:
     """Return weights as shared values in a filter; ``None``: too few are zero."""
-    flat = x.reshape(-1)
+    flat = x.astype(np.float64).reshape(-1)
     keys = np.flatnonzero(flat)
     if not 0 < keys.size <= _DENSEST * flat.size:
         return None
@@ -144,7 +145,10 @@ def _good(tensor: Tensor, decoded: Tensor, lossy: Lossy) -> bool:
         return False
     if lossy.largest_error is None:
         return True
-    off = (decoded.double() - tensor.double()).abs().max().item()
+    pairs = zip(
+        decoded.reshape(-1).split(CHUNK), tensor.reshape(-1).split(CHUNK), strict=True
+    )
+    off = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
     return off <= lossy.largest_error
 
 
@@ -162,14 +166,14 @@ def _seed(name: str, lossy: Lossy) -> int | None:
     return (lossy.dither_seed + (zlib.crc32(name.encode()) << 32)) % (1 << 64)
 
 
-def _coded(x: NDArray[np.float64], how: Steps) -> tuple[bytes, Tensor] | None:
+def _coded(x: Floats, how: Steps) -> tuple[bytes, Tensor] | None:
     numbers = steps.quantize(x, how)
     if numbers is None:
         return None
     return steps.section(numbers, x.shape, how), steps.dequantize(numbers, x.shape, how)
 
 
-def _of_weights(name: str, x: NDArray[np.float64], lossy: Lossy) -> Found | None:
+def _of_weights(name: str, x: Floats, lossy: Lossy) -> Found | None:
     """Return plain steps, or those of a DCT if they are smaller at equal error."""
     how = Steps(lossy.step, lossy.coder, 0, _seed(name, lossy))
     plain = _coded(x, how)
@@ -198,7 +202,7 @@ def _transform_of(name: str, shape: tuple[int, ...], lossy: Lossy) -> int:
     return 0
 
 
-def _as_near(x: NDArray[np.float64], how: Steps, kind: int, error: float) -> Steps:
+def _as_near(x: Floats, how: Steps, kind: int, error: float) -> Steps:
     """Return the largest steps of a transform whose squared error is no more."""
     low, high = 0.5 * how.step, 2.0 * how.step
     for _ in range(8):
@@ -215,18 +219,27 @@ def _as_near(x: NDArray[np.float64], how: Steps, kind: int, error: float) -> Ste
     return Steps(low, how.coder, kind, how.seed)
 
 
-def _squares(x: NDArray[np.float64], decoded: Tensor) -> float:
-    return float(np.square(decoded.numpy() - x).sum())
+def _squares(x: Floats, decoded: Tensor) -> float:
+    return sum(float(np.square(off).sum()) for off in _off(x, decoded))
 
 
-def _within(x: NDArray[np.float64], decoded: Tensor, lossy: Lossy) -> bool:
+def _off(x: Floats, decoded: Tensor) -> Iterator[NDArray[np.float64]]:
+    """Yield by how much values are off, chunk by chunk."""
+    values, flat = decoded.numpy().reshape(-1), x.reshape(-1)
+    for part in steps.parts(flat.size):
+        yield values[part].astype(np.float64) - flat[part]
+
+
+def _within(x: Floats, decoded: Tensor, lossy: Lossy) -> bool:
     if lossy.largest_error is None:
         return True
-    return bool(np.abs(decoded.numpy() - x).max() <= lossy.largest_error)
+    largest = max(float(np.abs(off).max()) for off in _off(x, decoded))
+    return largest <= lossy.largest_error
 
 
-def _of_vector(name: str, x: NDArray[np.float64], lossy: Lossy) -> Found | None:
+def _of_vector(name: str, x: Floats, lossy: Lossy) -> Found | None:
     """Return fine steps of a tensor's own, or centres that are as near."""
+    x = x.astype(np.float64)  # a vector is small
     step = min(lossy.step / _FINER, math.sqrt(np.square(x).mean()) / _OF_DEVIATION)
     if x.min() > 0:
         step = min(step, float(x.min()) / _OF_SMALLEST)

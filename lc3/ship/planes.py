@@ -24,6 +24,7 @@ CHUNK = 1 << 17  # elements
 _RAW, _ZSTD, _CONSTANT, _RANS = range(4)
 _WORDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _LEVEL = 1
+_SAMPLE = 1 << 14  # bytes
 
 
 def encode(tensor: Tensor, base: Tensor | None) -> bytes:
@@ -118,12 +119,20 @@ def decompress(data: memoryview, size: int) -> Bytes:
 
 
 def _smallest(chunk: Bytes, compressor: zstandard.ZstdCompressor) -> bytes:
-    """Return a chunk in the mode that takes fewest bytes."""
+    """Return a chunk in the mode that takes fewest bytes, or is likely to.
+
+    zstd goes through all of a chunk only if it is worth it on the beginning.
+    """
     counts = np.bincount(chunk, minlength=256)
     if counts.max() == chunk.size:
         return bytes([_CONSTANT, 1, int(chunk[0])])
-    mode, coded = _ZSTD, compressor.compress(chunk.data)
-    if static.expected_bytes(counts) < min(len(coded), chunk.size):
+    mode, coded = _RAW, chunk.tobytes()
+    expected = static.expected_bytes(counts)
+    sample = chunk[:_SAMPLE]
+    tried = len(compressor.compress(sample.data)) / sample.size
+    if tried < 0.98 * min(1.0, expected / chunk.size):
+        mode, coded = _ZSTD, compressor.compress(chunk.data)
+    if expected < min(len(coded), chunk.size):
         mode, coded = _RANS, static.encode(chunk)
     if len(coded) < chunk.size:
         return bytes([mode]) + varint(len(coded)) + coded

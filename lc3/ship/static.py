@@ -53,15 +53,12 @@ def decode(data: memoryview, size: int) -> Bytes:
     shares = np.frombuffer(reader.bytes(2 * symbols.size), "<u2").astype(np.uint32)
     if symbols.size < 2 or shares.min() < 1 or int(shares.sum()) != _SLOTS:
         raise FormatError(f"the {symbols.size} shares of a code do not add up to 4096")
-    wide = shares.astype(np.int64)
-    inside = np.arange(_SLOTS) - np.repeat(np.cumsum(wide) - wide, wide)
-    table = np.repeat(symbols << 24 | wide << 12, wide) | inside
     states = np.frombuffer(reader.bytes(4 * STATES), "<u4").astype(np.uint32)
     rest = data[reader.at :]
     words = np.zeros(len(rest) // 2 + STATES, np.uint16)
     words[: len(rest) // 2] = np.frombuffer(rest[: len(rest) // 2 * 2], "<u2")
     out = np.empty(size, np.uint8)
-    used = _decode(table.astype(np.uint32), states, words, len(rest) // 2, out)
+    used = _decode(symbols, shares, states, words, len(rest) // 2, out)
     if len(rest) % 2 or used != len(rest) // 2 or (states != 1 << 16).any():
         raise FormatError(f"a code of {len(data)} bytes is damaged")
     return out
@@ -115,8 +112,17 @@ def _step(x: np.uint32, entry: np.uint32) -> Any:
 
 
 @kernel()
-def _decode(table: Any, states: Any, words: Words, many: int, out: Bytes) -> int:
+def _decode(
+    symbols: Any, shares: Any, states: Any, words: Words, many: int, out: Bytes
+) -> int:
     """Write all bytes and the last states; return how many words were taken."""
+    table = np.empty(_SLOTS, np.uint32)  # of each slot: byte, share, place in the share
+    filled = 0
+    for k in range(symbols.size):
+        entry = (np.uint32(symbols[k]) << np.uint32(24)) | (shares[k] << np.uint32(12))
+        for inside in range(shares[k]):
+            table[filled] = entry | np.uint32(inside)
+            filled += 1
     slot = np.uint32(0xFFF)
     least = np.uint32(1 << 16)
     a, b, c, d = states[0], states[1], states[2], states[3]

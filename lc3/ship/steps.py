@@ -9,6 +9,7 @@ specified in ``lc3.ship.format``. Source: Choi, El-Khamy, Lee, arXiv 1802.02271.
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from lc3.ship.format import Reader, varint
 
 Coder = Literal["context", "zstd"]
 Numbers = NDArray[np.int32]
+Floats = NDArray[np.float32] | NDArray[np.float64]
+CHUNK = 1 << 18  # values
 CODERS: tuple[Coder, ...] = ("context", "zstd")
 KERNEL = 1  # transform: the DCT over all axes from the third on
 _WIDTHS = {1: np.int8, 2: np.int16, 4: np.int32}
@@ -50,11 +53,13 @@ class Steps:
         object.__setattr__(self, "step", float(np.float32(self.step)))
 
 
-def quantize(x: NDArray[np.float64], steps: Steps) -> Numbers | None:
+def quantize(x: Floats, steps: Steps) -> Numbers | None:
     """Return the numbers of values; ``None``: some are too large for such a step.
 
+    Without a transform memory holds the numbers and a chunk of values beside ``x``.
+
     Args:
-        x: float64[...], finite.
+        x: float32[...] or float64[...], finite.
         steps: how.
 
     Returns:
@@ -65,13 +70,17 @@ def quantize(x: NDArray[np.float64], steps: Steps) -> Numbers | None:
         array([ 2, -4], dtype=int32)
     """
     if steps.transform:
-        x = transform.forward(x, axes_of(steps.transform, x.shape))
-    scaled = x.reshape(-1) / steps.step
-    if steps.seed is not None:
-        scaled = scaled + dither(steps.seed, scaled.size)
-    if scaled.size and np.abs(scaled).max() >= contexts.LARGEST:
-        return None
-    return np.rint(scaled).astype(np.int32)
+        x = transform.forward(x.astype(np.float64), axes_of(steps.transform, x.shape))
+    flat = x.reshape(-1)
+    numbers = np.empty(flat.size, np.int32)
+    for part in parts(flat.size):
+        scaled = flat[part].astype(np.float64) / steps.step
+        if steps.seed is not None:
+            scaled += dither(steps.seed, scaled.size, part.start)
+        if np.abs(scaled).max() >= contexts.LARGEST:
+            return None
+        numbers[part] = np.rint(scaled)
+    return numbers
 
 
 def dequantize(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> Tensor:
@@ -81,15 +90,24 @@ def dequantize(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> Tensor
         >>> dequantize(np.array([2, -4], np.int32), (2,), Steps(0.5))
         tensor([ 1., -2.])
     """
-    x = numbers.astype(np.float64)
-    if steps.seed is not None:
-        x -= dither(steps.seed, x.size)
-    x *= steps.step
-    x = x.reshape(shape)
-    if steps.transform:
-        x = transform.inverse(x, axes_of(steps.transform, shape))
+    wide = np.float64 if steps.transform else np.float32
+    x: Any = np.empty(numbers.size, wide)
     with np.errstate(over="ignore"):
-        return torch.from_numpy(x.astype(np.float32))
+        for part in parts(x.size):
+            values = numbers[part].astype(np.float64)
+            if steps.seed is not None:
+                values -= dither(steps.seed, values.size, part.start)
+            x[part] = values * steps.step
+        x = x.reshape(shape)
+        if steps.transform:
+            x = transform.inverse(x, axes_of(steps.transform, shape))
+        return torch.from_numpy(x.astype(np.float32, copy=False))
+
+
+def parts(numel: int) -> Iterator[slice]:
+    """Yield consecutive slices of at most ``CHUNK`` that cover so many values."""
+    for start in range(0, numel, CHUNK):
+        yield slice(start, min(start + CHUNK, numel))
 
 
 def axes_of(code: int, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -106,7 +124,7 @@ def axes_of(code: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return axes
 
 
-def dither(seed: int, numel: int) -> NDArray[np.float64]:
+def dither(seed: int, numel: int, start: int = 0) -> NDArray[np.float64]:
     """Return float64[numel], uniform in ±1/2; of a seed the same on every machine.
 
     The i-th value depends on the seed and i alone, so any part can be made.
@@ -114,21 +132,24 @@ def dither(seed: int, numel: int) -> NDArray[np.float64]:
     Args:
         seed: 0 ≤ seed < 2^64, another one for each sender and tensor.
         numel: how many.
+        start: the place of the first.
 
     Example:
         >>> dither(7, 2).round(4)
         array([-0.1102, -0.4832])
+        >>> dither(7, 1, start=1).round(4)
+        array([-0.4832])
     """
     out = np.empty(numel, np.float64)
-    _dither(np.uint64(seed), out)
+    _dither(np.uint64(seed), start, out)
     return out
 
 
 @kernel()
-def _dither(seed: np.uint64, out: Any) -> None:
+def _dither(seed: np.uint64, start: int, out: Any) -> None:
     """Fill float64[*] from the output function of SplitMix64."""
     for i in range(out.size):
-        z = seed + np.uint64(i + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = seed + np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
