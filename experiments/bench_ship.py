@@ -462,8 +462,9 @@ def main() -> None:
                     )
                     rows.append(found)
     for path in options.weights:
-        with opened(path) as found:
-            named = {n: t.float() for n, t in found.items() if t.is_floating_point()}
+        with opened(path) as tensors:
+            floats = {n: t for n, t in tensors.items() if t.is_floating_point()}
+            named = {n: t.float() for n, t in floats.items()}
             rows += exact_rows(path.name, named)
     measured = {(r["network"], _family(str(r["table"]))) for r in rows}
     old = read_csv(options.out) if options.out.exists() else []
