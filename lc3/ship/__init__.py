@@ -7,6 +7,7 @@ whose score is good enough; ``low_rank`` and ``prune`` make a model smaller befo
 specified in ``lc3.ship.format``.
 """
 
+from lc3.ship import information
 from lc3.ship.factoring import low_rank
 from lc3.ship.fitting import Plan, fit
 from lc3.ship.model import Row, load, rows, save, unship
@@ -17,6 +18,7 @@ __all__ = [
     "Plan",
     "Row",
     "fit",
+    "information",
     "load",
     "low_rank",
     "prune",
