@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo docs links quick release test check bench evaluate fuzz test-install test-horovod test-launch test-cuda \
+.PHONY: demo docs links quick release test check bench ship-bench evaluate fuzz test-install test-horovod test-launch test-cuda \
 	test-adapters test-oldest gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
@@ -53,10 +53,24 @@ evaluate: $(READY)
 	$(BIN)/python -m experiments.report $(RESULTS)/$(EXPERIMENT)/results.csv --page $(RESULTS)/$(EXPERIMENT)/report
 endif
 
+# Shipped models beside their rivals: exact, coarse, pruned; an hour on one core. nncodec
+# needs a compiler and zipnn a wheel: without them their columns say so.
+DATA := /usr/share/datasets/fashion-mnist
+ship-bench: .venv-ship/ready
+	.venv-ship/bin/python -m experiments.bench_ship --data-dir $(DATA) --models $(RESULTS)/models \
+		--out experiments/results/ship.csv --docs docs/explanation/ship.md
+
+.venv-ship/ready: $(READY)
+	$(call beside,.venv-ship)
+	-.venv-ship/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zipnn
+	-.venv-ship/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nncodec==2.1.3
+	@touch $@
+
 fuzz: $(READY)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 tests/test_codec.py tests/test_plan.py tests/test_engine.py
 	$(BIN)/python -m tests.fuzz --mutations 10000000
 	$(BIN)/python -m tests.state_fuzz --count 100000
+	$(BIN)/python -m tests.ship_fuzz --mutations 100000
 
 # 21 numeric faults under 37 forms of training, with optimizers that are not told of them.
 faults: $(READY)
@@ -151,7 +165,7 @@ gpu-bench: .venv/cuda-ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-release docs/_build .venv-horovod .venv-launch .venv-adapters .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-ship .venv-docs .venv-release docs/_build .venv-horovod .venv-launch .venv-adapters .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lc3 needs Python 3.11 or newer, this is %d.%d; say make PYTHON=python3.11" % v[:2])'

@@ -26,6 +26,7 @@ from lc3 import knobs
 
 _SURE = 0.05  # p from which on nothing is claimed
 _HALVED = "all coded, decay 0.8, rans, momentum 0.5, outer rate 2"
+COMMANDS = ("measure", "doctor", "ship", "unship", "inspect")
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def presets(_: Path) -> str:
 def command_line(_: Path) -> str:
     """Return what the commands say of themselves, 80 columns wide."""
     said = []
-    for command in ([], ["measure"], ["doctor"]):
+    for command in ([], *([name] for name in COMMANDS)):
         done = subprocess.run(
             [sys.executable, "-m", "lc3", *command, "--help"],
             capture_output=True,

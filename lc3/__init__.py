@@ -71,6 +71,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("knobs", "monitor"):
+    if name in ("knobs", "monitor", "ship"):
         return import_module(f"lc3.{name}")
     raise AttributeError(f"module 'lc3' has no attribute {name!r}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from lc3 import doctor, measure
 from lc3.config import check_sparsity
 from lc3.errors import ConfigError, Lc3Error
+from lc3.ship import command as ship
 from lc3.version import __version__
 
 
@@ -20,7 +21,7 @@ def _sparsity(text: str) -> float:
     return value
 
 
-def _milliseconds(text: str) -> float:
+def _positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -91,12 +92,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     checked.add_argument(
         "--compute-ms",
-        type=_milliseconds,
+        type=_positive,
         default=100.0,
         metavar="MS",
         help="milliseconds that a step computes, without the exchange (default: "
         "%(default)s)",
     )
+    ship.add_to(commands, _positive)
     return parser.parse_args(arguments)
 
 
@@ -106,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "doctor":
             doctor.report(options.elements, options.compute_ms)
+        elif options.command in ship.COMMANDS:
+            ship.run(options)
         else:
             measure.main(
                 options.script,
@@ -115,6 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.ranks,
             )
     except Lc3Error as error:
+        print(f"lc3: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if options.command not in ship.COMMANDS:
+            raise
         print(f"lc3: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,8 +13,6 @@ import io
 import math
 import os
 import re
-import secrets
-import socket
 import stat
 import warnings
 import zipfile
@@ -29,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lc3.errors import StateError
+from lc3.files import whole_file
 from lc3.plan import Plan, Slice
 
 FORMAT = 3
@@ -93,53 +92,22 @@ def save_checkpoint(value: object, path: str | os.PathLike[str]) -> None:
         >>> load_checkpoint(f"{folder}/a.pt")
         {'step': 3}
     """
-    whole = Path(path)
-    _remove_left_overs(whole)
-    host, pid = _host(), os.getpid()
-    unfinished = whole.with_name(f".{whole.name}.{host}.{pid}.{secrets.token_hex(4)}")
-    try:
-        with unfinished.open("xb") as file:  # nobody else's, and no link
-            try:
-                torch.save(value, file)
-            except RuntimeError as error:
-                raise OSError(
-                    f"{path} cannot be written ({error}); is the disk full?"
-                ) from error
-            file.flush()
-            os.fsync(file.fileno())
+    with whole_file(path) as unfinished:
         try:
-            torch.load(unfinished, map_location="meta", weights_only=True)
+            torch.save(value, unfinished.file)
+        except RuntimeError as error:
+            raise OSError(
+                f"{path} cannot be written ({error}); is the disk full?"
+            ) from error
+        unfinished.file.flush()
+        try:
+            torch.load(unfinished.path, map_location="meta", weights_only=True)
         except Exception as error:
             raise StateError(
                 f"{path} would hold more than tensors, numbers, strings and containers "
                 f"of them{_named(error)}, which load_checkpoint refuses; save numbers "
                 "as float(x), settings as a dict, and state_dict()s"
             ) from error
-        unfinished.replace(whole)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-
-
-def _remove_left_overs(whole: Path) -> None:
-    """Remove what processes of this machine have left that were killed."""
-    for path in whole.parent.glob(f".{whole.name}.{_host()}.*.*"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and _is_dead(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _named(error: Exception) -> str:

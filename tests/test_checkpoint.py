@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lc3
-from lc3 import checkpoint
+from lc3 import checkpoint, files
 from lc3.checkpoint import Parts
 from lc3.config import Settings
 from lc3.engine import Engine
@@ -282,8 +282,8 @@ def test_files_of_killed_processes_go_and_links_are_not_followed(
     path = tmp_path / "state.pt"
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left = tmp_path / f".state.pt.{checkpoint._host()}.{dead.pid}.00"
-    alive = tmp_path / f".state.pt.{checkpoint._host()}.{os.getpid()}.00"
+    left = tmp_path / f".state.pt.{files.host()}.{dead.pid}.00"
+    alive = tmp_path / f".state.pt.{files.host()}.{os.getpid()}.00"
     for one in (left, alive):
         one.write_bytes(b"half")
     lc3.save_checkpoint({"lr": 0.1}, path)

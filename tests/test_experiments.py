@@ -17,6 +17,7 @@ from rich.console import Console
 from experiments import (
     bench_codec,
     bench_gpu,
+    bench_ship,
     demo,
     growth,
     memory,
@@ -80,6 +81,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "links": lambda: tables.links_markdown(of_file("links")),
     "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
+    "ship": lambda: bench_ship.page(of_file("ship")),
     "gpu": lambda: bench_gpu.markdown(of_file("gpu")),
     "speed": lambda: (
         bench_codec.speed_table(of_file("codec"))

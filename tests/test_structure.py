@@ -27,7 +27,8 @@ def imported(path: Path) -> Iterator[str]:
 
 def sources() -> dict[str, list[Path]]:
     rooms = {path.stem: [path] for path in (ROOT / "lc3").glob("*.py")}
-    rooms["codec"] = list((ROOT / "lc3/codec").glob("*.py"))
+    for folder in ("codec", "ship"):
+        rooms[folder] = list((ROOT / "lc3" / folder).glob("*.py"))
     del rooms["__init__"]
     return rooms
 
@@ -143,6 +144,7 @@ def test_a_torch_without_a_private_name_is_refused(
 
 def test_a_framework_is_imported_in_one_file() -> None:
     files = [*(ROOT / "lc3").glob("*.py"), *(ROOT / "lc3/codec").glob("*.py")]
+    files += (ROOT / "lc3/ship").glob("*.py")
     for framework in ("horovod", "lightning", "accelerate", "transformers"):
         for path in files:
             assert framework not in {m.partition(".")[0] for m in imported(path)}, path
@@ -150,7 +152,7 @@ def test_a_framework_is_imported_in_one_file() -> None:
 
 def test_nothing_runs_a_pickle() -> None:
     forbidden = (" eval(", " exec(", "weights_only=False")
-    for folder in ("lc3", "lc3/codec", "hooks"):
+    for folder in ("lc3", "lc3/codec", "lc3/ship", "hooks"):
         for path in (ROOT / folder).glob("*.py"):
             tops = {module.partition(".")[0] for module in imported(path)}
             assert "pickle" not in tops, path

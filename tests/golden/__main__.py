@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lc3 import ship
 from lc3.codec import reference
 from lc3.entropy import compress
 from lc3.format import (
@@ -126,6 +129,55 @@ def range_coded_messages() -> list[dict[str, object]]:
     return cases
 
 
+def ship_state() -> dict[str, torch.Tensor]:
+    """Return tensors that do not depend on any random generator's version."""
+    wave = inputs(120)["wave"]
+    return {
+        "weight": wave.reshape(12, 10),
+        "kernel": inputs(162)["wave"].reshape(6, 3, 3, 3).cumsum(-1),
+        "bias": inputs(12)["peaks"] * 100,
+        "half": wave[:60].reshape(6, 10).to(torch.bfloat16),
+        "count": torch.tensor(70_000),
+        "mask": wave[:20] > 0,
+    }
+
+
+def ship_base() -> dict[str, torch.Tensor]:
+    """Return what the deltas among the cases are relative to."""
+    return {
+        name: tensor + 0.125 if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in ship_state().items()
+    }
+
+
+def shipped_models() -> list[dict[str, object]]:
+    """Any version of lc3 must load these files; what it chooses is its own affair."""
+    pruned = ship_state()["weight"] * (inputs(120)["wave"].reshape(12, 10) > 0.35)
+    kinds: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
+        "exact": (ship_state(), {}),
+        "steps": (ship_state(), {"step": 0.05}),
+        "zstd": (ship_state(), {"step": 0.05, "coder": "zstd"}),
+        "dither": (ship_state(), {"step": 0.05, "dither_seed": 2**64 - 3}),
+        "filter": ({"weight": pruned}, {"step": 0.05, "indices": "bloomier"}),
+        "exact delta": (ship_state(), {"base": ship_base()}),
+        "coarse delta": (ship_state(), {"base": ship_base(), "step": 0.05}),
+    }
+    cases: list[dict[str, object]] = []
+    for name, (state, how) in kinds.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "m.lc3m"
+            ship.save(state, path, **how)
+            found = ship.load(path, base=how.get("base"))
+            data = path.read_bytes()
+        tensors = {
+            key: t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+            for key, t in found.items()
+        }
+        case = {"name": name, "delta": "base" in how, "file": data.hex()}
+        cases.append({**case, "tensors": tensors})
+    return cases
+
+
 def as_dict(tag: Tag) -> dict[str, object]:
     return {
         "sender": tag.sender,
@@ -144,6 +196,7 @@ if __name__ == "__main__":
         ("messages", messages()),
         ("entropy", entropy_coded_messages()),
         ("range", range_coded_messages()),
+        ("ship", shipped_models()),
     ):
         text = "".join(f" {json.dumps(case)},\n" for case in cases)[:-2]
         data = f"[\n{text}\n]\n"

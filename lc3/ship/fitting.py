@@ -1,0 +1,117 @@
+"""The smallest file whose score falls by no more than is allowed: one step is searched.
+
+A file is judged by what its reader will see, so the model is loaded with the decoded
+weights, evaluated, and given its own back.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lc3.errors import ConfigError
+from lc3.ship.choose import Lossy, section_of
+from lc3.ship.container import host
+from lc3.ship.model import PathLike, save
+from lc3.ship.rate import deviation_of
+
+_ROUNDS = 10
+_FINEST, _COARSEST = 2.0**-9, 2.0**4  # of the deviation of all weights
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``fit`` has found.
+
+    Attributes:
+        step: the distance of two values of a weight.
+        score: of the model that was shipped so.
+        full_score: of the model as it is.
+        nbytes: of the sections of all tensors.
+        bits: of those, for each value that may be quantized.
+    """
+
+    step: float
+    score: float
+    full_score: float
+    nbytes: int
+    bits: float
+
+    def save(self, model: nn.Module, path: PathLike) -> int:
+        """Write a model with this step; return how many bytes the file has."""
+        return save(model.state_dict(), path, step=self.step)
+
+
+def fit(
+    model: nn.Module, evaluate: Callable[[nn.Module], float], drop: float = 0.005
+) -> Plan:
+    """Return the plan of the smallest file whose score is at most ``drop`` lower.
+
+    The score is taken to fall as the step grows, as it does but for noise. Parameters
+    and buffers are what they were when it returns.
+
+    Args:
+        model: trained; it is evaluated as it stands, in its own mode.
+        evaluate: returns a score, larger is better: a share of right answers, or a
+            loss with its sign turned.
+        drop: by how much the score may fall, in its units, at least 0.
+
+    Raises:
+        ConfigError: ``drop`` is out of range, a score is not finite, or even the finest
+            step loses more.
+
+    Example:
+        >>> def evaluate(net):
+        ...     return -float((net.weight - kept).abs().max())
+        >>> net = nn.Linear(40, 30)
+        >>> kept = net.weight.detach().clone()
+        >>> plan = fit(net, evaluate, drop=0.01)
+        >>> plan.full_score, -0.0101 <= plan.score <= -0.008
+        (-0.0, True)
+    """
+    if not 0 <= drop < math.inf:
+        raise ConfigError(f"drop={drop!r} must be a number from 0 up")
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    full = _score(evaluate, model)
+    size = deviation_of(own)
+
+    def at(step: float) -> Plan:
+        found, nbytes, values = {}, 0, 0
+        lossy = Lossy(step)
+        for name, tensor in own.items():
+            section = section_of(name, host(tensor), None, lossy)
+            found[name] = section.decoded.to(tensor.device)
+            nbytes += len(section.data)
+            values += tensor.numel() if tensor.is_floating_point() else 0
+        model.load_state_dict(found)
+        score = _score(evaluate, model)
+        return Plan(step, score, full, nbytes, 8 * nbytes / max(1, values))
+
+    try:
+        low, high = math.log2(_FINEST * size), math.log2(_COARSEST * size)
+        best = at(2.0**low)
+        if best.score < full - drop:
+            raise ConfigError(
+                f"even a step of {best.step:.3g} lowers the score from {full:.6g} to "
+                f"{best.score:.6g}, by more than drop={drop}; ship it lossless"
+            )
+        for _ in range(_ROUNDS):
+            middle = (low + high) / 2
+            plan = at(2.0**middle)
+            if plan.score >= full - drop:
+                best, low = plan, middle
+            else:
+                high = middle
+        return best
+    finally:
+        model.load_state_dict(own)
+
+
+def _score(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    with torch.no_grad():
+        score = float(evaluate(model))
+    if not math.isfinite(score):
+        raise ConfigError(f"evaluate returned {score}, not a finite score")
+    return score
