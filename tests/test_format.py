@@ -77,6 +77,7 @@ def test_golden_files_are_the_committed_ones() -> None:
         "frames.json": "b6294255",
         "messages.json": "1562c316",
         "range.json": "695a9549",
+        "ship.json": "6de65e40",
     }
 
 

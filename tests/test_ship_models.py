@@ -18,7 +18,7 @@ from lc3.ship import information, pruning, ranks
 from lc3.ship.factoring import factored
 from lc3.ship.ranks import Layer
 
-SPECTRA = Path(__file__).parent / "golden/resnet56_spectra.json"
+SPECTRA = Path(__file__).parent / "vectors/resnet56_spectra.json"
 MODULES = (
     *("bloomier", "centres", "factoring", "fitting", "information", "model", "pruning"),
     *("ranks", "steps"),
