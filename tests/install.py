@@ -22,7 +22,7 @@ from lc3.version import __version__
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("lc3", "lc3/codec", "lc3/hooks")
+    for folder in ("lc3", "lc3/codec", "lc3/hooks", "lc3/ship")
     for path in (ROOT / folder).glob("*.py")
 )
 USE = """
