@@ -11,7 +11,7 @@ That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which send
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -20,19 +20,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lc3 import private
 from lc3.applied import unwrapped
-from lc3.checkpoint import Parts
+from lc3.checkpoint import UNSENT, Parts
 from lc3.config import Config, Settings, settle
-from lc3.errors import AttachError, ConfigError, DivergedError, StateError
+from lc3.errors import (
+    AttachError,
+    ConfigError,
+    DivergedError,
+    PeerError,
+    StateError,
+)
+from lc3.handshake import agree, threads_for
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
-from lc3.model import Model, local, named_parameters, together
+from lc3.model import Model, like, local, named_parameters, reshard, together
 from lc3.outer import Outer
 from lc3.owners import owners_of
 from lc3.residual import arena_like
@@ -41,6 +48,8 @@ from lc3.session import (
     Session,
     alike_in,
     alone,
+    attaching,
+    attaching_everywhere,
     attaching_to,
     check_form,
     check_module,
@@ -49,10 +58,11 @@ from lc3.session import (
     session_beside,
     world_group,
 )
-from lc3.site import Site, peers_of, ranks_of_sites, site_of
+from lc3.site import Sites, ranks_of_sites, sites_of
 from lc3.state import FormState
 from lc3.statistics import Statistics
 from lc3.steps import Counting, Watch, Written
+from lc3.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +70,7 @@ log = logging.getLogger(__name__)
 MOMENTA = ("exp_avg", "momentum_buffer")
 
 _MOST_IN_A_ROW = 10  # exchanges that go on without a rank
+_LARGEST_WEIGHT = 1e18  # beyond all tokens there are
 Choose = Callable[[Sequence[Optimizer]], tuple[Knobs, str]]
 
 
@@ -161,7 +172,7 @@ def attach(
     if sync_every is not None:
         given["sync_every"] = None if sync_every == "manual" else sync_every
 
-    with nullcontext() if alone() else attaching_to(model, group):
+    def chosen() -> tuple[list[Optimizer], Settings, Choose]:
         optimizers = unwrapped(optimizer)
         found = preset_of(preset)
         two = dist.is_initialized() and dist.get_world_size(group) == 2
@@ -175,7 +186,34 @@ def attach(
         if outer_momentum:
             check_owners(settings, "outer_momentum")
         choose = partial(knobs_for, settings=settings, given=given, preset=found)
-        return State(model, optimizers, settings, choose, group, mesh)
+        return optimizers, settings, choose
+
+    if mesh is None:
+        with nullcontext() if alone() else attaching_to(model, group):
+            return State(model, *chosen(), group)
+    if group is not None:
+        raise ConfigError("mesh makes groups of its own; leave group out")
+    state: State | None = None
+    try:
+        with attaching_everywhere(Settings()) as everybody:
+            optimizers, settings, choose = chosen()
+            knobs, _ = choose(optimizers)
+            facts = {
+                "mesh": ranks_of_sites(mesh),
+                "parameters": _shapes_of(model, mesh),
+                **knobs.said(),
+            }
+            threads = threads_for(everybody, settings)
+            agree(everybody, __version__, settings, [], lambda: None, facts)
+            sites = sites_of(mesh)
+            with attaching(lambda: (sites.between, sites.leave)):
+                settings = replace(settings, threads=threads)
+                state = State(model, optimizers, settings, choose, None, sites)
+    except BaseException:
+        if state is not None:
+            state.close()
+        raise
+    return state
 
 
 class State(FormState):
@@ -189,8 +227,8 @@ class State(FormState):
         knobs: of local steps, as given to ``attach`` or chosen by it.
         steps: of the optimizer so far.
         exchanges: so far.
-        left_out: exchanges so far without this rank, since what it had moved was not
-            finite.
+        left_out: exchanges so far without this rank, or its site, since what it had
+            moved was not finite.
     """
 
     form = "local_sgd"
@@ -202,7 +240,7 @@ class State(FormState):
         settings: Settings,
         choose: Choose,
         group: dist.ProcessGroup | None,
-        mesh: DeviceMesh | None = None,
+        sites: Sites | None = None,
     ) -> None:
         if not optimizers:
             raise AttachError("no optimizer was given, so there are no steps to count")
@@ -212,19 +250,20 @@ class State(FormState):
         model, wrapper = _without_ddp(model)
         _check_dtypes(model)
         check_unclaimed(model)
-        _check_shards(model, mesh, wrapper)
+        if sites is None:
+            _check_whole(model)
         parameters = dict(named_parameters(model))
-        trained = [(n, local(p)) for n, p in parameters.items() if p.requires_grad]
+        trained = [(n, like(p)) for n, p in parameters.items() if p.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         facts = {**self.knobs.said(), "buffers": buffers}
         self.settings = settings
-        self._site: Site | None = None
-        if mesh is not None:
-            transport, peers = peers_of(mesh)
-            leave = partial(transport.leave, destroy=True)
-            self._site = site_of(mesh)
+        self._sites = sites
+        if sites is not None:
+            self.form = f"local_sgd, {sites.shard}"
             self.session = Session(
-                trained, settings, transport, leave, ranks=peers, facts=facts
+                *(trained, settings, sites.between, sites.leave),
+                ranks=sites.peers,
+                facts=facts,
             )
         elif alone():
             self.session = Session(trained, settings, *nobody(), facts=facts)
@@ -234,7 +273,7 @@ class State(FormState):
             )
         self.meter = self.session.meter
         self.engine = self.session.engine
-        if why and self.engine.transport.rank == 0:
+        if why and self._rank == 0:
             log.info("lc3: local steps with %s; %s", settings, why)
         self._model = Model(model, list(self.session.names.values()))
         flats = self._model.flats()
@@ -308,14 +347,10 @@ class State(FormState):
                 counts.
 
         Raises:
-            ConfigError: the weight is negative, or no finite number.
+            ConfigError: the weight is negative, beyond 1e18, or no number.
         """
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if weight is not None and not (is_number and 0 <= weight < math.inf):
-            raise ConfigError(
-                f"weight={weight!r} must be a number of at least 0, like the tokens "
-                "since the last exchange, or None"
-            )
+        if weight is not None:
+            weight = _checked(weight)
         if self.engine.transport.world == 1:
             return
         self._before(new=True)
@@ -332,8 +367,10 @@ class State(FormState):
         What all ranks load alike is noticed without it.
         """
         self._drain()
-        self._model.copy_from_first(self.engine.transport)
+        with self._heard_in_site():
+            self._model.copy_from_first(self.engine.transport)
         self._outer.rebase(self._model.flats(), forget=True)
+        self._unsent = 0
         self._look_anew()
 
     def sync(self) -> None:
@@ -349,7 +386,8 @@ class State(FormState):
             self._finish()
         self._start(with_buffers=True)
         self._finish()
-        self.session.lane.call(self.owners.flush)
+        with self._heard_in_site():
+            self.session.lane.call(self.owners.flush)
         self._copy_replica()
         self._look_anew()
 
@@ -374,9 +412,23 @@ class State(FormState):
             if not self._watch.written.base:
                 self._model.mark()
 
+    def gather_state(self) -> list[dict[str, Any]]:
+        """See ``FormState.gather_state``.
+
+        Raises:
+            StateError: sites hold shards; every rank saves its own.
+        """
+        if self._sites is not None:
+            raise StateError(
+                "ranks of a site hold other shards, so no rank can have all states; "
+                "save lc3.PerRank(state) with torch.distributed.checkpoint"
+            )
+        return super().gather_state()
+
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
-        self.session.check_replicas(alike_in(self._model.module), self.steps)
+        with self._heard_in_site():
+            self.session.check_replicas(alike_in(self._model.module), self.steps)
 
     def _start(
         self, *, with_buffers: bool = False, weight: float | None = None
@@ -448,10 +500,10 @@ class State(FormState):
                 if gone:
                     optimizer.state.pop(parameter)
                     repaired += 1
-        rank = self.engine.transport.rank
         said = (
-            f"after {self.steps} steps what rank {rank} has moved is not finite, or "
-            "its norm is not; the others went on without it, it has their model now, "
+            f"after {self.steps} steps what rank {self._rank} has moved is not "
+            "finite, or its norm is not; the others went on without it, it has their "
+            "model now, "
             f"and the optimizer forgot its state of {repaired} parameters"
         )
         if self._left_out_in_a_row < _MOST_IN_A_ROW:
@@ -466,9 +518,9 @@ class State(FormState):
         raise error
 
     def _any_of_site(self, mine: Sequence[bool]) -> list[bool]:
-        site = self._site
-        if site is None:
+        if self._sites is None:
             return list(mine)
+        site = self._sites.site
         return self.session.lane.call(lambda: site.any_rank(mine))
 
     def _copy_replica(self) -> None:
@@ -488,17 +540,23 @@ class State(FormState):
         Returns:
             The mean of the buffers that have changed: see ``Statistics.mean``.
         """
-        if self._site is None:
+        if self._sites is None:
             return self._push_and_pull(mine, written)
+        site = self._sites.site
         with self._telling_sites():
-            mine = self._site.agree(mine)
-        if mine.written and not written.base:  # another shard was
-            replica = self.owners.replica
-            written = replace(written, base={n: r.clone() for n, r in replica.items()})
-        with self._site.telling():
-            averaged = self._push_and_pull(mine, written)
+            mine = site.agree(mine)
+        with site.telling(), self._telling_sites():
+            if mine.written and not written.base:  # another shard was
+                replica = self.owners.replica
+                base = {name: value.clone() for name, value in replica.items()}
+                written = replace(written, base=base)
+            try:
+                averaged = self._push_and_pull(mine, written)
+            except PeerError as error:  # numbered as the job does
+                rank = self._sites.peers[error.rank]
+                raise PeerError(rank, error.reason) from error
         with self._telling_sites():
-            self._site.confirm()
+            site.confirm()
         return averaged
 
     def _push_and_pull(self, mine: Says, written: Written) -> Tensor:
@@ -513,7 +571,7 @@ class State(FormState):
             alike = loaded_alike(everybody)
             self._watch.told(written, alike=alike)
             if alike:
-                self._go_on_from_written(written)
+                self._go_on_from_written(written, far=mine.far)
             counted = sum(said.finite for said in everybody)
             share = share_of(mine, everybody) if mine.finite else 0.0
             if share != 1:  # 0 says nothing, and keeps its residual
@@ -541,13 +599,30 @@ class State(FormState):
             self.engine.channel.tell(error, self.exchanges, 0)
             raise
 
-    def _go_on_from_written(self, written: Written) -> None:
+    @contextmanager
+    def _heard_in_site(self) -> Iterator[None]:
+        """Let this rank's whole site fail if it fails in the block."""
+        if self._sites is None:
+            yield
+            return
+        with self._sites.site.telling():
+            yield
+        with self._telling_sites():
+            self.session.lane.call(self._sites.site.confirm)
+
+    @property
+    def _rank(self) -> int:
+        """Number of this rank in the job."""
+        transport = self.engine.transport
+        return transport.rank if self._sites is None else dist.get_rank()
+
+    def _go_on_from_written(self, written: Written, *, far: bool) -> None:
         """Let what all ranks were given be what they have moved from."""
         for name, flat in written.base.items():
             self._moved[name].add_(flat - self.owners.replica[name])
             if name in written.late:
                 self._moved[name].add_(written.late[name])
-        self._outer.rebase(written.base, forget=written.whole or written.far)
+        self._outer.rebase(written.base, forget=written.whole or far)
         log.info("lc3: all ranks were given other parameters; they go on from these")
 
     def _decay_momenta(self) -> None:
@@ -589,6 +664,7 @@ class State(FormState):
             {
                 "steps": self.steps,
                 "exchanges": self.exchanges,
+                UNSENT: self._unsent,
                 **self.engine.budget.counters(),
             },
             self.engine.residuals.sent,
@@ -614,7 +690,8 @@ class State(FormState):
         self.steps = int(found.counters["steps"])
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)
-        self._unsent = 0
+        merged = state["rank"] is None
+        self._unsent = 0 if merged else int(found.counters[UNSENT])
         self._look_anew()
         self._loaded = True
 
@@ -630,8 +707,6 @@ class State(FormState):
         release(self._model.module)
         self._wrapped.close()
         self.session.close()
-        if self._site is not None:
-            self._site.leave()
 
 
 def _without_ddp(
@@ -645,37 +720,73 @@ def _without_ddp(
     return inner.module, inner
 
 
-def _check_shards(model: nn.Module, mesh: DeviceMesh | None, wrapper: object) -> None:
-    """Raise ``AttachError`` unless a model is held as the mesh says."""
+def _check_whole(model: nn.Module) -> None:
+    """Raise ``AttachError`` if a model is sharded."""
+    _check_version(model)
+    if any(isinstance(part, FSDPModule) for part in model.modules()):
+        raise AttachError(
+            "the model is sharded; give the mesh, too, of two dimensions, between "
+            "sites and inside of them: attach(model, optimizer, mesh=mesh)"
+        )
+
+
+def _check_version(model: nn.Module) -> None:
     if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
         raise AttachError(
             "the model is sharded by FSDP's first version, whose parameters lc3 cannot "
             "read; use torch.distributed.fsdp.fully_shard, and mesh=mesh"
         )
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    if mesh is None:
-        if sharded:
-            raise AttachError(
-                "the model is sharded; give the mesh, too, of two dimensions, between "
-                "sites and inside of them: attach(model, optimizer, mesh=mesh)"
-            )
-        return
-    ranks_of_sites(mesh)
+
+
+def _shapes_of(model: nn.Module, mesh: DeviceMesh) -> dict[str, list[int]]:
+    """Return the whole shapes of a model that is sharded inside of sites, checked.
+
+    Raises:
+        AttachError: it is not held as the mesh says.
+    """
+    check_module(model)
+    _check_version(model)
+    model, wrapper = _without_ddp(model)
+    reshard(model)
     inside = mesh.mesh.shape[1]
-    if wrapper is not None or (inside > 1 and not sharded):
-        raise AttachError(
-            f"mesh has sites of {inside} ranks, and this {type(model).__name__} is not "
-            "sharded over them; fully_shard(model, mesh=mesh[inside]) first, or leave "
-            "mesh out for a model on each rank"
-        )
+    shapes = {}
     for name, parameter in named_parameters(model):
-        over = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        if over is not None and over.mesh.tolist() not in mesh.mesh.tolist():
+        if not parameter.requires_grad:
+            continue
+        shapes[name] = list(parameter.shape)
+        if not isinstance(parameter, DTensor):
+            if inside == 1 and wrapper is None:
+                continue
             raise AttachError(
-                f"parameter {name!r} is sharded over the ranks {over.mesh.tolist()}, "
-                f"which are no site of the mesh: {mesh.mesh.tolist()}; shard over the "
-                "mesh's second dimension"
+                f"mesh has sites of {inside} ranks, and parameter {name!r} of this "
+                f"{type(model).__name__} is not sharded over them; "
+                "fully_shard(model, mesh=mesh[...]) over the second dimension first, "
+                "or leave mesh out for a model on each rank"
             )
+        over = parameter.device_mesh.mesh.tolist()
+        if over not in mesh.mesh.tolist():
+            raise AttachError(
+                f"parameter {name!r} is sharded over the ranks {over}, which are no "
+                f"site of the mesh: {mesh.mesh.tolist()}; shard over the mesh's second "
+                "dimension"
+            )
+    return shapes
+
+
+def _checked(weight: object) -> float:
+    """Return a weight as a number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan if isinstance(weight, bool | str) else float(weight)  # type: ignore[arg-type]
+        if 0 <= number <= _LARGEST_WEIGHT:
+            return number
+    raise ConfigError(
+        f"weight={weight!r} must be a number from 0 to {_LARGEST_WEIGHT:g}, like the "
+        "tokens since the last exchange, or None"
+    )
 
 
 def _has_norm(tensors: Iterable[Tensor]) -> bool:
@@ -684,7 +795,7 @@ def _has_norm(tensors: Iterable[Tensor]) -> bool:
     What has none is a training that has diverged, and of a scale beside which nothing
     else in a tensor can be coded.
     """
-    found = [t.float().norm().square() for t in tensors if t.is_floating_point()]
+    found = [t.float().norm().square().cpu() for t in tensors if t.is_floating_point()]
     return not found or bool(torch.stack(found).isfinite().all())
 
 

@@ -64,8 +64,8 @@ class Channel:
 
         Args:
             elements: of the parameters that are exchanged; 0 for what is no gradient.
-            step: see ``Engine.all_reduce``.
-            bucket: see ``Engine.all_reduce``.
+            step: see ``Exchange.all_reduce``.
+            bucket: see ``Exchange.all_reduce``.
             hops: 2 for a push and a pull, 1 for one of them.
         """
         sent_before, rounds_before = self.transport.sent_bytes, self.transport.rounds
@@ -121,8 +121,8 @@ class Channel:
 
         Args:
             tensor: dense of any floating type, or sparse.
-            step: see ``Engine.all_reduce``.
-            bucket: see ``Engine.all_reduce``.
+            step: see ``Exchange.all_reduce``.
+            bucket: see ``Exchange.all_reduce``.
         """
         sent_before = self.meter.sent_bytes
         with self.exchanging(0, step, bucket):
@@ -142,7 +142,7 @@ class Channel:
 
         Args:
             data: of any dtype and shape.
-            step: see ``Engine.all_reduce``.
+            step: see ``Exchange.all_reduce``.
             bucket: the same on every rank, and no other exchange's in this step.
         """
         arrived = self.transport.all_gather(self._sealed(data, step, bucket))
@@ -167,7 +167,7 @@ class Channel:
 
         Args:
             values: of a floating type, the same shape on every rank.
-            step: see ``Engine.all_reduce``.
+            step: see ``Exchange.all_reduce``.
             bucket: see ``all_gather_bytes``.
         """
         parts = values.reshape(-1).tensor_split(self.transport.world)
@@ -182,7 +182,7 @@ class Channel:
 
         Args:
             values: float32[*].
-            step: see ``Engine.all_reduce``.
+            step: see ``Exchange.all_reduce``.
             bucket: see ``all_gather_bytes``.
         """
         world = self.transport.world
@@ -198,7 +198,7 @@ class Channel:
         Args:
             parts: by rank, what it is to get, of a floating type, flat; the same shapes
                 on every rank.
-            step: see ``Engine.all_reduce``.
+            step: see ``Exchange.all_reduce``.
             bucket: see ``all_gather_bytes``.
 
         Returns:

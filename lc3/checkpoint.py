@@ -40,6 +40,9 @@ _KEYS = {
 }
 
 
+UNSENT = "unsent_steps"  # a counter that each rank has for itself
+
+
 @dataclass
 class Parts:
     """What a hook keeps.
@@ -367,10 +370,11 @@ def of_rank(
 
 
 def _shared(value: Any) -> Any:
-    """Return what all ranks must have alike: counters without a budget's."""
+    """Return what all ranks must have alike: counters without each rank's own."""
     if not isinstance(value, dict):
         return value
-    return {key: v for key, v in value.items() if not key.startswith("budget_")}
+    own = ("budget_", UNSENT)
+    return {key: v for key, v in value.items() if not key.startswith(own)}
 
 
 def _joined(

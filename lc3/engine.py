@@ -17,6 +17,7 @@ from lc3.budget import Budget
 from lc3.channel import Channel, floats, sum_of
 from lc3.coder import Coder
 from lc3.config import Settings
+from lc3.errors import ConfigError
 from lc3.exchange import NO_HALF_GRADS, Wire, widen
 from lc3.format import is_nan_frame
 from lc3.messages import Messages
@@ -56,6 +57,11 @@ class Engine:
         owners: Sequence[int] | None = None,
         residuals: Residuals | None = None,
     ) -> None:
+        if self.direct != (config.topology == "direct"):
+            raise ConfigError(
+                f"topology={config.topology!r} is not that of {type(self).__name__}; "
+                "lc3.direct.engine_for returns the right one"
+            )
         self.owners = range(transport.world) if owners is None else owners
         self.me = self.owners[transport.rank]
         self.plan = plan
@@ -140,9 +146,9 @@ class Engine:
             values: by parameter name, float32[numel]. Left holding, for coded pieces,
                 values plus residual less what the frames carry: the residual to be,
                 see ``keep_residuals``.
-            step: see ``all_reduce``.
-            bucket: see ``all_reduce``.
-            half_grads: see ``all_reduce``.
+            step: see ``Exchange.all_reduce``.
+            bucket: see ``Exchange.all_reduce``.
+            half_grads: see ``Exchange.all_reduce``.
 
         Returns:
             For each piece of this rank a view, float32[piece], of memory that the next
@@ -221,8 +227,8 @@ class Engine:
             values: for each piece of this rank float32[piece]. Left holding, for coded
                 pieces, what the frame does not carry.
             residuals: for each of them what earlier frames did not carry, or ``None``.
-            step: see ``all_reduce``.
-            bucket: see ``all_reduce``.
+            step: see ``Exchange.all_reduce``.
+            bucket: see ``Exchange.all_reduce``.
 
         Returns:
             By owner, for each of its pieces the bytes, uint8[*].

@@ -29,6 +29,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def like(parameter: Tensor) -> Tensor:
+    """Return what stands for this rank's part of a parameter, by shape and dtype."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    shard = local(parameter)
+    return shard.new_empty(1).expand(shard.shape)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2's modules hold shards again, where a forward pass has gathered them."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield parameters by the names that they have without ``torch.compile``."""
     for name, parameter in module.named_parameters():
@@ -82,7 +97,7 @@ class Model:
             AttachError: one is gone, or others can be trained since then.
         """
         for part in self._sharded:
-            part.reshard()  # what a forward pass has gathered
+            part.reshard()
         now = dict(named_parameters(self.module))
         for name in self._names:
             if name not in now:

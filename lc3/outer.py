@@ -34,17 +34,17 @@ class Outer:
             if knobs.outer_momentum
         }
 
-    def step(self, knobs: Knobs, weight: float) -> None:
+    def step(self, knobs: Knobs, scale: float) -> None:
         """Move the masters by the means that the last push has brought.
 
         Args:
             knobs: its rate and momentum.
-            weight: of a mean over all ranks, of which some have said nothing.
+            scale: factor of a mean over all ranks, of which some have said nothing.
         """
         for piece in self.owners.owned:
             mean = self.owners.mean(piece)
-            if weight != 1:
-                mean *= weight
+            if scale != 1:
+                mean *= scale
             if not mean.isfinite().all():
                 continue
             update = mean

@@ -29,9 +29,9 @@ class Says:
         written: whether something else than an optimizer wrote to its parameters.
         far: whether that brought them far away.
         base: a checksum of what they held then; 0 if nothing was written.
-        weight: of what it has moved, among the ranks'.
+        weight: weight of its moves in the mean.
         buffers_finite: whether its changed buffers are.
-        buffers: names of its float buffers that have changed.
+        buffers: for each of its float buffers, in order, whether it has changed.
     """
 
     finite: bool = True

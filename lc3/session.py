@@ -95,15 +95,48 @@ def attaching(
         if made:
             made[-1].fail(error)
         elif dist.is_initialized():
-            log.error("lc3: %s; the other ranks are told", error)
-            telling = threading.Thread(
-                target=_refuse, args=(connect, error), name="lc3-refuses", daemon=True
-            )
-            telling.start()
-            telling.join(_REFUSE_S)  # nobody may ever attach
+            _tell(connect, error)
         raise
     finally:
         _ATTACHING.reset(token)
+
+
+@contextmanager
+def attaching_everywhere(config: Settings) -> Iterator[Transport]:
+    """Lend an exchange between all ranks of the job, for as long as they attach.
+
+    For groups that exchange for themselves later: in the end all ranks have attached,
+    or none has.
+
+    Args:
+        config: config of this rank.
+
+    Raises:
+        PeerError: another rank could not.
+    """
+    transport, leave = connection(world_group(), None)
+    try:
+        try:
+            yield transport
+        except Exception as error:
+            _tell(lambda: (transport, lambda: None), error)
+            raise
+        threads_for(transport, config)
+        agree(transport, __version__, config, [], lambda: None)
+    finally:
+        leave()
+
+
+def _tell(
+    connect: Callable[[], tuple[Transport, Callable[[], None]]], error: Exception
+) -> None:
+    """Let ranks that are about to shake hands know of an error."""
+    log.error("lc3: %s; the other ranks are told", error)
+    telling = threading.Thread(
+        target=_refuse, args=(connect, error), name="lc3-refuses", daemon=True
+    )
+    telling.start()
+    telling.join(_REFUSE_S)  # nobody may ever attach
 
 
 def _refuse(

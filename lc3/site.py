@@ -8,12 +8,14 @@ as one: a shard that is not finite leaves out the whole site, not that shard.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lc3 import private
 from lc3.channel import Channel
 from lc3.errors import AttachError, PeerError
 from lc3.meter import Meter
@@ -27,11 +29,16 @@ class Site:
     """The ranks that hold one model, this one among them.
 
     Args:
-        transport: between them.
-        ranks: of the site, in the job.
+        transport: exchange between them.
+        ranks: ranks of the site, in the job.
+
+    Attributes:
+        place: number of this rank in the site.
+        size: number of ranks in the site.
     """
 
     def __init__(self, transport: GroupTransport, ranks: Sequence[int]) -> None:
+        self.place, self.size = transport.rank, transport.world
         self._transport = transport
         self._channel = Channel(transport, Meter(), 0)
         self._ranks = ranks
@@ -103,6 +110,30 @@ def ranks_of_sites(mesh: DeviceMesh) -> list[list[int]]:
     return sites
 
 
+class Sites(NamedTuple):
+    """Place of this rank among the sites of a job.
+
+    Attributes:
+        between: exchange with the ranks that hold the same shard.
+        peers: these ranks, in the job.
+        site: its own.
+    """
+
+    between: GroupTransport
+    peers: Sequence[int]
+    site: Site
+
+    @property
+    def shard(self) -> str:
+        """Which shard this rank holds, in words."""
+        return f"shard {self.site.place} of {self.site.size}"
+
+    def leave(self) -> None:
+        """Leave the groups that were made for it."""
+        self.between.leave(destroy=True)
+        self.site.leave()
+
+
 def group_of(
     teams: Sequence[Sequence[int]], what: str
 ) -> tuple[GroupTransport, Sequence[int]]:
@@ -110,10 +141,15 @@ def group_of(
 
     Args:
         teams: ranks of the job, each in one team.
-        what: the group is for.
+        what: the purpose of the group.
     """
+    world = dist.group.WORLD
+    assert isinstance(world, dist.ProcessGroup)
+    timeout = private.timeout_of(world)
     for ranks in teams:  # groups are made by everybody
-        group = dist.new_group(list(ranks), backend="gloo", group_desc=what)
+        group = dist.new_group(
+            list(ranks), timeout, "gloo", group_desc=what, sort_ranks=False
+        )
         if dist.get_rank() in ranks:
             assert isinstance(group, dist.ProcessGroup)
             own, mine = group, ranks
@@ -125,6 +161,7 @@ def peers_of(mesh: DeviceMesh) -> tuple[GroupTransport, Sequence[int]]:
     return group_of(list(zip(*ranks_of_sites(mesh), strict=True)), "lc3")
 
 
-def site_of(mesh: DeviceMesh) -> Site:
-    """Return this rank's site; collective over all ranks of the job."""
-    return Site(*group_of(ranks_of_sites(mesh), "lc3 inside"))
+def sites_of(mesh: DeviceMesh) -> Sites:
+    """Return this rank's place among the sites; collective over all ranks."""
+    between, peers = peers_of(mesh)
+    return Sites(between, peers, Site(*group_of(ranks_of_sites(mesh), "lc3 inside")))

@@ -52,7 +52,7 @@ BELOW = {
     "handshake": {"config", "errors", "transport", "workers"},
     "owners": {"engine", "exchange", "format", "plan"},
     "outer": {"knobs", "owners"},
-    "site": {"channel", "errors", "meter", "says", "transport"},
+    "site": {"channel", "errors", "meter", "private", "says", "transport"},
     "statistics": {"channel", "model", "says"},
     "channel": {"budget", "errors", "format", "meter", "transport"},
     "messages": {
@@ -114,8 +114,8 @@ BELOW = {
     },
     "auto": {"costs", "engine", "exchange", "plan"},
     "engine": {
-        *("budget", "channel", "coder", "config", "exchange", "format", "messages"),
-        *("meter", "plan", "residual", "transport"),
+        *("budget", "channel", "coder", "config", "errors", "exchange", "format"),
+        *("messages", "meter", "plan", "residual", "transport"),
     },
 }
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812  # its usual name
 from lc3 import Lc3Error
 from lc3.config import Settings
 from lc3.hooks import local_sgd
+from lc3.model import local
 
 INSIDE = 2
 CONFIG = Settings(density=0.1, min_numel=16, min_shard=64)
@@ -284,6 +285,16 @@ def refused(rank: int, world: int, what: str) -> str:
     if what == "first version":
         model = OldFSDP()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if what == "after an evaluation":  # the root holds whole parameters then
+        with torch.no_grad():
+            model(batch(0, 0))
+    knobs: dict[str, Any] = {}
+    if what == "other steps on one rank":
+        knobs["sync_every"] = 4 + (rank == 3)
+    if what == "a pattern on one rank" and rank == 2:
+        knobs["config"] = Settings(exclude=("nothing*",))
+    if what == "an error on one rank" and rank == 1:
+        optimizer = "none"  # type: ignore[assignment]
     given: Any = {
         "no mesh": None,
         "number": 2,
@@ -291,10 +302,53 @@ def refused(rank: int, world: int, what: str) -> str:
         "other ranks": DeviceMesh("cpu", [[0, 2], [1, 3]]),
     }.get(what, mesh)
     try:
-        local_sgd.attach(model, optimizer, CONFIG, mesh=given)
+        state = local_sgd.attach(
+            model, optimizer, **{"config": CONFIG, "mesh": given, **knobs}
+        )
     except Lc3Error as error:
         return f"{type(error).__name__}: {error}"
+    for step in range(8):
+        step_of_site(model, optimizer, rank, step)
+    state.check_replicas()
+    state.close()
+    state.close()
     return "attached"
+
+
+def others_state(rank: int, world: int) -> str:
+    """Load the state of the other shard; return what is said."""
+    mesh = mesh_of(world)
+    model = sharded(mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh)
+    states: list[Any] = [None] * world
+    dist.all_gather_object(states, state.state_dict())
+    said = ""
+    for job in (lambda: state.load_state_dict(states[rank ^ 1]), state.gather_state):
+        try:
+            job()
+        except Lc3Error as error:
+            said += f"{type(error).__name__}: {error}\n"
+    state.close()
+    return said
+
+
+def a_replica_drifts(rank: int, world: int) -> str:
+    """Change one shard of one site; return what every rank says."""
+    mesh = mesh_of(world)
+    model = sharded(mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh)
+    if rank == 3:
+        with torch.no_grad():
+            local(next(iter(model.parameters())))[0] += 1
+    try:
+        state.check_replicas()
+    except Lc3Error as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        state.close()
+    return "nothing"
 
 
 def a_rank_fails(rank: int, world: int) -> str:

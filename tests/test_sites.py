@@ -57,7 +57,7 @@ def test_weights_loaded_into_every_shard_hold(ranks: Pools) -> None:
         ("no mesh", "the model is sharded; give the mesh, too"),
         ("number", "mesh=2 must be a DeviceMesh of two dimensions"),
         ("flat", r"the mesh has the shape \(4,\), the job 4 ranks"),
-        ("plain", "mesh has sites of 2 ranks, and this Net is not sharded"),
+        ("plain", "mesh has sites of 2 ranks, and parameter 'layers.0.weight' of this"),
         ("first version", "sharded by FSDP's first version"),
         ("other ranks", "is sharded over the ranks"),
     ],
@@ -66,6 +66,33 @@ def test_what_is_no_site_is_refused(ranks: Pools, what: str, words: str) -> None
     for said in ranks(4).run(site_cases.refused, what):
         assert said.startswith("AttachError: "), said
         assert re.search(words, said), said
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("after an evaluation", "attached"),
+        ("other steps on one rank", "ranks differ: sync_every is 4 on rank 0 and 5 on"),
+        ("a pattern on one rank", "matches no trainable parameter|ranks differ"),
+        ("an error on one rank", "optimizer is a str|optimizers? "),
+    ],
+)
+def test_all_ranks_of_all_sites_attach_or_none(
+    ranks: Pools, what: str, words: str
+) -> None:
+    for said in ranks(4).run(site_cases.refused, what):
+        assert re.search(words, said), said
+
+
+def test_another_shards_state_is_refused(ranks: Pools) -> None:
+    for rank, said in enumerate(ranks(4).run(site_cases.others_state)):
+        assert f"this run has 'local_sgd, shard {rank % 2} of 2'" in said
+        assert "ranks of a site hold other shards" in said
+
+
+def test_a_shard_that_differs_is_heard_of_by_all(ranks: Pools) -> None:
+    for said in ranks(4).run(site_cases.a_replica_drifts):
+        assert "layers.0.weight" in said, said
 
 
 def test_a_rank_that_fails_is_heard_in_every_site(ranks: Pools) -> None:
