@@ -1,5 +1,6 @@
 """What the ranks of ``test_checkpoint`` do: each function runs on every rank."""
 
+import copy
 import dataclasses
 import math
 import random
@@ -325,15 +326,43 @@ def uneven_local_steps(
             mean = sum(w * e[name] for w, e in zip(weights, everyone, strict=True))
             mean /= sum(weights)
             apart = max(apart, float((parameter.detach() - mean).abs().max()))
-    for weight in (-1.0, math.nan, True):
+    for weight in (-1.0, math.nan, True, "3", 10**30):
         try:
             state.exchange(weight)
         except lc3.ConfigError as error:
-            assert "must be a number of at least 0" in str(error)  # noqa: PT017
+            assert "must be a number from 0 to 1e+18" in str(error)  # noqa: PT017
         else:
             raise AssertionError(weight)
     state.close()
     return hash_of(net), apart
+
+
+def uneven_goes_on(rank: int, world: int) -> list[str]:
+    """Rank 0 makes steps, the other one after a state was saved; or after none was."""
+    ends = []
+    config = Settings(density=0.1, min_numel=64, min_shard=500)
+    for stops in (False, True):
+        net = small_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        state = local_sgd.attach(net, optimizer, config, sync_every="manual")
+        for step in range(4):
+            if step == 3 and stops:
+                saved = copy.deepcopy((net.state_dict(), state.state_dict()))
+                state.close()
+                net = small_net()
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+                state = local_sgd.attach(net, optimizer, config, sync_every="manual")
+                net.load_state_dict(saved[0])
+                state.load_state_dict(saved[1])
+            if rank == (step == 3):
+                optimizer.zero_grad()
+                torch.manual_seed(step)
+                net(torch.randn(8, 30)).square().mean().backward()
+                optimizer.step()
+        state.exchange()
+        ends.append(hash_of(net))
+        state.close()
+    return ends
 
 
 def a_replica_drifts(rank: int, world: int, hook: str) -> str:

@@ -101,6 +101,12 @@ def test_ranks_with_other_numbers_of_local_steps(
         assert apart < 1e-6
 
 
+def test_steps_since_the_last_exchange_are_saved(ranks: Pools) -> None:
+    first, other = ranks(2).run(checkpoint_cases.uneven_goes_on)
+    assert first == other
+    assert first[0] == first[1]
+
+
 @pytest.mark.parametrize("hook", checkpoint_cases.HOOKS)
 def test_a_bit_that_differs_is_found(ranks: Pools, hook: str) -> None:
     for said in ranks(3).run(checkpoint_cases.a_replica_drifts, hook):
