@@ -328,7 +328,7 @@ def uneven_local_steps(
             apart = max(apart, float((parameter.detach() - mean).abs().max()))
     for weight in (-1.0, math.nan, True, "3", 10**30):
         try:
-            state.exchange(weight)
+            state.exchange(weight)  # type: ignore[arg-type]
         except lc3.ConfigError as error:
             assert "must be a number from 0 to 1e+18" in str(error)  # noqa: PT017
         else:
