@@ -207,7 +207,8 @@ def attach(
             agree(everybody, __version__, settings, [], lambda: None, facts)
             sites = sites_of(mesh)
             with attaching(lambda: (sites.between, sites.leave)):
-                settings = replace(settings, threads=threads)
+                logs = settings.log_every if dist.get_rank() == 0 else None
+                settings = replace(settings, threads=threads, log_every=logs)
                 state = State(model, optimizers, settings, choose, None, sites)
     except BaseException:
         if state is not None:
