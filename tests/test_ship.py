@@ -572,3 +572,19 @@ def test_a_short_campaign_of_damaged_files() -> None:
     assert said["file"]["refused"] > 400
     for kind in ("index", "section"):
         assert min(said[kind].values()) > 0, said
+
+
+@pytest.mark.parametrize("size", [0, 1025, 1 << 20])
+def test_a_transform_over_no_axis_or_a_long_one_is_refused(size: int) -> None:
+    """Its matrix would have no element, or as many as the square of the axis."""
+    with pytest.raises(FormatError, match=rf"over axes of \[{size}\] elements"):
+        steps.axes_of(2, (size, 3))
+
+
+def test_long_axes_are_shipped_without_a_transform(tmp_path: Path) -> None:
+    state = {"w": torch.randn(1, 1, 2000), "empty": torch.zeros(0, 3)}
+    ship.save(state, tmp_path / "m.lc3m", error=0.01, spatial={"empty": 0})
+    found = ship.load(tmp_path / "m.lc3m")
+    assert float((found["w"] - state["w"]).abs().max()) <= 0.01
+    with pytest.raises(ConfigError, match="2000 elements, more than 1024"):
+        ship.save(state, tmp_path / "m.lc3m", error=0.01, spatial={"w": 2})

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lc3.ship import bloomier, centres, planes, steps
 from lc3.ship.format import BLOOMIER, CENTRES, EXPANSION, PLANES, RELATIVE, STEPS
-from lc3.ship.steps import CHUNK, KERNEL, Coder, Floats, Steps
+from lc3.ship.steps import CHUNK, KERNEL, LONGEST_AXIS, Coder, Floats, Steps
 
 QUANTIZED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FINER = 4  # steps of vectors in one of weights
@@ -196,9 +196,9 @@ def _of_weights(name: str, x: Floats, lossy: Lossy) -> Found | None:
 def _transform_of(name: str, shape: tuple[int, ...], lossy: Lossy) -> int:
     """Return which transform is worth a try; 0: none."""
     if name in lossy.spatial:
-        return 2 + lossy.spatial[name]
+        return 2 + lossy.spatial[name] if math.prod(shape) else 0
     if lossy.transform and len(shape) > 2 and math.prod(shape[2:]) > 1:
-        return KERNEL
+        return KERNEL if max(shape[2:]) <= LONGEST_AXIS else 0
     return 0
 
 

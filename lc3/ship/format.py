@@ -74,7 +74,7 @@ Section of coding 2, steps
 ::
 
     uint8     transform: 0 none, 1 DCT over the axes from the third on, 2 + a: over axis
-              a
+              a; of axes of 1 to 1024 elements
     uint8     coder: 0 context coder, 1 zstd
     float32   step, finite and > 0
     uint8     dither: 0 none, 1 subtractive, then a uint64 seed

@@ -32,7 +32,7 @@ from lc3.ship.format import (
     Reader,
 )
 from lc3.ship.rate import float_values, step_for
-from lc3.ship.steps import CODERS, Coder
+from lc3.ship.steps import CODERS, LONGEST_AXIS, Coder
 
 Named = Mapping[str, Tensor]
 PathLike = str | os.PathLike[str]
@@ -215,6 +215,12 @@ def _check_choices(
         if name not in state or not 0 <= axis < state[name].ndim:
             raise ConfigError(
                 f"spatial names axis {axis} of {name!r}, which is not there"
+            )
+        if state[name].shape[axis] > LONGEST_AXIS:
+            raise ConfigError(
+                f"spatial names axis {axis} of {name!r}, which has "
+                f"{state[name].shape[axis]} elements, more than {LONGEST_AXIS}; leave "
+                "it out"
             )
 
 

@@ -28,6 +28,7 @@ Numbers = NDArray[np.int32]
 Floats = NDArray[np.float32] | NDArray[np.float64]
 CHUNK = 1 << 18  # values
 CODERS: tuple[Coder, ...] = ("context", "zstd")
+LONGEST_AXIS = 1024  # of a transform: its matrix has as many rows and columns
 KERNEL = 1  # transform: the DCT over all axes from the third on
 _WIDTHS = {1: np.int8, 2: np.int16, 4: np.int32}
 
@@ -120,6 +121,12 @@ def axes_of(code: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     if not axes or max(axes) >= len(shape):
         raise FormatError(
             f"a tensor of {len(shape)} dimensions has no transform {code}"
+        )
+    sizes = [shape[axis] for axis in axes]
+    if not all(1 <= size <= LONGEST_AXIS for size in sizes):
+        raise FormatError(
+            f"transform {code} is over axes of {sizes} elements, not of 1 to "
+            f"{LONGEST_AXIS}"
         )
     return axes
 
