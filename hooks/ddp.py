@@ -251,19 +251,7 @@ class State(FormState):
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
     ) -> Tensor:
-        """Average one bucket over the ranks. Runs on the lane.
-
-        Args:
-            buffer: the bucket's flat buffer, overwritten. Slices of it, never shaped
-                views: for channels_last parameters the two differ in order.
-            names: of its parameters, in the order of the buffer.
-            step: synchronised backward passes before this one.
-            bucket: its number in this backward pass.
-
-        Returns:
-            What the hook's future must hold: ``buffer``, or for a gradient that passes
-            through uncompressed a tensor like it.
-        """
+        """See ``Buckets.reduce``. Runs on the lane."""
         self.meter.at_step(step + 1)
         if bucket == 0:
             self._seen.clear()
@@ -380,7 +368,7 @@ class State(FormState):
         if merged:
             self.engine.keep_own_part()
         push_what_owners_owe(self.engine)
-        self.engine.owe(self.engine.residuals.sent)
+        self.engine.owing.update(self.engine.residuals.sent)
         self._buckets.load(found.counters)
         self._go_on(found)
 

@@ -7,7 +7,7 @@ was predicted to take, again with figures that all ranks share.
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from statistics import median
@@ -38,17 +38,15 @@ class AutoEngine:
 
     Attributes:
         choices: by bucket.
-        owing: names of parameters whose residuals may hold something.
     """
 
     def __init__(self, engine: Engine, costs: Costs) -> None:
         self.choices = Choices(costs, engine.transport.world, direct=engine.direct)
-        self.owing: set[str] = set()
         self.plan, self.config = engine.plan, engine.config
         self.transport, self.channel = engine.transport, engine.channel
         self.messages, self.meter = engine.messages, engine.meter
         self.residuals, self.budget = engine.residuals, engine.budget
-        self.me, self.direct = engine.me, engine.direct
+        self.me, self.direct, self.owing = engine.me, engine.direct, engine.owing
         self.senders = engine.senders
         self._engine = engine
 
@@ -73,7 +71,7 @@ class AutoEngine:
                 return
             start = time.perf_counter()
             self._engine.push_and_pull(pieces, grads, step, bucket)
-            self.owe(name for name in names if name in self.plan.coded)
+            self.owing.update(self.plan.coded.intersection(names))
             took = self.choices.took(names, time.perf_counter() - start)
             if took is not None:
                 mine = torch.tensor([took], dtype=torch.float64)
@@ -116,10 +114,6 @@ class AutoEngine:
         """See ``Exchange.native_form``."""
         wire = self.choices.wire(tuple(names), elements)
         return None if wire == "3lc" or not self.owing.isdisjoint(names) else wire
-
-    def owe(self, names: Iterable[str]) -> None:
-        """See ``Exchange.owe``."""
-        self.owing.update(names)
 
     def keep_own_part(self) -> None:
         """See ``Exchange.keep_own_part``: a no-op on one level."""

@@ -161,7 +161,7 @@ class Buckets:
     def _settle_as(self, share: float) -> None:
         residuals = self.engine.residuals
         if share == 0:
-            self.engine.owe(residuals.open)
+            self.engine.owing.update(residuals.open)
         residuals.settle_all(share)
 
     def discard(self) -> None:
@@ -243,7 +243,7 @@ class FollowedBuckets(Buckets):
         self.applied.expect()
         self._waiting = []
         # What was undone, or clipped, is owed.
-        self.engine.owe(self.engine.residuals.sent)
+        self.engine.owing.update(self.engine.residuals.sent)
 
     def _coded(
         self, buffer: Tensor, names: list[str], step: int, bucket: int, last: bool

@@ -7,7 +7,7 @@ finite, so a step that fails, or overflows on any rank, leaves all residuals as 
 were. ``lc3.direct`` goes the same way by one hop.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -21,7 +21,7 @@ from lc3.errors import ConfigError
 from lc3.exchange import NO_HALF_GRADS, Wire, widen
 from lc3.format import is_nan_frame
 from lc3.messages import Messages
-from lc3.meter import Meter
+from lc3.meter import NORMS_EVERY, Meter
 from lc3.plan import Layout, Piece, Plan
 from lc3.residual import Residuals, arena
 from lc3.transport import Transport
@@ -69,6 +69,7 @@ class Engine:
         self.transport = transport
         self.meter = meter
         self.residuals = residuals or Residuals(plan, self.me, coder.device)
+        self.owing: set[str] = set()
         self.budget = Budget(config)
         self.channel = Channel(transport, meter, plan.fingerprint, self.budget)
         self.messages = Messages(
@@ -109,8 +110,9 @@ class Engine:
         owned = pieces[self.transport.rank]
         means = self.reduce_scatter(pieces, grads, step, bucket, half_grads)
         residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
-        pulled = self.all_gather(pieces, means, residuals, step, bucket)
+        arrived = self.all_gather(pieces, means, residuals, step, bucket)
         with self.meter.stage("decode"):
+            pulled = self.messages.unpack(arrived, pieces, step, bucket)
             self.keep_residuals(pieces, pulled, grads)
             for piece, values in views_of(pieces, grads):
                 if piece.coded:
@@ -189,17 +191,18 @@ class Engine:
         if bucket == 0 and self.budget.target is not None:
             self.channel.keep_budget(step)
         with self.meter.stage("encode"):
-            both = list(views_of(pieces, values))
+            both = views_of(pieces, values)
             views = [view for _, view in both]
             residuals = [
                 self.residuals.of_sent(p) if p.coded else None for p, _ in both
             ]
             coded = [view for piece, view in both if piece.coded]
-            wanted = self.meter.norms_due(step)
+            wanted = step % NORMS_EVERY == 0
             if wanted:
                 widen(values, half_grads)
                 half_grads = NO_HALF_GRADS
-            sources = [view for _, view in views_of(pieces, half_grads)]
+            halves = views_of(pieces, half_grads) if half_grads else ()
+            sources = [view for _, view in halves]
             before = _square(coded) if wanted else 0.0
             sparsity, direction = self.budget.sparsity, self.meter.push
             messages = self.messages.make(
@@ -216,7 +219,7 @@ class Engine:
         residuals: Sequence[Tensor | None],
         step: int,
         bucket: int,
-    ) -> list[list[Tensor]]:
+    ) -> list[Tensor]:
         """Pull: send what this rank owns to everybody, return what everybody sent.
 
         Every rank, the owner too, gets the same bytes, so replicas that ``apply`` them
@@ -231,7 +234,7 @@ class Engine:
             bucket: see ``Exchange.all_reduce``.
 
         Returns:
-            By owner, for each of its pieces the bytes, uint8[*].
+            By owner its message, uint8[*]: see ``Messages.unpack``.
         """
         owned = pieces[self.transport.rank]
         sparsity, direction = self.budget.pull_sparsity, self.meter.pull
@@ -240,9 +243,7 @@ class Engine:
                 [owned], values, residuals, sparsity, direction, step, bucket
             )
         with self.meter.stage("exchange"):
-            arrived = self.transport.all_gather(message)
-        with self.meter.stage("decode"):
-            return self.messages.unpack(arrived, pieces, step, bucket)
+            return self.transport.all_gather(message)
 
     def mean_of(self, piece: Piece) -> Tensor:
         """Return the buffer of the mean of a piece of this rank: float32[piece]."""
@@ -286,9 +287,6 @@ class Engine:
         """See ``Exchange.native_form``: none."""
         return None
 
-    def owe(self, names: Iterable[str]) -> None:
-        """See ``Exchange.owe``: residuals always come along."""
-
     def keep_own_part(self) -> None:
         """See ``Exchange.keep_own_part``: a no-op on one level."""
 
@@ -299,11 +297,13 @@ class Engine:
 
 def views_of(
     pieces: Sequence[Sequence[Piece]], values: Mapping[str, Tensor]
-) -> Iterator[tuple[Piece, Tensor]]:
-    """Yield every piece, owner after owner, with its part of ``values``, if any."""
-    for owned in pieces if values else ():
-        for piece in owned:
-            yield piece, values[piece.name][piece.start : piece.stop]
+) -> list[tuple[Piece, Tensor]]:
+    """Return every piece, owner after owner, with its part of ``values``."""
+    return [
+        (piece, values[piece.name][piece.start : piece.stop])
+        for owned in pieces
+        for piece in owned
+    ]
 
 
 def _square(values: Iterable[Tensor]) -> float:

@@ -5,7 +5,7 @@
 below, and works on any of them.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Literal, Protocol
 
@@ -42,6 +42,8 @@ class Exchange(Protocol):
         budget: what is sent of each value; moved, if the configuration has a budget.
         me: the plan's number of this rank.
         direct: whether ranks average what they send each other, without owners.
+        owing: names of parameters whose residuals may hold something; add those that
+            were undone, or loaded.
     """
 
     plan: Plan
@@ -54,6 +56,7 @@ class Exchange(Protocol):
     budget: Budget
     me: int
     direct: bool
+    owing: set[str]
 
     @property
     def senders(self) -> int:
@@ -91,10 +94,6 @@ class Exchange(Protocol):
         ``None``: it has to be coded, or residuals have to come along. The same on every
         rank.
         """
-        ...
-
-    def owe(self, names: Iterable[str]) -> None:
-        """Say that residuals of some parameters may hold something again."""
         ...
 
     def keep_own_part(self) -> None:

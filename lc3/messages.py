@@ -99,9 +99,8 @@ class Messages:
         raw = [i for i, piece in enumerate(pieces) if not piece.coded]
         for i in raw if sources else ():
             values[i].copy_(sources[i])
-        chunks = dict(
-            zip(raw, self.coder.to_host([values[i] for i in raw]), strict=True)
-        )
+        plain = self.coder.to_host([values[i] for i in raw]) if raw else []
+        chunks = dict(zip(raw, plain, strict=True))
         for i, (frame, nonzero) in zip(coded, frames, strict=True):
             chunks[i] = frame
             piece = pieces[i]
@@ -121,11 +120,13 @@ class Messages:
         packed = self._map(
             lambda index: pack(pieces[index], chunks[index], tag, self._entropy), pieces
         )
+        messages, raw_saved, coded_saved = [], 0, 0
         for one in packed:
-            direction.add_message(
-                HEADER_BYTES, one.raw_saved_bytes, one.coded_saved_bytes
-            )
-        return [one.message for one in packed]
+            messages.append(one.message)
+            raw_saved += one.raw_saved_bytes
+            coded_saved += one.coded_saved_bytes
+        direction.add_messages(HEADER_BYTES * len(packed), raw_saved, coded_saved)
+        return messages
 
     def unpack(
         self,

@@ -16,7 +16,7 @@ from lc3.private import is_profiling
 log = logging.getLogger(__name__)
 
 _SOON, _LITTLE = 10, 2.0  # steps, and a ratio that is hardly worth it
-_NORMS_EVERY = 100  # steps; the two norms read all of the memory twice more
+NORMS_EVERY = 100  # steps; the two norms read all of the memory twice more
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Direction:
         self.coded_bytes[name] += size
         self.nonzero_digits += nonzero_digits
 
-    def add_message(self, header: int, raw_saved: int, coded_saved: int) -> None:
-        """Count a message: bytes of its header, what the entropy stage took off."""
-        self.header_bytes += header
+    def add_messages(self, headers: int, raw_saved: int, coded_saved: int) -> None:
+        """Count messages: bytes of their headers, what the entropy stage took off."""
+        self.header_bytes += headers
         self.raw_saved_bytes += raw_saved
         self.coded_saved_bytes += coded_saved
 
@@ -155,10 +155,6 @@ class Meter:
                 self.ratio,
                 steps,
             )
-
-    def norms_due(self, step: int) -> bool:
-        """Whether the norms of this step are wanted: every hundredth one's."""
-        return step % _NORMS_EVERY == 0
 
     def add_norms(
         self, step: int, gradient_square: float, residual_square: float

@@ -89,8 +89,9 @@ class Owners:
                 mean.copy_(master)
                 mean -= self.replica[piece.name][piece.start : piece.stop]
         nothing = [None] * len(means)
-        pulled = self.engine.all_gather(self.pieces, means, nothing, step, bucket)
+        arrived = self.engine.all_gather(self.pieces, means, nothing, step, bucket)
         with self.engine.meter.stage("decode"):
+            pulled = self.engine.messages.unpack(arrived, self.pieces, step, bucket)
             self.engine.keep_residuals(self.pieces, pulled, values)
             self._apply_finite(pulled)
 

@@ -8,7 +8,7 @@ exchange would. Nothing is coded twice, and slices, owners and residuals are tho
 the plan for all ranks.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -101,6 +101,7 @@ class TwoLevels:
         self.transport: Transport = transport
         self.meter = meter
         self.me = transport.rank
+        self.owing: set[str] = set()
         self.residuals = Residuals(plan, self.me, coder.device)
         self._node = next(node for node in nodes if transport.rank in node)
         self._places = [list(place) for place in zip(*nodes, strict=True)]
@@ -168,9 +169,6 @@ class TwoLevels:
     def senders(self) -> int:
         """See ``Exchange.senders``: one rank of each node."""
         return self.between.transport.world
-
-    def owe(self, names: Iterable[str]) -> None:
-        """See ``Exchange.owe``: residuals always come along."""
 
     def keep_own_part(self) -> None:
         """Forget worker-side residuals of what other ranks of this node exchange."""

@@ -9,10 +9,10 @@ from tests.ranks import Ranks
 
 MOST = {
     "ddp, plain": (300, 110, 5),
-    "ddp, sgd": (350, 115, 5),
-    "ddp, adamw": (465, 140, 5),
-    "local_sgd": (520, 146, 5),
-    "push_pull": (460, 145, 5),
+    "ddp, sgd": (350, 110, 5),
+    "ddp, adamw": (465, 130, 5),
+    "local_sgd": (510, 140, 5),
+    "push_pull": (460, 140, 5),
 }
 
 
