@@ -53,7 +53,7 @@ def test_the_python_reducer_is_refused(ranks: Pools) -> None:
         assert 'set it to "ddp_optimizer" before the model is wrapped' in said
 
 
-@pytest.mark.parametrize(("world", "runs"), [(2, 15), (3, 15), (4, 15)])
+@pytest.mark.parametrize(("world", "runs"), [(2, 40), (3, 40), (4, 40)])
 def test_random_models_with_ranks_that_are_late(
     ranks: Pools, world: int, runs: int
 ) -> None:

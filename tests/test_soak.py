@@ -20,7 +20,7 @@ def test_steps_with_faults_equal_the_oracle(config: Settings) -> None:
 
 @pytest.mark.timeout(280)
 def test_a_killed_worker_costs_nothing() -> None:
-    assert soak.kills(1, 64, seed=3)["killed"] == 1
+    assert soak.kills(1, 240, seed=3)["killed"] == 1
 
 
 def test_raises_reach_every_rank(ranks: Callable[[int], Ranks]) -> None:
