@@ -53,12 +53,14 @@ evaluate: $(READY)
 	$(BIN)/python -m experiments.report $(RESULTS)/$(EXPERIMENT)/results.csv --page $(RESULTS)/$(EXPERIMENT)/report
 endif
 
-# Shipped models beside their rivals: exact, coarse, pruned; an hour on one core. nncodec
-# needs a compiler and zipnn a wheel: without them their columns say so.
+# Shipped models beside their rivals: exact, coarse, pruned; an hour on one core. WEIGHTS
+# are files to ship exactly, too. nncodec needs a compiler and zipnn a wheel: without them
+# their rows say so.
 DATA := /usr/share/datasets/fashion-mnist
+WEIGHTS :=
 ship-bench: .venv-ship/ready
 	.venv-ship/bin/python -m experiments.bench_ship --data-dir $(DATA) --models $(RESULTS)/models \
-		--out experiments/results/ship.csv --docs docs/explanation/ship.md
+		$(if $(WEIGHTS),--weights $(WEIGHTS)) --out experiments/results/ship.csv --docs docs/explanation/ship.md
 
 .venv-ship/ready: $(READY)
 	$(call beside,.venv-ship)

@@ -195,7 +195,7 @@ def attach(
         raise ConfigError("mesh makes groups of its own; leave group out")
     state: State | None = None
     try:
-        with attaching_everywhere(Settings()) as everybody:
+        with attaching_everywhere() as everybody:
             optimizers, settings, choose = chosen()
             knobs, _ = choose(optimizers)
             facts = {
@@ -342,10 +342,10 @@ class State(FormState):
         one whose GradScaler has skipped a step.
 
         Args:
-            weight: of this rank in the mean, as tokens or samples that it has trained
-                on since the last exchange. Default: its steps since then. A rank that
-                weighs nothing counts for nothing. Of the ranks of a site the sum
-                counts.
+            weight: weight of this rank in the mean: tokens or samples that it has
+                trained on since the last exchange. Default: its steps since then. A
+                rank that weighs nothing counts for nothing. Of the ranks of a site the
+                sum counts.
 
         Raises:
             ConfigError: the weight is negative, beyond 1e18, or no number.
@@ -461,8 +461,9 @@ class State(FormState):
         with self.meter.stage("wait"):
             averaged = pending.wait()
         mine = self._said[self.engine.transport.rank]
-        overlaps = self.knobs.overlap > 0
-        self._statistics.take(averaged, self._said, mine, late=overlaps)
+        if mine.buffers:
+            overlaps = self.knobs.overlap > 0
+            self._statistics.take(averaged, self._said, mine, late=overlaps)
         if self.knobs.overlap == 0 or not mine.finite:
             self._copy_replica()
         else:  # what this rank moved while the exchange was under way is kept
@@ -575,9 +576,11 @@ class State(FormState):
                 self._go_on_from_written(written, far=mine.far)
             counted = sum(said.finite for said in everybody)
             share = share_of(mine, everybody) if mine.finite else 0.0
-            if share != 1:  # 0 says nothing, and keeps its residual
-                for moved in self._moved.values():
-                    moved.mul_(share) if share else moved.zero_()
+            for moved in self._moved.values() if share != 1 else ():
+                if share:
+                    moved.mul_(share)
+                else:
+                    moved.zero_()  # says nothing, and keeps its residual
             if counted:
                 owners.push(self._moved, step, 0)
                 self._outer.step(self.knobs, transport.world / counted)

@@ -122,7 +122,8 @@ class PushPull(FormState, Optimizer):
     changing single elements is an error. It is nan on every rank if a gradient was not
     finite. What no ``step()`` follows leaves nothing behind.
 
-    See ``FormState``, too.
+    See ``FormState``, too: a state is what there is beside the model, and another
+    number of ranks gets masters and the optimizer's state exactly.
 
     Attributes:
         owners: the masters of this rank's share.
@@ -547,13 +548,6 @@ class PushPull(FormState, Optimizer):
             },
             scalars,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """See ``FormState.state_dict``: what there is beside the model.
-
-        Another number of ranks gets masters and the optimizer's state exactly.
-        """
-        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict`` of this rank, or from merged ones.

@@ -148,6 +148,22 @@ class Channel:
         arrived = self.transport.all_gather(self._sealed(data, step, bucket))
         return self._unsealed(arrived, step, bucket)
 
+    def any_rank(self, mine: Sequence[bool], step: int, bucket: int) -> list[bool]:
+        """Return where some rank says yes.
+
+        Inside of ``exchanging`` or ``telling_others``.
+
+        Args:
+            mine: what this rank says, as many on every rank.
+            step: see ``Exchange.all_reduce``.
+            bucket: see ``all_gather_bytes``.
+        """
+        flags = torch.tensor(mine, dtype=torch.bool)
+        said = self.all_gather_bytes(flags, step, bucket)
+        everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
+        some: list[bool] = everybody.any(0).tolist()
+        return some
+
     def keep_budget(self, step: int) -> None:
         """At some steps share what ranks have sent of gradients, and steer by it.
 

@@ -33,7 +33,6 @@ from lc3.plan import Plan, Slice
 FORMAT = 3
 OPTIONAL = "optimizer."  # slices that a fresh run does not have yet begin like this
 Named = dict[str, Tensor]
-_COUNTS = {"step", "steps", "exchanges", "scale", "senders"}
 _KEYS = {
     *("format", "hook", "rank", "world", "plan", "numel", "counters", "sent"),
     *("starts", "slices", "whole", "scalars", "checksum"),
@@ -41,6 +40,7 @@ _KEYS = {
 
 
 UNSENT = "unsent_steps"  # a counter that each rank has for itself
+_COUNTS = {"step", "steps", "exchanges", "scale", "senders", UNSENT}
 
 
 @dataclass

@@ -102,14 +102,11 @@ def attaching(
 
 
 @contextmanager
-def attaching_everywhere(config: Settings) -> Iterator[Transport]:
+def attaching_everywhere() -> Iterator[Transport]:
     """Lend an exchange between all ranks of the job, for as long as they attach.
 
     For groups that exchange for themselves later: in the end all ranks have attached,
     or none has.
-
-    Args:
-        config: config of this rank.
 
     Raises:
         PeerError: another rank could not.
@@ -121,8 +118,8 @@ def attaching_everywhere(config: Settings) -> Iterator[Transport]:
         except Exception as error:
             _tell(lambda: (transport, lambda: None), error)
             raise
-        threads_for(transport, config)
-        agree(transport, __version__, config, [], lambda: None)
+        threads_for(transport, Settings())
+        agree(transport, __version__, Settings(), [], lambda: None)
     finally:
         leave()
 
@@ -378,12 +375,7 @@ class Session:
         def ask() -> list[bool]:
             tag = self.engine.channel.aside()
             with self.engine.channel.exchanging(0, *tag):
-                said = self.engine.channel.all_gather_bytes(
-                    torch.tensor(mine, dtype=torch.bool), *tag
-                )
-            everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
-            some: list[bool] = everybody.any(0).tolist()
-            return some
+                return self.engine.channel.any_rank(mine, *tag)
 
         return self.lane.call(ask)
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lc3 import private
@@ -49,15 +48,14 @@ class Site:
         Buffers are each rank's own affair.
         """
         count = len(mine.buffers)
-        said = self._gather(mine.to_bytes())
+        with self._telling() as at:
+            said = self._channel.all_gather_bytes(mine.to_bytes(), *at)
         return of_site(mine, [Says.from_bytes(one, count) for one in said])
 
     def any_rank(self, mine: Sequence[bool]) -> list[bool]:
         """Return where some rank of the site says yes; collective in it."""
-        said = self._gather(torch.tensor(mine, dtype=torch.bool))
-        everybody = torch.stack([one.clone() for one in said]).view(torch.bool)
-        some: list[bool] = everybody.any(0).tolist()
-        return some
+        with self._telling() as at:
+            return self._channel.any_rank(mine, *at)
 
     def confirm(self) -> None:
         """Wait until the others have come as far; collective in the site.
@@ -65,14 +63,16 @@ class Site:
         Raises:
             PeerError: one of them has failed, and said so.
         """
-        self._gather(torch.empty(0, dtype=torch.uint8))
+        self.any_rank([])
 
-    def _gather(self, data: Tensor) -> list[Tensor]:
+    @contextmanager
+    def _telling(self) -> Iterator[tuple[int, int]]:
+        """Lend a tag; ranks that fail are numbered as the job does."""
         at = self._channel.aside()
         try:
             with self._channel.telling_others(*at):
-                return self._channel.all_gather_bytes(data, *at)
-        except PeerError as error:  # numbered as the job does
+                yield at
+        except PeerError as error:
             raise PeerError(self._ranks[error.rank], error.reason) from error
 
     @contextmanager

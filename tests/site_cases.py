@@ -23,6 +23,7 @@ from lc3 import Lc3Error
 from lc3.config import Settings
 from lc3.hooks import local_sgd
 from lc3.model import local
+from tests.given_cases import said_by
 
 INSIDE = 2
 CONFIG = Settings(density=0.1, min_numel=16, min_shard=64)
@@ -323,12 +324,8 @@ def others_state(rank: int, world: int) -> str:
     state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh)
     states: list[Any] = [None] * world
     dist.all_gather_object(states, state.state_dict())
-    said = ""
-    for job in (lambda: state.load_state_dict(states[rank ^ 1]), state.gather_state):
-        try:
-            job()
-        except Lc3Error as error:
-            said += f"{type(error).__name__}: {error}\n"
+    said = said_by(lambda: state.load_state_dict(states[rank ^ 1]))
+    said += said_by(state.gather_state)
     state.close()
     return said
 
@@ -342,13 +339,9 @@ def a_replica_drifts(rank: int, world: int) -> str:
     if rank == 3:
         with torch.no_grad():
             local(next(iter(model.parameters())))[0] += 1
-    try:
-        state.check_replicas()
-    except Lc3Error as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        state.close()
-    return "nothing"
+    said = said_by(state.check_replicas)
+    state.close()
+    return said
 
 
 def a_rank_fails(rank: int, world: int) -> str:

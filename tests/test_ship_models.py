@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lc3 import ship
 from lc3.errors import ConfigError, InputError
@@ -280,3 +280,28 @@ def test_examples_of_ship_run(name: str) -> None:
 def test_every_public_name_has_an_example() -> None:
     for name in set(ship.__all__) - {"Masks", "Plan", "Row", "information"}:
         assert ">>>" in (getattr(ship, name).__doc__ or ""), name
+
+
+def test_layers_without_factors_are_named() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.used(self.used(x)))
+
+    inputs = torch.randn(4, 6)
+    images = torch.randn(4, 2, 6, 6)
+    same = nn.Sequential(nn.Conv2d(2, 3, 3, padding="same"), nn.Flatten())
+    idle = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+    idle.forward = lambda x: idle["a"](x)
+    for model, batch, words in (
+        (Twice(), inputs, "uses layer 'used' twice"),
+        (idle, inputs, "does not reach layer 'b'"),
+        (same, images, "padding='same'"),
+    ):
+        for score in ("kfac", "fisher"):
+            with pytest.raises(ConfigError, match=words):
+                ship.prune(model, [batch], 0.5, score)
+        assert ship.prune(model, [], 0.5).densities()

@@ -24,6 +24,7 @@ from torch import Tensor
 from lc3.codec.instructions import kernel
 from lc3.errors import FormatError, InputError
 from lc3.ship.format import Reader, varint
+from lc3.ship.mixing import mixed
 
 CELLS = 1.25  # for each key
 _SEEDS = 16
@@ -164,11 +165,7 @@ def _unpack(packed: Any, t: int, cells: Any) -> None:
 @kernel(inline="always")
 def _hash(seed: np.uint64, position: int, which: int) -> np.uint64:
     """Return hash number ``which`` of a position."""
-    step = np.uint64(position) * np.uint64(4) + np.uint64(which + 1)
-    z = seed + step * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return mixed(seed, np.uint64(position) * np.uint64(4) + np.uint64(which))
 
 
 @kernel(inline="always")

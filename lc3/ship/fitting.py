@@ -15,7 +15,7 @@ from lc3.errors import ConfigError
 from lc3.ship.choose import Lossy, section_of
 from lc3.ship.container import host
 from lc3.ship.model import PathLike, save
-from lc3.ship.rate import deviation_of
+from lc3.ship.rate import deviation_of, float_values
 
 _ROUNDS = 10
 _FINEST, _COARSEST = 2.0**-9, 2.0**4  # of the deviation of all weights
@@ -75,19 +75,18 @@ def fit(
         raise ConfigError(f"drop={drop!r} must be a number from 0 up")
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     full = _score(evaluate, model)
-    size = deviation_of(own)
+    size, values = deviation_of(own), max(1, float_values(own))
 
     def at(step: float) -> Plan:
-        found, nbytes, values = {}, 0, 0
+        found, nbytes = {}, 0
         lossy = Lossy(step)
         for name, tensor in own.items():
             section = section_of(name, host(tensor), None, lossy)
             found[name] = section.decoded.to(tensor.device)
             nbytes += len(section.data)
-            values += tensor.numel() if tensor.is_floating_point() else 0
         model.load_state_dict(found)
         score = _score(evaluate, model)
-        return Plan(step, score, full, nbytes, 8 * nbytes / max(1, values))
+        return Plan(step, score, full, nbytes, 8 * nbytes / values)
 
     try:
         low, high = math.log2(_FINEST * size), math.log2(_COARSEST * size)

@@ -217,7 +217,7 @@ def factors(
         batches: of inputs.
 
     Raises:
-        ConfigError: there is no batch.
+        ConfigError: there is no batch, or a layer has no such factors.
     """
     sums: dict[str, list[Tensor]] = {}
     count = 0
@@ -283,7 +283,12 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """Return [n, positions, inputs] and [n, positions, outputs] of one layer."""
     if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
+        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            raise ConfigError(
+                f"a convolution with padding={layer.padding!r} of "
+                f"{layer.padding_mode!r} has no K-FAC or Fisher score here; give its "
+                'padding as numbers of zeros, or prune by score="magnitude"'
+            )
         rows = nn.functional.unfold(
             inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride
         )
@@ -309,6 +314,11 @@ def _backward(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in seen:
+                raise ConfigError(
+                    f"the model's forward pass uses layer {name!r} twice, which has no "
+                    'K-FAC or Fisher score here; prune by score="magnitude"'
+                )
             seen[name] = (given[0].detach(), output)
 
         return keep
@@ -324,6 +334,11 @@ def _backward(
         model.train(training)
         for handle in handles:
             handle.remove()
+    if idle := [name for name in layers if name not in seen]:
+        raise ConfigError(
+            f"the model's forward pass does not reach layer {idle[0]!r}; prune by "
+            'score="magnitude"'
+        )
     flat = logits.flatten(0, -2)
     generator = torch.Generator().manual_seed(0)
     chances = flat.detach().softmax(-1).cpu()

@@ -22,6 +22,7 @@ from lc3.codec.instructions import kernel
 from lc3.errors import FormatError
 from lc3.ship import contexts, planes, transform
 from lc3.ship.format import Reader, varint
+from lc3.ship.mixing import mixed
 
 Coder = Literal["context", "zstd"]
 Numbers = NDArray[np.int32]
@@ -154,12 +155,9 @@ def dither(seed: int, numel: int, start: int = 0) -> NDArray[np.float64]:
 
 @kernel()
 def _dither(seed: np.uint64, start: int, out: Any) -> None:
-    """Fill float64[*] from the output function of SplitMix64."""
+    """Fill float64[*] from SplitMix64."""
     for i in range(out.size):
-        z = seed + np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
+        z = mixed(seed, np.uint64(start + i))
         out[i] = (np.float64(z >> np.uint64(32)) + 0.5) / 4294967296.0 - 0.5
 
 
