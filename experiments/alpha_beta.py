@@ -1,6 +1,6 @@
 """Step times from latency and bandwidth: fitted on the lab, checked, extrapolated.
 
-    python -m experiments.alpha_beta links2.csv links.csv --plot wins.png
+    python -m experiments.alpha_beta digits.csv:links2 digits.csv:links --plot wins.png
 
 A step takes its computing and coding time, as measured without any network, and then
 

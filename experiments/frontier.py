@@ -1,9 +1,10 @@
 """What is best at a given number of bytes: validation loss against bytes and time.
 
-    python -m experiments.frontier losses.csv --links links.csv --plot frontier.png
-    python -m experiments.frontier losses.csv --links links.csv --within 1
+    python -m experiments.frontier chars.csv:chars-long --plot frontier.png
+    python -m experiments.frontier chars.csv:chars-long --links chars.csv:links-chars
 
-The second prints how long each method takes to come within 1 % of float32's best loss.
+with ``--within 1`` prints how long each method takes to come within 1 % of float32's
+best loss.
 
 Losses are those of the first file's trainings. A link's rate does not change them, so
 time is each method's step as the lab measured it across that link (the second file),
@@ -24,7 +25,7 @@ from rich.console import Console
 from experiments.average import AVERAGED
 from experiments.methods import AT_RATE
 from experiments.pages import Curve, curves
-from experiments.record import ResultError, read_csv
+from experiments.record import ResultError, named, read_csv
 from experiments.tables import (
     BASELINE,
     COLUMNS,
@@ -362,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="experiments.frontier",
         description="Loss against bytes, and against time.",
     )
-    parser.add_argument("csv", type=Path, help="the losses")
+    parser.add_argument("csv", type=Path, help="the losses: FILE or FILE:EXPERIMENT")
     parser.add_argument("--links", type=Path, help="the same task across a lab's links")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument(
@@ -384,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     Console(highlight=False).print(text, soft_wrap=True)
     if options.docs:
-        old, stem = options.docs.read_text(), options.csv.stem
+        old, stem = options.docs.read_text(), named(options.csv)[1]
         stem += "" if options.within is None else "-times"
         marker = options.marker or stem
         options.docs.write_text(insert(old, marker, text))

@@ -12,6 +12,7 @@ from pathlib import Path
 import lc3
 
 RESULTS = Path(__file__).parent / "results"
+EXPERIMENT = "experiment"  # the column that tells experiments of one task apart
 Row = Mapping[str, object]
 
 
@@ -83,16 +84,11 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         ) from error
 
 
-def read_csv(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a result file.
-
-    Args:
-        path: path of the file.
-        columns: columns that the caller needs.
+def read_whole(path: Path) -> list[dict[str, str]]:
+    """Return all rows of a result file, of whatever experiments.
 
     Raises:
-        ResultError: there is no such file, it is no result file, or it is one of
-            another version, which has not all of ``columns``.
+        ResultError: there is no such file, or it is no result file.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -101,6 +97,42 @@ def read_csv(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
         raise ResultError(f"{path} is not a result file ({error})") from error
     if not rows or any(None in row or None in row.values() for row in rows):
         raise ResultError(f"{path} is empty, or was cut off; run it again")
+    return rows
+
+
+def named(path: Path) -> tuple[Path, str]:
+    """Return a result file and the experiment in it that ``chars.csv:chars-long`` is.
+
+    Of ``chars.csv`` alone the experiment is called like the file.
+    """
+    file, _, experiment = path.name.partition(":")
+    return path.with_name(file), experiment or Path(file).stem
+
+
+def read_csv(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
+    """Return the rows of one experiment, with the columns that it recorded.
+
+    Args:
+        path: path of a result file, or ``chars.csv:chars-long``: an experiment of those
+            that one file keeps (``experiments.keep``).
+        columns: columns that the caller needs.
+
+    Raises:
+        ResultError: there is no such file or experiment, it is no result file, or it is
+            one of another version, which has not all of ``columns``.
+    """
+    file, experiment = named(path)
+    rows = read_whole(file)
+    if EXPERIMENT in rows[0]:
+        names = list(dict.fromkeys(row[EXPERIMENT] for row in rows))
+        rows = [row for row in rows if row[EXPERIMENT] == experiment]
+        if not rows:
+            raise ResultError(
+                f"{file} has no experiment {experiment!r}; it holds "
+                f"{', '.join(names)}: write {file.name}:{names[0]}"
+            )
+        recorded = [n for n in rows[0] if n != EXPERIMENT and any(r[n] for r in rows)]
+        rows = [{name: row[name] for name in recorded} for row in rows]
     if missing := sorted(set(columns) - set(rows[0])):
         raise ResultError(
             f"{path} has no column {missing[0]!r}: it is of lc3 "

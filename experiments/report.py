@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import pages
-from experiments.record import ResultError, read_csv
+from experiments.record import ResultError, named, read_csv
 from experiments.tables import (
     COLUMNS,
     insert,
@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="experiments.report", description="Report on one result file."
     )
-    parser.add_argument("csv", type=Path, help="of experiments.train or .run")
+    parser.add_argument(
+        "csv",
+        type=Path,
+        help="of experiments.train or .run; one of several in it: FILE:EXPERIMENT",
+    )
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--page", type=Path, help="folder for index.html and report.md")
     parser.add_argument("--readme", type=Path, help="Markdown file with markers")
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "links": links_markdown,
             "time": pages.time_markdown,
         }[options.table](rows)
-        marker = options.marker or options.csv.stem
+        marker = options.marker or named(options.csv)[1]
         old = options.readme.read_text()
         options.readme.write_text(insert(old, marker, content))
 

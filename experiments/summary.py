@@ -35,7 +35,7 @@ class Task:
 
     Attributes:
         title: title of the task.
-        file: name of its result file, without ending.
+        file: its result file and experiment.
         forms: a method's name in the table, by its name in the file.
         accuracy: whether the figure is an accuracy, not a loss.
     """
@@ -49,7 +49,7 @@ class Task:
 TASKS = (
     Task(
         "Handwritten digits: CNN of 0.15 M, SGD, 2 ranks, 500 steps",
-        "digits",
+        "digits.csv:digits",
         {
             "float32": "float32",
             "fp16": "fp16 hook",
@@ -60,7 +60,7 @@ TASKS = (
     ),
     Task(
         "Fashion-MNIST: LeNet-5 of 0.43 M, SGD, 2 ranks, 400 steps",
-        "fashion-mnist",
+        "fashion-mnist.csv:fashion-mnist",
         {
             "float32": "float32",
             "3LC s=1.00": "lc3 `ddp`, s = 1",
@@ -73,7 +73,7 @@ TASKS = (
     ),
     Task(
         "CIFAR-10: ResNet-20, SGD, 2 ranks, five passes",
-        "cifar10-longer",
+        "cifar10-resnet20.csv:cifar10-longer",
         {
             "float32": "float32",
             "3LC s=1.00, all coded": "lc3 `ddp`, s = 1, all coded",
@@ -83,7 +83,7 @@ TASKS = (
     ),
     Task(
         "Characters: transformer of 0.36 M, AdamW, 4 ranks, 1,600 steps",
-        "chars-warm-up",
+        "chars.csv:chars-warm-up",
         {
             "float32": "float32",
             "preconditioned s=1.00, rans": "lc3 `ddp` for Adam, s = 1, rans",
@@ -96,7 +96,7 @@ TASKS = (
     ),
     Task(
         "Characters: the same, 4,512 steps",
-        "chars-long",
+        "chars.csv:chars-long",
         {
             "float32": "float32",
             "preconditioned s=1.00": "lc3 `ddp` for Adam, s = 1",
@@ -107,7 +107,7 @@ TASKS = (
     ),
     Task(
         "Characters: transformer of 2.25 M, AdamW, 4 ranks, 7,200 steps",
-        "chars-large-warm-up",
+        "chars-large.csv:chars-large-warm-up",
         {
             "float32": "float32",
             f"local H=8, density 11.5 %, {_HALVED}, lr × 3": (
@@ -117,7 +117,7 @@ TASKS = (
     ),
     Task(
         "Characters: transformer of 0.36 M, Muon, 4 ranks, 9,024 steps",
-        "chars-muon-longer",
+        "chars-muon.csv:chars-muon-longer",
         {
             "float32": "float32",
             "local H=16, density 9.5 %, all coded": "lc3 `local_sgd`, H = 16, 9.5 %",
@@ -126,7 +126,7 @@ TASKS = (
     ),
     Task(
         "Characters: transformer of 2.25 M, Muon, 4 ranks, 3,600 steps",
-        "chars-muon-large",
+        "chars-muon-large.csv:chars-muon-large",
         {
             "float32": "float32",
             f"local H=16, density 11 %, {_HALVED}, lr × 0.5": (
@@ -167,7 +167,7 @@ def outcomes(task: Task, rows: Sequence[Row]) -> dict[str, Outcome]:
     for method in task.forms:
         last = [r for r in rows if r["method"] == method and r["step"] == r["steps"]]
         if not last:
-            raise ResultError(f"{task.file}.csv has no {method!r}; run it again")
+            raise ResultError(f"{task.file} has no {method!r}; run it again")
         sent = mean(int(row["sent_bytes"]) / int(row["steps"]) for row in last)
         found[method] = Outcome({r["seed"]: float(r[column]) for r in last}, sent)
     return found
@@ -229,9 +229,7 @@ def table(task: Task, rows: Sequence[Row]) -> str:
 
 def page(results: Path) -> str:
     """Return all tables as Markdown."""
-    return "\n".join(
-        table(task, read_csv(results / f"{task.file}.csv")) for task in TASKS
-    )
+    return "\n".join(table(task, read_csv(results / task.file)) for task in TASKS)
 
 
 def short(results: Path) -> str:
@@ -288,7 +286,7 @@ def command_line(_: Path) -> str:
 def plot(results: Path, path: Path) -> None:
     """Draw the loss of every form of the short text against its bytes."""
     task = TASKS[3]
-    found = outcomes(task, read_csv(results / f"{task.file}.csv"))
+    found = outcomes(task, read_csv(results / task.file))
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     for method, outcome in found.items():

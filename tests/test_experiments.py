@@ -20,6 +20,7 @@ from experiments import (
     bench_ship,
     demo,
     growth,
+    keep,
     memory,
     methods,
     prose,
@@ -68,8 +69,10 @@ def test_the_script_of_the_first_tutorial_trains(tmp_path: Path) -> None:
     }
 
 
-def of_file(name: str) -> list[dict[str, str]]:
-    return record.read_csv(ROOT / f"experiments/results/{name}.csv")
+def of_file(name: str, experiment: str = "") -> list[dict[str, str]]:
+    return record.read_csv(
+        ROOT / f"experiments/results/{name}.csv:{experiment or name}"
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -78,7 +81,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         for name, make in summary.BLOCKS.items()
     },
     "scripts": lambda: page_block(of_file("scripts")),
-    "links": lambda: tables.links_markdown(of_file("links")),
+    "links": lambda: tables.links_markdown(of_file("digits", "links")),
     "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
     "ship": lambda: bench_ship.page(of_file("ship")),
@@ -117,7 +120,7 @@ def test_readme_is_short() -> None:
 
 
 def test_no_figure_is_cut_off_in_a_terminal_of_80_columns() -> None:
-    rows = record.read_csv(ROOT / "experiments/results/cifar10-longer.csv")
+    rows = of_file("cifar10-resnet20", "cifar10-longer")
     out = io.StringIO()
     tables.print_table(rows, Console(file=out, width=80))
     assert "1,078,888" in out.getvalue()
@@ -310,6 +313,31 @@ def test_a_result_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"no rows|columns"):
             record.write_csv(path, bad)
         assert path.read_text() == before
+
+
+def test_experiments_of_a_task_share_a_file(tmp_path: Path) -> None:
+    first = {name: RESULT[0][name] for name in (*tables.COLUMNS, "commit")}
+    for name, method in (("a", "3LC s=1.00"), ("b", "local H=8, lr × 2")):
+        row = {**first, "method": method}
+        record.write_csv(tmp_path / f"{name}.csv", [row])
+        keep.main([str(tmp_path / f"{name}.csv"), "--out", str(tmp_path)])
+    out = tmp_path / "digits.csv"
+    (found,) = record.read_csv(tmp_path / "digits.csv:a")
+    assert {name: found[name] for name in first} == {**first, "method": "3LC s=1.00"}
+    assert found["sparsity"] == "1.0"
+    assert "sync_every" not in found
+    assert record.read_csv(tmp_path / "digits.csv:b")[0]["sync_every"] == "8"
+    record.write_csv(tmp_path / "a.csv", [{**first, "commit": "new"}])
+    keep.main([str(tmp_path / "a.csv"), "--out", str(tmp_path)])
+    assert [row["commit"] for row in record.read_whole(out)] == [
+        first["commit"],
+        "new",
+    ]
+    with pytest.raises(
+        record.ResultError,
+        match=r"no experiment 'digits'; it holds b, a: write digits\.csv:b",
+    ):
+        record.read_csv(out)
 
 
 @pytest.mark.parametrize(
