@@ -25,20 +25,24 @@ from experiments.tables import (
 
 TARGET = 0.99  # of the baseline's final accuracy
 _HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark }
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em }
+.wide { overflow-x: auto }
 table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .25em .7em; border-bottom: 1px solid #ccc; text-align: right }
+th, td { padding: .25em .7em; border-bottom: 1px solid #8888; text-align: right }
+td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-img { max-width: 100% }
+img { max-width: 100%; background: #fff }
 </style></head><body><h1>{{ title }}</h1>
 {% for section in sections %}<h2>{{ section.title }}</h2>
 <p>{{ section.text }}</p>
-{% if section.lines %}<table><thead><tr>
+{% if section.lines %}<div class="wide" tabindex="0"><table><thead><tr>
 {% for cell in section.headers %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
 {% for line in section.lines %}<tr>
 {% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>{% endif %}
+{% endfor %}</tbody></table></div>{% endif %}
 {% if section.picture %}<img alt="{{ section.title }}"
  src="data:image/png;base64,{{ section.encoded() }}">{% endif %}
 {% endfor %}</body></html>
@@ -167,7 +171,8 @@ def sections(rows: Sequence[Row], folder: Path) -> Iterator[Section]:
 def _comparison(rows: Sequence[Row]) -> Section:
     first = [row for row in rows if row.get("rate", "") == rows[0].get("rate", "")]
     lines = [line[: TRAFFIC.stop + 2] for line in cells(summarise(first))]
-    return Section("Comparison", caption(first), HEADERS[: TRAFFIC.stop + 2], lines)
+    said = caption(first, times=False)
+    return Section("Comparison", said, HEADERS[: TRAFFIC.stop + 2], lines)
 
 
 def _steps(rows: Sequence[Row]) -> Section:

@@ -160,25 +160,34 @@ def length(row: Row) -> str:
     return f"{row['steps']} steps{rising}"
 
 
-def caption(rows: Sequence[Row]) -> str:
-    """Return what the figures are of, and what was computed instead of measured."""
+def caption(rows: Sequence[Row], *, times: bool = True) -> str:
+    """Return what the figures are of, and what was computed instead of measured.
+
+    Args:
+        rows: of one experiment.
+        times: whether step times, which are computed, stand beside it.
+    """
     row = rows[0]
     seeds = len({row["seed"] for row in rows})
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     machines = "; ".join(
         dict.fromkeys(f"{row['machine']}, {row['cores']} cores" for row in rows)
     )
-    return (
+    said = (
         f"Task {row['task']}: {row['ranks']} ranks on one machine, "
         f"{length(row)}, mean of {seeds} {'seed' if seeds == 1 else 'seeds'}; "
         f"the baseline is plain DDP in float32. {machines}; lc3 {row['lc3']} at commit "
         f"{commits}, torch {row['torch']}, "
         f"numpy {row['numpy']}, numba {row['numba']}, Python {row['python']}. "
         "Bytes are counted where they are sent (for the two all-reduces: a ring's "
-        "bytes, 2 (W − 1) / W of the buffer). *Computed, not measured: measured "
-        "computing and coding time, plus bytes sent over the rate; no overlap, no "
-        "latency."
+        "bytes, 2 (W − 1) / W of the buffer)."
     )
+    if times:
+        said += (
+            " *Computed, not measured: measured computing and coding time, plus bytes "
+            "sent over the rate; no overlap, no latency."
+        )
+    return said
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
@@ -216,9 +225,7 @@ def markdown(rows: Sequence[Row], *, times: bool = True) -> str:
     shown = len(HEADERS) - (0 if times else len(LINKS_MBIT_S))
     lines = [line[:shown] for line in cells(summarise(rows))]
     table = grid(HEADERS[:shown], lines)
-    said = caption(rows)
-    if not times:
-        said = said.partition(" *Computed")[0]
+    said = caption(rows, times=times)
     return f"{table}\n\n{said.replace('*', chr(92) + '*')}\n"
 
 
