@@ -3,7 +3,8 @@
     python -m experiments.keep experiments/results/local/chars-long/results.csv
 
 adds them to ``experiments/results/chars.csv`` as the experiment ``chars-long``, in
-place of rows of that name. Columns say of every row what its method is.
+place of rows of that name. Columns say of every row what its method is. Of a folder
+instead of a file, what has ended so far is added.
 """
 
 import argparse
@@ -47,19 +48,32 @@ def together(
     return [{name: row.get(name, "") for name in names} for row in rows]
 
 
+def _files(path: Path) -> list[Path]:
+    """Return the result files that a path stands for."""
+    if not path.is_dir():
+        return [path]
+    found = [f for f in path.glob("*.csv") if f.stem not in ("results", "running")]
+    if not found:
+        raise ResultError(f"{path} has no training that has ended")
+    return sorted(found)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Add the rows of files to those of their tasks."""
     parser = argparse.ArgumentParser(prog="experiments.keep", description=__doc__)
     parser.add_argument(
-        "csv", nargs="+", type=Path, help="of experiments.train or .run"
+        "results",
+        nargs="+",
+        type=Path,
+        help="files of experiments.train, or files or folders of experiments.run",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="a file per task")
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
-    for path in options.csv:
+    for path in options.results:
         experiment = path.parent.name if path.stem == "results" else path.stem
         try:
-            new = read_csv(path, COLUMNS)
+            new = [row for file in _files(path) for row in read_csv(file, COLUMNS)]
             out = options.out / f"{new[0]['task']}.csv"
             old = read_whole(out) if out.exists() else []
             write_csv(out, together(old, new, experiment))

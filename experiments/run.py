@@ -1,7 +1,9 @@
 """Runs an experiment that a TOML file describes, and goes on where it was stopped.
 
     python -m experiments.run experiments/configs/links.toml
+    python -m experiments.run --go-on experiments/configs/one-pass.toml
 
+The second trains only what the committed results lack (``experiments.keep``).
 Each seed at each link rate is a job that trains every method; a method's rows are kept
 as soon as it has ended. With rates, every rank is a host of a network lab
 (``experiments.lab.netlab``, as root); without root the job runs over loopback instead,
@@ -33,7 +35,15 @@ from rich.progress import (
 from experiments.average import AVERAGED
 from experiments.lab import netlab
 from experiments.methods import AT_RATE, find
-from experiments.record import RESULTS, read_csv, write_csv
+from experiments.record import (
+    EXPERIMENT,
+    RESULTS,
+    ResultError,
+    read_csv,
+    read_whole,
+    write_csv,
+)
+from experiments.tables import Row
 from experiments.tasks import TASKS
 from experiments.train import WARM_UP, add_device_option
 
@@ -267,7 +277,15 @@ def run_job(
 
 def _keep(job: Sequence[Training], out: Path, folder: Path) -> int:
     """Keep the rows of trainings that have ended; return how many have."""
-    rows = read_csv(out) if out.exists() else []
+    return keep_rows(job, read_csv(out) if out.exists() else [], folder)
+
+
+def keep_rows(job: Sequence[Training], rows: Sequence[Row], folder: Path) -> int:
+    """Keep those of ``rows`` that are of trainings of one seed and rate.
+
+    Returns:
+        Of how many trainings there are rows.
+    """
     done = 0
     for training in job:
         names = training.method, training.method + AVERAGED
@@ -278,6 +296,37 @@ def _keep(job: Sequence[Training], out: Path, folder: Path) -> int:
             if not kept.exists():
                 write_csv(kept, [{"rate": training.rate, **row} for row in mine])
     return done
+
+
+def take_from(spec: Spec, results: Path, folder: Path) -> int:
+    """Take trainings that the task's result file has, so that they are not run again.
+
+    Args:
+        spec: the experiment.
+        results: folder of result files, one for each task (``experiments.keep``).
+        folder: folder of the experiment's rows.
+
+    Returns:
+        How many were taken.
+
+    Raises:
+        ResultError: there is a file that is no result file.
+    """
+    file = results / f"{spec.task}.csv"
+    if not file.exists():
+        return 0
+    rows = [row for row in read_whole(file) if row[EXPERIMENT] == spec.name]
+    taken = 0
+    for training in spec.trainings():
+        mine = [
+            {name: value for name, value in row.items() if name != EXPERIMENT}
+            for row in rows
+            if (row["seed"], row.get("rate", "")) == (str(training.seed), training.rate)
+            and row["steps"] == str(spec.steps)
+        ]
+        if not training.kept(folder).exists():
+            taken += keep_rows([training], mine, folder)
+    return taken
 
 
 def prepare(spec: Spec, folder: Path) -> None:
@@ -374,13 +423,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "local", help="a folder per experiment"
     )
+    parser.add_argument(
+        "--go-on",
+        action="store_true",
+        help="train only what the committed results lack",
+    )
     add_device_option(parser)
     options = parser.parse_args(arguments)
     try:
         options.specs = [read_spec(path) for path in options.toml]
         for spec in options.specs:
             prepare(spec, options.out / spec.name)
-    except SpecError as error:
+            if options.go_on:
+                take_from(spec, RESULTS, options.out / spec.name)
+    except (SpecError, ResultError) as error:
         parser.error(str(error))
     return options
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import record, report, run, tables, train
+from experiments import keep, record, report, run, tables, train
 from experiments.record import ResultError
 from tests import forked
 
@@ -103,6 +104,31 @@ def test_rows_of_an_older_version_are_joined(tmp_path: Path) -> None:
         {"method": "float32", "step": "1", "warm_up": ""},
         {"method": "bf16", "step": "1", "warm_up": "0.05"},
     ]
+
+
+def test_what_the_task_s_file_has_is_not_trained_again(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, GOOD.replace('"float32"', '"float32", "bf16"'))
+    first, other = spec.trainings()
+    folder = tmp_path / spec.name
+    row = dict.fromkeys((*tables.COLUMNS, "rate"), "1") | {
+        "task": spec.task,
+        "method": "float32",
+        "rate": first.rate,
+        "seed": str(first.seed),
+        "steps": str(spec.steps),
+    }
+    record.write_csv(first.kept(folder), [row])
+    keep.main([str(folder), "--out", str(tmp_path)])
+    new = tmp_path / "new"
+    assert run.take_from(spec, tmp_path, new) == 1
+    assert run.take_from(spec, tmp_path, new) == 0
+    (found,) = record.read_csv(first.kept(new))
+    assert {name: found[name] for name in row} == row
+    assert not other.kept(new).exists()
+    assert run.take_from(replace(spec, name="another"), tmp_path, tmp_path / "n") == 0
+    assert run.take_from(replace(spec, steps=21), tmp_path, tmp_path / "n") == 0
+    with pytest.raises(SystemExit):
+        keep.main([str(tmp_path / "n")])
 
 
 @pytest.mark.usefixtures("forks")
