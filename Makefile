@@ -26,10 +26,12 @@ quick: $(READY)
 	$(BIN)/python -m pytest tests/test_format.py tests/test_plan.py tests/test_structure.py tests/test_workers.py \
 		tests/test_entropy.py tests/test_rans.py tests/test_engine.py tests/test_coder.py tests/test_calls.py
 
-# TESTS says which, as pytest does.
+# TESTS says which, as pytest does; JOBS, how many files run at a time. Most tests start
+# two to four ranks, so more jobs than half of the cores do not help.
 TESTS :=
+JOBS := 2
 test: $(READY)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -4,11 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
-from rich.console import Console
 
-from experiments import record, run
-from experiments.lab import netlab
-from tests.method_kinds import KINDS
 from tests.ranks import Ranks
 
 settings.register_profile(
@@ -45,17 +41,3 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     for pool in running.values():
         if pool.alive:
             pool.close()
-
-
-@pytest.fixture(scope="session")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Give the rows of 32 steps of every kind of method, between hosts of the lab.
-
-    Over loopback where there is no lab.
-    """
-    folder = tmp_path_factory.mktemp("kinds")
-    methods = [*KINDS, "float32, lr × 0.5"]
-    rates = [] if netlab.missing() else ["1gbit"]
-    spec = run.Spec("all", "digits", methods, 32, rates=rates, evaluate_every=32)
-    assert run.run(spec, folder, None, Console()) == []
-    return record.read_csv(folder / "results.csv")

@@ -11,48 +11,26 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiments.lab import netlab
-from lc3.moments import Moments
 from tests import cut_link
 
 ROOT = Path(__file__).parents[1]
 REASON = netlab.missing()
 lab = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-# What gloo and TCP add to a message for one peer: three control messages of 48 bytes,
-# each of them, the data and the answers in packets with 66 bytes of headers.
-PER_MESSAGE = 450
-DUE = Moments({}, {}, torch.device("cpu")).due  # steps that share second moments
-MESSAGES = {  # of a step, where they are not one of a push and one of a pull
-    "push-pull s=1.00": 3,
-    "local H=2, uncoded": 3 / 2,  # a small one first
-    "local H=8": 3 / 8,
-    "local H=16": 3 / 16,
-    "local H=32": 3 / 32,
-    **{
-        f"preconditioned s=1.00{stage}": 2 + 2 * sum(map(DUE, range(32))) / 32
-        for stage in ("", ", rans")
-    },
-    "preconditioned s=1.00, direct": 1 + 2 * sum(map(DUE, range(32))) / 32,
-    **{f"3LC s={s:.2f}, direct": 1 for s in (1.0, 1.5, 1.75, 1.9)},
-    **{f"local H=8{density}, direct": 2 / 8 for density in ("", ", density 5 %")},
-    "float32": 6,
-    "fp16": 6,
-    "auto": 6,
-    "bf16": 6,  # a ring, in segments
-    **{f"PowerSGD rank {rank}": 14 for rank in (1, 2, 4)},  # three rings
-}
 SEND = """
 import time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 x = torch.ones(500_000)
 dist.barrier()
-start = time.perf_counter()
-for _ in range(3):
-    dist.all_reduce(x)
+seconds = []
+for _ in range(3):  # of which one at least should have the machine for itself
+    start = time.perf_counter()
+    for _ in range(3):
+        dist.all_reduce(x)
+    seconds.append(time.perf_counter() - start)
 if dist.get_rank() == 0:
-    print(f"seconds {time.perf_counter() - start:.3f}")
+    print(f"seconds {min(seconds):.3f}")
 dist.destroy_process_group()
 """
 
@@ -64,7 +42,10 @@ def command(*arguments: str) -> list[str]:
 @lab
 @pytest.mark.timeout(200)
 def test_links_have_their_rate_and_count_bytes(tmp_path: Path) -> None:
-    """Two ranks, three all-reduces of 2 MB: each sends 6 MB, at 50 Mbit/s 0.96 s."""
+    """Two ranks, three all-reduces of 2 MB: each sends 6 MB, at 50 Mbit/s 0.96 s.
+
+    Three times.
+    """
     (tmp_path / "send.py").write_text(SEND)
     report = tmp_path / "report.json"
     arguments = (
@@ -89,8 +70,8 @@ def test_links_have_their_rate_and_count_bytes(tmp_path: Path) -> None:
     assert found is not None
     assert 0.85 < float(found[1]) < 1.6
     for host in json.loads(report.read_text())["hosts"]:
-        assert 6_000_000 < host["sent_bytes"] < 6_000_000 * 1.08
-        assert 6_000_000 < host["received_bytes"] < 6_000_000 * 1.08
+        assert 18_000_000 < host["sent_bytes"] < 18_000_000 * 1.08
+        assert 18_000_000 < host["received_bytes"] < 18_000_000 * 1.08
 
 
 def processes_with(text: str) -> list[str]:
@@ -169,21 +150,6 @@ def test_why_there_is_no_lab_is_said(
 def test_rates() -> None:
     assert netlab.rate_bits("10mbit") == 10_000_000
     assert netlab.rate_bits("2.5gbit") == 2_500_000_000
-
-
-@lab
-@pytest.mark.timeout(450)
-def test_interfaces_count_what_every_method_says_it_sends(
-    kinds: list[dict[str, str]],
-) -> None:
-    """Within 3 %, plus what every message adds."""
-    assert {row["rate"] for row in kinds} == {"1gbit"}
-    for row in kinds:
-        method = row["method"].removesuffix(", lr × 0.5")
-        sent, on_link = int(row["sent_bytes"]), int(row["link_bytes"])
-        most = 1.03 * sent + PER_MESSAGE * 32 * MESSAGES.get(method, 2)
-        assert sent < on_link < most, (method, sent, on_link)
-        assert float(row["step_ms"]) > 1
 
 
 @lab
