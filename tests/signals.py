@@ -8,6 +8,7 @@ Processes are forked from a server that has imported torch, so a trial takes sec
 """
 
 import collections
+import faulthandler
 import hashlib
 import os
 import random
@@ -42,6 +43,7 @@ STEPS = 40  # of a training that is held up
 def work(rank: int, folder: str, hook: str, steps: int, pipe: Connection) -> None:
     """Train, tell the parent of each step, and at the end how it ended."""
     said, digest = "", ""
+    faulthandler.register(signal.SIGUSR1)  # for one that hangs
     try:
         join(rank, WORLD, f"{folder}/store", GROUP_TIMEOUT_S)
         torch.manual_seed(0)
@@ -64,6 +66,7 @@ class Trial:
 
     def __init__(self, context: Any, hook: str, steps: int, folder: str) -> None:
         self.said: dict[int, tuple[str, str]] = {}
+        self.steps = [-1] * WORLD
         self.ended_at: dict[int, float] = {}
         self.pipes: list[Connection] = []
         self.processes = []
@@ -93,8 +96,17 @@ class Trial:
                     continue
                 if isinstance(found, tuple):
                     self.said[rank] = found
-                elif until is not None and found >= until:
+                    continue
+                self.steps[rank] = found
+                if until is not None and found >= until:
                     return
+
+    def say_where(self) -> None:
+        """Let every rank that is left print what its threads do."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGUSR1)
+                time.sleep(0.5)
 
     def close(self) -> None:
         for process in self.processes:
@@ -129,7 +141,9 @@ def trial(context: Any, hook: str, deed: str, dice: random.Random) -> dict[str, 
             ranks.listen(NOTICED_S)
             where = (hook, deed, victim, ranks.said)
             others = [rank for rank in range(WORLD) if rank != victim]
-            assert all(rank in ranks.ended_at for rank in others), ("hangs", *where)
+            if any(rank not in ranks.ended_at for rank in others):
+                ranks.say_where()
+                raise AssertionError(("hangs", *where, ranks.steps))
             assert all(rank in ranks.said for rank in others), ("no word", *where)
             if deed == "hold up":
                 digests = {digest for _, digest in ranks.said.values()}
