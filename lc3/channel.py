@@ -148,6 +148,20 @@ class Channel:
         arrived = self.transport.all_gather(self._sealed(data, step, bucket))
         return self._unsealed(arrived, step, bucket)
 
+    def all_gather_numbers(
+        self, mine: Sequence[float], step: int, bucket: int
+    ) -> list[list[float]]:
+        """Return every rank's numbers, as many of each; inside of ``exchanging``.
+
+        Args:
+            mine: numbers of this rank.
+            step: see ``Exchange.all_reduce``.
+            bucket: see ``all_gather_bytes``.
+        """
+        data = torch.tensor(mine, dtype=torch.float64)
+        said = self.all_gather_bytes(data, step, bucket)
+        return [data.clone().view(torch.float64).tolist() for data in said]
+
     def any_rank(self, mine: Sequence[bool], step: int, bucket: int) -> list[bool]:
         """Return where some rank says yes.
 
@@ -170,10 +184,9 @@ class Channel:
         Inside of ``exchanging``.
         """
         if self._budget is not None and self._budget.due():
-            mine = torch.tensor([self._budget.sent_bytes], dtype=torch.float64)
-            everybody = self.all_gather_bytes(mine, step, BUDGET_BUCKET)
-            shared = [float(data.clone().view(torch.float64)) for data in everybody]
-            self._budget.look(sum(shared) / len(shared))
+            mine = [self._budget.sent_bytes]
+            everybody = self.all_gather_numbers(mine, step, BUDGET_BUCKET)
+            self._budget.look(sum(sent for (sent,) in everybody) / len(everybody))
 
     def mean(self, values: Tensor, step: int, bucket: int) -> Tensor:
         """Return the mean over ranks of a dense tensor, the same bits everywhere.

@@ -116,7 +116,7 @@ def optimizer_state(run: Run, world: int) -> dict[str, Tensor]:
     engine = run.state.engine
     shares = {
         name: run.state.inner.state[master]["exp_avg"].reshape(-1)
-        for name, master in run.state._masters.items()
+        for name, master in run.state._sharded.masters.items()
     }
     whole: dict[str, Tensor] = gather(engine, shares, list(engine.plan.numel))
     return whole
