@@ -44,6 +44,9 @@ def work(rank: int, folder: str, hook: str, steps: int, pipe: Connection) -> Non
     """Train, tell the parent of each step, and at the end how it ended."""
     said, digest = "", ""
     faulthandler.register(signal.SIGUSR1)  # for one that hangs
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background jobs have none
     try:
         join(rank, WORLD, f"{folder}/store", GROUP_TIMEOUT_S)
         torch.manual_seed(0)
