@@ -20,12 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lc3 import private
 from lc3.applied import unwrapped
 from lc3.checkpoint import UNSENT, Parts
 from lc3.config import Config, Settings, settle
@@ -37,9 +33,10 @@ from lc3.errors import (
     StateError,
 )
 from lc3.handshake import agree, threads_for
+from lc3.held import Shares, check_whole, holders_of, inside_of, parts_of
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
-from lc3.model import Model, like, local, named_parameters, reshard, together
+from lc3.model import Model, like, local, named_parameters, together
 from lc3.outer import Outer
 from lc3.owners import owners_of
 from lc3.residual import arena_like
@@ -87,7 +84,7 @@ def attach(
     residual_decay: float | None = None,
     inner_momentum_scale: float | None = None,
     group: dist.ProcessGroup | None = None,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | int | None = None,
 ) -> "State":
     """Let every rank train ``model`` by itself, and average every so many steps.
 
@@ -135,11 +132,14 @@ def attach(
             interval. 1 keeps them. Less than 1 suits AdamW and Muon; SGD with momentum
             ends worse.
         group: a process group that nobody else uses. Default: lc3 makes one.
-        mesh: for sites of several ranks, of two dimensions, between sites and inside of
-            them, of all ranks of the job. ``model`` is sharded over the second one by
-            FSDP2's ``fully_shard``, and the optimizer steps its shards. Each rank then
-            exchanges its own shard with the same shard of the other sites: 1/G of what
-            one rank for each site would send, G being the ranks of a site.
+        mesh: for sites of several ranks: a mesh of all ranks of the job, whose first
+            dimension is between sites and the others inside of them; or the number of
+            ranks in every site. Inside, ``model`` is sharded by FSDP2's ``fully_shard``
+            or by tensor parallelism, or wrapped in DistributedDataParallel over the
+            site's ranks, or both, and the optimizer steps it as there. Each rank
+            exchanges its own shard with the same shard of the other sites; of what G
+            ranks of a site hold alike, each 1/G, which they then bring together inside.
+            So a rank sends 1/G of what one rank for each site would.
 
     Returns:
         The state: its ``meter``, ``sync()``, ``state_dict()``, ``close()``.
@@ -198,18 +198,19 @@ def attach(
         with attaching_everywhere() as everybody:
             optimizers, settings, choose = chosen()
             knobs, _ = choose(optimizers)
-            facts = {
-                "mesh": ranks_of_sites(mesh),
-                "parameters": _shapes_of(model, mesh),
-                **knobs.said(),
-            }
+            check_module(model)
+            ranks = ranks_of_sites(mesh)
+            shapes, parts = parts_of(model, ranks)
+            facts = {"mesh": ranks, "parameters": shapes, **knobs.said()}
             threads = threads_for(everybody, settings)
             agree(everybody, __version__, settings, [], lambda: None, facts)
+            holders = holders_of(parts, ranks, everybody)
             sites = sites_of(mesh)
             with attaching(lambda: (sites.between, sites.leave)):
                 logs = settings.log_every if dist.get_rank() == 0 else None
                 settings = replace(settings, threads=threads, log_every=logs)
-                state = State(model, optimizers, settings, choose, None, sites)
+                shares = Shares(sites.site, holders)
+                state = State(model, optimizers, settings, choose, None, sites, shares)
     except BaseException:
         if state is not None:
             state.close()
@@ -242,19 +243,24 @@ class State(FormState):
         choose: Choose,
         group: dist.ProcessGroup | None,
         sites: Sites | None = None,
+        shares: Shares | None = None,
     ) -> None:
         if not optimizers:
             raise AttachError("no optimizer was given, so there are no steps to count")
         self._choose = choose
         self.knobs, why = choose(optimizers)
         check_module(model)
-        model, wrapper = _without_ddp(model)
+        if sites is None:
+            check_whole(model)
+        model, wrapper = inside_of(model)
+        if wrapper is not None and sites is None:
+            link_of(wrapper)
         _check_dtypes(model)
         check_unclaimed(model)
-        if sites is None:
-            _check_whole(model)
-        parameters = dict(named_parameters(model))
-        trained = [(n, like(p)) for n, p in parameters.items() if p.requires_grad]
+        parameters = {n: p for n, p in named_parameters(model) if p.requires_grad}
+        self._shares = shares
+        mine = {} if shares is None else shares.slices_of(parameters)
+        trained = [(n, like(p, mine.get(n))) for n, p in parameters.items()]
         buffers = [name for name, _ in model.named_buffers()]
         facts = {**self.knobs.said(), "buffers": buffers}
         self.settings = settings
@@ -276,8 +282,10 @@ class State(FormState):
         self.engine = self.session.engine
         if why and self._rank == 0:
             log.info("lc3: local steps with %s; %s", settings, why)
-        self._model = Model(model, list(self.session.names.values()))
+        self._model = Model(model, list(parameters), mine)
         flats = self._model.flats()
+        if shares is not None:
+            shares.check(self._model.wholes())
         self._model.copy_from_first(self.engine.transport)
         replica = arena_like(flats)
         for name, flat in flats.items():
@@ -297,7 +305,7 @@ class State(FormState):
         self._counting = Counting(optimizers, self._model, self._before, self._after)
         claim(model)
         self._wrapped = ExitStack()
-        if wrapper is not None:
+        if wrapper is not None and sites is None:
             self._wrapped.enter_context(wrapper.no_sync())
             self._wrapped.callback(keep_apart(wrapper).close)
         self._statistics = Statistics(self._model, self.engine.channel)
@@ -370,6 +378,9 @@ class State(FormState):
         self._drain()
         with self._heard_in_site():
             self._model.copy_from_first(self.engine.transport)
+            if self._shares is not None:
+                wholes = self._model.wholes()
+                self.session.lane.call(partial(self._shares.from_first, wholes))
         self._outer.rebase(self._model.flats(), forget=True)
         self._unsent = 0
         self._look_anew()
@@ -397,18 +408,20 @@ class State(FormState):
         """Let the parameters be those that all ranks share, for an evaluation.
 
         ``with state.shared_model(): evaluate(model)``. Between two exchanges a rank's
-        own have moved from these, and are worse on the whole. Nothing is sent; buffers
-        stay this rank's. Afterwards this rank goes on from its own parameters.
+        own have moved from these, and are worse on the whole. Nothing is sent between
+        sites; where ranks of a site hold the same, all of them enter, and bring their
+        shares together. Buffers stay this rank's. Afterwards this rank goes on from its
+        own parameters.
         """
         if self._pending is not None:
             self._pending.wait()
-        own = {name: flat.clone() for name, flat in self._model.flats().items()}
+        own = {name: flat.clone() for name, flat in self._model.wholes().items()}
         if self.engine.transport.world > 1:
             self._copy_replica()
         try:
             yield
         finally:
-            for name, flat in self._model.flats().items():
+            for name, flat in self._model.wholes().items():
                 flat.copy_(own[name])
             if not self._watch.written.base:
                 self._model.mark()
@@ -472,7 +485,7 @@ class State(FormState):
                 if self._watch.written.base:
                     self._watch.written.late[name] = late
                 flat += late.to(flat.dtype)
-            self._model.mark()
+            self._bring_together()
         if mine.finite:
             self._left_out_in_a_row = 0
             self._decay_momenta()
@@ -528,6 +541,14 @@ class State(FormState):
     def _copy_replica(self) -> None:
         for name, flat in self._model.flats().items():
             flat.copy_(self.owners.replica[name])
+        self._bring_together()
+
+    def _bring_together(self) -> None:
+        """Let ranks of a site that hold the same have all that each has written."""
+        if self._shares is not None and self._shares.any:
+            wholes = self._model.wholes()
+            with self._telling_sites():
+                self.session.lane.call(partial(self._shares.together, wholes))
         self._model.mark()
 
     def _look_anew(self) -> None:
@@ -711,70 +732,6 @@ class State(FormState):
         release(self._model.module)
         self._wrapped.close()
         self.session.close()
-
-
-def _without_ddp(
-    model: nn.Module,
-) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """Return the module that is trained, and what DDP wraps around it."""
-    inner = private.uncompiled(model)
-    if not isinstance(inner, DistributedDataParallel):
-        return model, None
-    link_of(inner)
-    return inner.module, inner
-
-
-def _check_whole(model: nn.Module) -> None:
-    """Raise ``AttachError`` if a model is sharded."""
-    _check_version(model)
-    if any(isinstance(part, FSDPModule) for part in model.modules()):
-        raise AttachError(
-            "the model is sharded; give the mesh, too, of two dimensions, between "
-            "sites and inside of them: attach(model, optimizer, mesh=mesh)"
-        )
-
-
-def _check_version(model: nn.Module) -> None:
-    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
-        raise AttachError(
-            "the model is sharded by FSDP's first version, whose parameters lc3 cannot "
-            "read; use torch.distributed.fsdp.fully_shard, and mesh=mesh"
-        )
-
-
-def _shapes_of(model: nn.Module, mesh: DeviceMesh) -> dict[str, list[int]]:
-    """Return the whole shapes of a model that is sharded inside of sites, checked.
-
-    Raises:
-        AttachError: it is not held as the mesh says.
-    """
-    check_module(model)
-    _check_version(model)
-    model, wrapper = _without_ddp(model)
-    reshard(model)
-    inside = mesh.mesh.shape[1]
-    shapes = {}
-    for name, parameter in named_parameters(model):
-        if not parameter.requires_grad:
-            continue
-        shapes[name] = list(parameter.shape)
-        if not isinstance(parameter, DTensor):
-            if inside == 1 and wrapper is None:
-                continue
-            raise AttachError(
-                f"mesh has sites of {inside} ranks, and parameter {name!r} of this "
-                f"{type(model).__name__} is not sharded over them; "
-                "fully_shard(model, mesh=mesh[...]) over the second dimension first, "
-                "or leave mesh out for a model on each rank"
-            )
-        over = parameter.device_mesh.mesh.tolist()
-        if over not in mesh.mesh.tolist():
-            raise AttachError(
-                f"parameter {name!r} is sharded over the ranks {over}, which are no "
-                f"site of the mesh: {mesh.mesh.tolist()}; shard over the mesh's second "
-                "dimension"
-            )
-    return shapes
 
 
 def _checked(weight: object) -> float:
