@@ -4,16 +4,26 @@ After every H-th step of the optimizer the ranks push what their parameters have
 the owners average it into float32 masters, and everybody pulls 3LC of what the masters
 have moved (with ``Tuning(topology="direct")`` everybody averages). Sources: local SGD
 (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and for masters with error
-feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706).
+feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706);
+fragments, and ``alpha``, Streaming DiLoCo (arXiv 2501.18512).
 That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which sends them.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -32,6 +42,7 @@ from lc3.errors import (
     PeerError,
     StateError,
 )
+from lc3.fragments import UnderWay, fragments_of, turns
 from lc3.handshake import agree, threads_for
 from lc3.held import Shares, check_whole, holders_of, inside_of, parts_of
 from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
@@ -83,6 +94,8 @@ def attach(
     outer_momentum: float | None = None,
     residual_decay: float | None = None,
     inner_momentum_scale: float | None = None,
+    fragments: int | None = None,
+    alpha: float | None = None,
     group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | int | None = None,
 ) -> "State":
@@ -131,6 +144,13 @@ def attach(
             parameters. They hold this rank's own noise, and carry it into the next
             interval. 1 keeps them. Less than 1 suits AdamW and Muon; SGD with momentum
             ends worse.
+        fragments: P, groups of consecutive layers that take turns; default 1. Each is
+            exchanged once in ``sync_every`` steps, at other steps than the others, so
+            the peak of traffic is that of the largest of them. At most ``sync_every``.
+            A budget (``bytes_per_step``) is then of one fragment's exchange.
+        alpha: with ``overlap``, the weight, in [0, 1), of a rank's own parameters
+            beside those that arrive, as in Streaming DiLoCo. Default: what a rank has
+            trained while the exchange was under way is added to what arrives.
         group: a process group that nobody else uses. Default: lc3 makes one.
         mesh: for sites of several ranks: a mesh of all ranks of the job, whose first
             dimension is between sites and the others inside of them; or the number of
@@ -167,6 +187,8 @@ def attach(
         "outer_momentum": outer_momentum,
         "residual_decay": residual_decay,
         "inner_momentum_scale": inner_momentum_scale,
+        "fragments": fragments,
+        "alpha": alpha,
     }
     given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
     if sync_every is not None:
@@ -283,6 +305,9 @@ class State(FormState):
         if why and self._rank == 0:
             log.info("lc3: local steps with %s; %s", settings, why)
         self._model = Model(model, list(parameters), mine)
+        sizes = {name: p.numel() for name, p in parameters.items()}
+        self._fragments = fragments_of(sizes, self.knobs.fragments)
+        self._turns = turns(self.knobs.sync_every or 1, self.knobs.fragments)
         flats = self._model.flats()
         if shares is not None:
             shares.check(self._model.wholes())
@@ -294,13 +319,16 @@ class State(FormState):
         self._outer = Outer(self.owners, self.knobs)
         self._moved = arena_like(flats)
         self._seen = {
-            name: flat.clone() for name, flat in replica.items() if self.knobs.overlap
+            name: flat.clone()
+            for name, flat in replica.items()
+            if self.knobs.overlap and self.knobs.alpha is None
         }
-        self._pending: torch.futures.Future[Tensor] | None = None
-        self.steps = self.exchanges = self._unsent = 0
+        self._under_way: deque[UnderWay] = deque()
+        self.steps = self.exchanges = 0
+        self._unsent = [0] * len(self._fragments)
         self.left_out = self._left_out_in_a_row = 0
-        self._said: list[Says] = []
         self._watch = Watch(self._model)
+        self._fresh: Collection[str] = ()  # should hold what all ranks share
         self._loaded = False
         self._counting = Counting(optimizers, self._model, self._before, self._after)
         claim(model)
@@ -317,28 +345,28 @@ class State(FormState):
             self._loaded = False
             self._model.parameters()
             self._model.mark()
-            self._fresh = False
+            self._fresh = ()
         elif self.engine.transport.world > 1:
             self._watch.look(self.owners.replica, fresh=self._fresh, new=new)
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
         """Take in that an optimizer has stepped."""
         self._model.mark()
-        self._fresh = False
+        self._fresh = ()
         if not counts:
             return
         if replaced:
             self.knobs, _ = self._choose(self._counting.optimizers)
         self.steps += 1
         self.meter.at_step(self.steps)
-        self._unsent += 1
-        if self.engine.transport.world == 1 or self.knobs.sync_every is None:
+        for index in range(len(self._unsent)):
+            self._unsent[index] += 1
+        every = self.knobs.sync_every
+        if self.engine.transport.world == 1 or every is None:
             return
-        since = self.steps % self.knobs.sync_every
-        if self._pending is not None and since == self.knobs.overlap:
-            self._finish()
-        if since == 0:
-            self._start()
+        self._finish_all(self.steps)
+        if (since := self.steps % every) in self._turns:
+            self._start([self._turns[since]])
             if self.knobs.overlap == 0:
                 self._finish()
 
@@ -363,8 +391,7 @@ class State(FormState):
         if self.engine.transport.world == 1:
             return
         self._before(new=True)
-        if self._pending is not None:
-            self._finish()
+        self._finish_all()
         self._start(weight=weight)
         if self.knobs.overlap == 0:
             self._finish()
@@ -382,7 +409,7 @@ class State(FormState):
                 wholes = self._model.wholes()
                 self.session.lane.call(partial(self._shares.from_first, wholes))
         self._outer.rebase(self._model.flats(), forget=True)
-        self._unsent = 0
+        self._unsent = [0] * len(self._fragments)
         self._look_anew()
 
     def sync(self) -> None:
@@ -394,8 +421,7 @@ class State(FormState):
         if self.engine.transport.world == 1:
             return
         self._before(new=True)
-        if self._pending is not None:
-            self._finish()
+        self._finish_all()
         self._start(with_buffers=True)
         self._finish()
         with self._heard_in_site():
@@ -413,8 +439,8 @@ class State(FormState):
         shares together. Buffers stay this rank's. Afterwards this rank goes on from its
         own parameters.
         """
-        if self._pending is not None:
-            self._pending.wait()
+        for one in self._under_way:
+            one.future.wait()
         own = {name: flat.clone() for name, flat in self._model.wholes().items()}
         if self.engine.transport.world > 1:
             self._copy_replica()
@@ -445,61 +471,108 @@ class State(FormState):
             self.session.check_replicas(alike_in(self._model.module), self.steps)
 
     def _start(
-        self, *, with_buffers: bool = False, weight: float | None = None
+        self,
+        fragments: Sequence[int] | None = None,
+        *,
+        with_buffers: bool = False,
+        weight: float | None = None,
     ) -> None:
-        """Begin an exchange of what the parameters, and some buffers, hold now."""
+        """Begin an exchange of what the parameters, and some buffers, hold now.
+
+        Args:
+            fragments: numbers of those that are exchanged. Default: all.
+            with_buffers: whether to average buffers whatever the exchange's number is.
+            weight: see ``exchange``.
+        """
+        count = len(self._fragments)
+        some = range(count) if fragments is None else fragments
+        names = list(chain.from_iterable(map(self._fragments.__getitem__, some)))
+        for earlier in self._under_way:
+            if not earlier.names.isdisjoint(names):
+                self._finish_all()
+                break
         flats = self._model.flats()
-        for name, flat in flats.items():
-            torch.sub(self.owners.replica[name], flat, out=self._moved[name])
-            if self.knobs.overlap:
-                self._seen[name].copy_(flat)
-        changed, finite = self._statistics.begin(self.exchanges, now=with_buffers)
-        written = self._watch.take()
+        for name in names:
+            torch.sub(self.owners.replica[name], flats[name], out=self._moved[name])
+            if self._seen:
+                self._seen[name].copy_(flats[name])
+        with_last = count - 1 in some  # one of the exchanges that are ``count`` apart
+        turn = self.exchanges // count if with_last else 0
+        changed, finite = self._statistics.begin(turn, now=with_buffers)
+        written = self._watch.take(names)
+        unsent = max(map(self._unsent.__getitem__, some))
         mine = Says(
-            finite=_has_norm(self._moved.values()),
+            finite=_has_norm(map(self._moved.__getitem__, names)),
             written=bool(written.base),
             far=written.far,
             base=together(written.base) if written.base else 0,
-            weight=max(self._unsent, bool(written.base)) if weight is None else weight,
+            weight=max(unsent, bool(written.base)) if weight is None else weight,
             buffers_finite=finite,
             buffers=changed,
         )
-        self._unsent_then, self._unsent = self._unsent, 0
-        self._pending = self.session.lane.submit(partial(self._exchange, mine, written))
+        steps: dict[str, int] = {}
+        for index in some:
+            steps.update(dict.fromkeys(self._fragments[index], self._unsent[index]))
+            self._unsent[index] = 0
+        due = self.steps + self.knobs.overlap
+        one = UnderWay(self.exchanges, frozenset(names), due, steps)
+        self.exchanges += 1
+        one.future = self.session.lane.submit(
+            partial(self._exchange, one, mine, written)
+        )
+        self._under_way.append(one)
+
+    def _finish_all(self, step: int | None = None) -> None:
+        """Take over what exchanges have brought: all, or those due after a step."""
+        while self._under_way and (step is None or self._under_way[0].due <= step):
+            self._finish()
 
     def _finish(self) -> None:
-        """Take over what an exchange has brought."""
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
+        """Take over what the first exchange has brought that is under way."""
+        one = self._under_way.popleft()
         with self.meter.stage("wait"):
-            averaged = pending.wait()
-        mine = self._said[self.engine.transport.rank]
+            averaged = one.future.wait()
+        mine = one.said[self.engine.transport.rank]
+        overlaps = self.knobs.overlap > 0
         if mine.buffers:
-            overlaps = self.knobs.overlap > 0
-            self._statistics.take(averaged, self._said, mine, late=overlaps)
-        if self.knobs.overlap == 0 or not mine.finite:
+            self._statistics.take(averaged, one.said, mine, late=overlaps)
+        if not mine.finite:  # nor will what follows from these parameters be
+            self._drain()
             self._copy_replica()
-        else:  # what this rank moved while the exchange was under way is kept
-            for name, flat in self._model.flats().items():
-                late = self.owners.replica[name] - self._seen[name]
-                if self._watch.written.base:
-                    self._watch.written.late[name] = late
-                flat += late.to(flat.dtype)
-            self._bring_together()
+        elif not overlaps:
+            self._copy_replica(one.names)
+        else:
+            self._take_late(one.names)
         if mine.finite:
             self._left_out_in_a_row = 0
-            self._decay_momenta()
+            self._decay_momenta(one)
             self._statistics.keep()
         else:
             self._recover()
-        if self.knobs.overlap == 0:
-            self._look_anew()
+        if not overlaps:
+            self._fresh = one.names
+            self._model.mark()
+
+    def _take_late(self, names: Collection[str]) -> None:
+        """Take over what has come for parameters that have been trained meanwhile."""
+        alpha = self.knobs.alpha
+        for name, flat in self._model.flats().items():
+            if name not in names:
+                continue
+            replica = self.owners.replica[name]
+            if alpha is None:  # what this rank moved meanwhile is kept
+                late = replica - self._seen[name]
+            else:
+                late = (replica - flat) * (1 - alpha)
+            if name in self._watch.written.base:
+                self._watch.written.late[name] = late
+            flat += late.to(flat.dtype)
+        self._bring_together()
 
     def _drain(self) -> None:
-        """Wait for an exchange that is under way, and take over nothing."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        """Wait for exchanges that are under way, and take over nothing."""
+        while self._under_way:
+            self._under_way.popleft().future.wait()
 
     def _recover(self) -> None:
         """Forget what a rank with values that are not finite has in its optimizers."""
@@ -538,9 +611,10 @@ class State(FormState):
         site = self._sites.site
         return self.session.lane.call(lambda: site.any_rank(mine))
 
-    def _copy_replica(self) -> None:
+    def _copy_replica(self, names: Collection[str] | None = None) -> None:
         for name, flat in self._model.flats().items():
-            flat.copy_(self.owners.replica[name])
+            if names is None or name in names:
+                flat.copy_(self.owners.replica[name])
         self._bring_together()
 
     def _bring_together(self) -> None:
@@ -553,28 +627,29 @@ class State(FormState):
 
     def _look_anew(self) -> None:
         """Begin to look anew at what is done to parameters."""
-        self._fresh = self._pending is None and self.knobs.overlap == 0
+        idle = not self._under_way and self.knobs.overlap == 0
+        self._fresh = self.owners.replica.keys() if idle else ()
         self._model.mark()
-        self._watch.take()
+        self._watch.take(self.owners.replica)
 
-    def _exchange(self, mine: Says, written: Written) -> Tensor:
+    def _exchange(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
         """Exchange with the other ranks, or sites. Runs on the lane.
 
         Returns:
             The mean of the buffers that have changed: see ``Statistics.mean``.
         """
         if self._sites is None:
-            return self._push_and_pull(mine, written)
+            return self._push_and_pull(one, mine, written)
         site = self._sites.site
         with self._telling_sites():
             mine = site.agree(mine)
         with site.telling(), self._telling_sites():
             if mine.written and not written.base:  # another shard was
                 replica = self.owners.replica
-                base = {name: value.clone() for name, value in replica.items()}
+                base = {name: replica[name].clone() for name in one.names}
                 written = replace(written, base=base)
             try:
-                averaged = self._push_and_pull(mine, written)
+                averaged = self._push_and_pull(one, mine, written)
             except PeerError as error:  # numbered as the job does
                 rank = self._sites.peers[error.rank]
                 raise PeerError(rank, error.reason) from error
@@ -582,37 +657,38 @@ class State(FormState):
             site.confirm()
         return averaged
 
-    def _push_and_pull(self, mine: Says, written: Written) -> Tensor:
+    def _push_and_pull(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
         """Push what was moved, change the masters, pull; see ``_exchange``."""
-        owners, step, transport = self.owners, self.exchanges, self.engine.transport
+        owners, step, transport = self.owners, one.number, self.engine.transport
         self.meter.buckets += 1
-        elements = sum(moved.numel() for moved in self._moved.values())
+        some = {n: moved for n, moved in self._moved.items() if n in one.names}
+        elements = sum(map(Tensor.numel, some.values()))
         with self.engine.channel.exchanging(elements, step, 0):
             said = self.engine.channel.all_gather_bytes(mine.to_bytes(), step, 2)
             count = len(mine.buffers)
-            everybody = self._said = [Says.from_bytes(one, count) for one in said]
+            everybody = one.said = [Says.from_bytes(data, count) for data in said]
             alike = loaded_alike(everybody)
             self._watch.told(written, alike=alike)
             if alike:
                 self._go_on_from_written(written, far=mine.far)
             counted = sum(said.finite for said in everybody)
             share = share_of(mine, everybody) if mine.finite else 0.0
-            for moved in self._moved.values() if share != 1 else ():
+            for moved in some.values() if share != 1 else ():
                 if share:
                     moved.mul_(share)
                 else:
                     moved.zero_()  # says nothing, and keeps its residual
             if counted:
-                owners.push(self._moved, step, 0)
-                self._outer.step(self.knobs, transport.world / counted)
-                owners.pull(self._moved, step, 0)
-                self._outer.forget(self.knobs)
+                owners.push(some, step, 0)
+                self._outer.step(self.knobs, transport.world / counted, some)
+                owners.pull(some, step, 0)
+                self._outer.forget(self.knobs, some)
             averaged = self._statistics.mean(everybody, mine, step)
         # ``exchanging`` has counted one all-reduce; every step would have had one.
-        others = self._unsent_then - 1
         world = transport.world
-        self.meter.dense_bytes += others * 8 * elements * (world - 1) / world
-        self.exchanges += 1
+        for name, moved in some.items():
+            others = (one.steps[name] - 1) * moved.numel()
+            self.meter.dense_bytes += 8 * others * (world - 1) / world
         return averaged
 
     @contextmanager
@@ -650,14 +726,21 @@ class State(FormState):
         self._outer.rebase(written.base, forget=written.whole or far)
         log.info("lc3: all ranks were given other parameters; they go on from these")
 
-    def _decay_momenta(self) -> None:
+    def _decay_momenta(self, one: UnderWay) -> None:
         if self.knobs.inner_momentum_scale == 1:
             return
-        optimizers = self._counting.optimizers
-        states = [s for optimizer in optimizers for s in optimizer.state.values()]
+        others = set()
+        for name, parameter in self._model.last_seen.items():
+            if name not in one.names:
+                others.add(id(parameter))
+        states = []
+        for optimizer in self._counting.optimizers:
+            for stepped, held in optimizer.state.items():
+                if id(stepped) not in others:
+                    states.append(held)
         kept = [state[key] for state in states for key in MOMENTA if key in state]
         momenta = [moment for moment in kept if isinstance(moment, Tensor)]
-        if not momenta and self._unsent_then:  # a rank without data has none yet
+        if not momenta and any(one.steps.values()):  # a rank without data has none yet
             raise ConfigError(
                 f"inner_momentum_scale={self.knobs.inner_momentum_scale!r} has nothing "
                 "to multiply: the optimizer's state has no "
@@ -675,7 +758,7 @@ class State(FormState):
         Raises:
             StateError: an exchange is under way.
         """
-        if self._pending is not None:
+        if self._under_way:
             raise StateError("an exchange is under way; call state.sync() first")
         return super().state_dict()
 
@@ -689,13 +772,20 @@ class State(FormState):
             {
                 "steps": self.steps,
                 "exchanges": self.exchanges,
-                UNSENT: self._unsent,
+                **dict(zip(self._counters(), self._unsent, strict=True)),
                 **self.engine.budget.counters(),
             },
             self.engine.residuals.sent,
             slices,
             {"replica": dict(self.owners.replica)},
         )
+
+    def _counters(self) -> list[str]:
+        """Return what the steps since each fragment's last exchange are saved as."""
+        return [
+            f"{UNSENT}_{index}" if index else UNSENT
+            for index in range(len(self._fragments))
+        ]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``FormState.load_state_dict``.
@@ -716,7 +806,9 @@ class State(FormState):
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)
         merged = state["rank"] is None
-        self._unsent = 0 if merged else int(found.counters[UNSENT])
+        self._unsent = [
+            0 if merged else int(found.counters[name]) for name in self._counters()
+        ]
         self._look_anew()
         self._loaded = True
 

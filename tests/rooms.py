@@ -52,6 +52,7 @@ BELOW = {
     "handshake": {"config", "errors", "transport", "workers"},
     "owners": {"engine", "exchange", "format", "plan"},
     "outer": {"knobs", "owners"},
+    "fragments": {"errors", "says"},
     "held": {"errors", "handshake", "model", "private", "site", "transport"},
     "site": {"channel", "errors", "meter", "private", "says", "transport"},
     "statistics": {"channel", "model", "says"},

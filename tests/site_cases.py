@@ -62,18 +62,28 @@ class Shards(nn.Module):
     def __init__(self, whole: nn.Module) -> None:
         super().__init__()
         self.names = [name for name, _ in whole.named_parameters()]
-        self.shards = nn.ParameterDict(
-            {
-                f"{name.replace('.', '-')}-{place}": nn.Parameter(part.detach().clone())
-                for name, p in whole.named_parameters()
-                for place, part in enumerate(p.chunk(INSIDE))
-            }
-        )
+        self.shards = nn.ModuleDict()
+        for name, parameter in whole.named_parameters():
+            layer, _, kind = name.replace("layers.", "").partition(".")
+            if layer not in self.shards:
+                self.shards[layer] = nn.ParameterDict()
+            for place, part in enumerate(parameter.chunk(INSIDE)):
+                self.of(layer)[f"{kind}-{place}"] = nn.Parameter(part.detach().clone())
+
+    def of(self, layer: str) -> nn.ParameterDict:
+        """Return the shards of a layer."""
+        found = self.shards[layer]
+        assert isinstance(found, nn.ParameterDict)
+        return found
+
+    def parts(self, name: str) -> list[nn.Parameter]:
+        """Return the shards of a parameter of ``Net``."""
+        layer, _, kind = name.replace("layers.", "").partition(".")
+        return [self.of(layer)[f"{kind}-{place}"] for place in range(INSIDE)]
 
     def whole(self, name: str) -> Tensor:
         """Return a parameter of ``Net``."""
-        key = name.replace(".", "-")
-        return torch.cat([self.shards[f"{key}-{place}"] for place in range(INSIDE)])
+        return torch.cat([*self.parts(name)])
 
     def forward(self, x: Tensor) -> Tensor:
         for weight, bias in zip(self.names[::2], self.names[1::2], strict=True):
@@ -142,8 +152,7 @@ class OfWhole(torch.optim.Optimizer):
                 yield p.full_tensor(), grad, {place: p.to_local()}
             return
         for name in self.model.names:
-            key = name.replace(".", "-")
-            mine = {i: self.model.shards[f"{key}-{i}"] for i in range(INSIDE)}
+            mine: dict[int, Tensor] = dict(enumerate(self.model.parts(name)))
             held: Any = [p.grad for p in mine.values()]
             grad = torch.cat(held) if grads else None
             yield self.model.whole(name).detach().clone(), grad, mine
@@ -242,10 +251,7 @@ def step_for_site(model: nn.Module, optimizer: Any, site: int, step: int) -> Non
 def shards_of(model: nn.Module, place: int) -> dict[str, Tensor]:
     """Return what a rank of a site should hold of ``Shards``, by ``Net``'s names."""
     assert isinstance(model, Shards)
-    return {
-        name: model.shards[f"{name.replace('.', '-')}-{place}"].detach().clone()
-        for name in model.names
-    }
+    return {name: model.parts(name)[place].detach().clone() for name in model.names}
 
 
 def locals_of(model: nn.Module) -> dict[str, Tensor]:

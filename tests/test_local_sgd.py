@@ -51,6 +51,29 @@ def test_residuals_decay_as_the_servers_do(ranks: Pools, world: int) -> None:
     assert len({report["hash"] for report in reports}) == 1
 
 
+@pytest.mark.parametrize(
+    ("world", "every", "delay", "groups", "alpha"),
+    [
+        (2, 4, 0, [["conv", "norm"], ["head"]], None),
+        (3, 4, 0, [["conv"], ["norm"], ["head"]], None),
+        (2, 4, 3, [["conv"], ["norm"], ["head"]], None),  # several at once
+        (3, 5, 2, [["conv", "norm"], ["head"]], 0.25),
+        (2, 4, 1, [["conv", "norm", "head"]], 0.5),
+    ],
+)
+def test_fragments_equal_servers_of_their_own(
+    ranks: Pools,
+    world: int,
+    every: int,
+    delay: int,
+    groups: list[list[str]],
+    alpha: float | None,
+) -> None:
+    case = (every, delay, "adamw", False, 0.7, True, groups, alpha)
+    reports = ranks(world).run(local_cases.equals_the_servers, *case)
+    assert len({report["hash"] for report in reports}) == 1
+
+
 @pytest.mark.parametrize(("delay", "kind"), [(0, "adamw"), (3, "adamw"), (0, "sgd")])
 def test_first_moments_decay_after_an_exchange(
     ranks: Pools, delay: int, kind: str
