@@ -45,7 +45,7 @@ from lc3.errors import (
 from lc3.fragments import UnderWay, fragments_of, turns
 from lc3.handshake import agree, threads_for
 from lc3.held import Shares, check_whole, holders_of, inside_of, parts_of
-from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
+from lc3.knobs import ALONE, DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
 from lc3.model import Model, like, local, named_parameters, together
 from lc3.outer import Outer
@@ -110,7 +110,9 @@ def attach(
     ``state.sync()`` ends the training. Every rank must make the same number of steps;
     where it cannot (a rank without data, a GradScaler that skips a step on one rank),
     say ``sync_every="manual"`` and call ``state.exchange()`` on every rank. One process
-    without a process group trains as without lc3.
+    without a process group, or one site, trains as without lc3, unless ``outer_lr`` or
+    ``outer_momentum`` is given: then it makes outer steps, with nothing to send, and
+    nothing is chosen that suits compression.
 
     Args:
         model: a module, its parameters on one device. One that is wrapped in
@@ -194,13 +196,17 @@ def attach(
     if sync_every is not None:
         given["sync_every"] = None if sync_every == "manual" else sync_every
 
+    steps_alone = not given.keys().isdisjoint(("outer_lr", "outer_momentum"))
+
     def chosen() -> tuple[list[Optimizer], Settings, Choose]:
         optimizers = unwrapped(optimizer)
         found = preset_of(preset)
-        two = dist.is_initialized() and dist.get_world_size(group) == 2
+        sites = dist.get_world_size(group) if dist.is_initialized() else 1
         if mesh is not None:
-            two = len(ranks_of_sites(mesh)) == 2
-        defaults = FOR_TWO if two and not outer_momentum else DEFAULT
+            sites = len(ranks_of_sites(mesh))
+        if sites == 1 and steps_alone:
+            given.update({**ALONE, **given})
+        defaults = FOR_TWO if sites == 2 and not outer_momentum else DEFAULT
         if found is not None:
             defaults = found.settings
         settings = settle(config, defaults)
@@ -212,7 +218,7 @@ def attach(
 
     if mesh is None:
         with nullcontext() if alone() else attaching_to(model, group):
-            return State(model, *chosen(), group)
+            return State(model, *chosen(), group, steps_alone=steps_alone)
     if group is not None:
         raise ConfigError("mesh makes groups of its own; leave group out")
     state: State | None = None
@@ -232,7 +238,10 @@ def attach(
                 logs = settings.log_every if dist.get_rank() == 0 else None
                 settings = replace(settings, threads=threads, log_every=logs)
                 shares = Shares(sites.site, holders)
-                state = State(model, optimizers, settings, choose, None, sites, shares)
+                state = State(
+                    *(model, optimizers, settings, choose, None, sites, shares),
+                    steps_alone=steps_alone,
+                )
     except BaseException:
         if state is not None:
             state.close()
@@ -266,6 +275,8 @@ class State(FormState):
         group: dist.ProcessGroup | None,
         sites: Sites | None = None,
         shares: Shares | None = None,
+        *,
+        steps_alone: bool = False,
     ) -> None:
         if not optimizers:
             raise AttachError("no optimizer was given, so there are no steps to count")
@@ -302,6 +313,7 @@ class State(FormState):
             )
         self.meter = self.session.meter
         self.engine = self.session.engine
+        self._idle = self.engine.transport.world == 1 and not steps_alone
         if why and self._rank == 0:
             log.info("lc3: local steps with %s; %s", settings, why)
         self._model = Model(model, list(parameters), mine)
@@ -346,7 +358,7 @@ class State(FormState):
             self._model.parameters()
             self._model.mark()
             self._fresh = ()
-        elif self.engine.transport.world > 1:
+        elif not self._idle:
             self._watch.look(self.owners.replica, fresh=self._fresh, new=new)
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
@@ -362,7 +374,7 @@ class State(FormState):
         for index in range(len(self._unsent)):
             self._unsent[index] += 1
         every = self.knobs.sync_every
-        if self.engine.transport.world == 1 or every is None:
+        if self._idle or every is None:
             return
         self._finish_all(self.steps)
         if (since := self.steps % every) in self._turns:
@@ -388,7 +400,7 @@ class State(FormState):
         """
         if weight is not None:
             weight = _checked(weight)
-        if self.engine.transport.world == 1:
+        if self._idle:
             return
         self._before(new=True)
         self._finish_all()
@@ -418,7 +430,7 @@ class State(FormState):
         Collective. At the end of training, or before an evaluation or a checkpoint that
         all ranks share. What ranks moved and did not send yet stays in the residuals.
         """
-        if self.engine.transport.world == 1:
+        if self._idle:
             return
         self._before(new=True)
         self._finish_all()
@@ -442,7 +454,7 @@ class State(FormState):
         for one in self._under_way:
             one.future.wait()
         own = {name: flat.clone() for name, flat in self._model.wholes().items()}
-        if self.engine.transport.world > 1:
+        if not self._idle:
             self._copy_replica()
         try:
             yield
@@ -679,9 +691,12 @@ class State(FormState):
                 else:
                     moved.zero_()  # says nothing, and keeps its residual
             if counted:
-                owners.push(some, step, 0)
+                nobody_else = transport.world == 1
+                push = owners.push_here if nobody_else else owners.push
+                push(some, step, 0)
                 self._outer.step(self.knobs, transport.world / counted, some)
-                owners.pull(some, step, 0)
+                pull = owners.pull_here if nobody_else else owners.pull
+                pull(some, step, 0)
                 self._outer.forget(self.knobs, some)
             averaged = self._statistics.mean(everybody, mine, step)
         # ``exchanging`` has counted one all-reduce; every step would have had one.
@@ -763,7 +778,7 @@ class State(FormState):
         return super().state_dict()
 
     def _parts(self) -> Parts:
-        if self.engine.transport.world == 1:  # its model is what others go on from
+        if self._idle:  # its model is what others go on from
             self._outer.rebase(self._model.flats(), forget=False)
         slices: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
         if self._outer.velocity:

@@ -125,6 +125,11 @@ FOR_TWO = Settings(
     density=0.12, min_ndim=0, min_numel=1, entropy="rans", topology="direct"
 )
 
+# Of one site, which sends nothing.
+ALONE: Mapping[str, Any] = MappingProxyType(
+    {"residual_decay": 1.0, "inner_momentum_scale": 1.0}
+)
+
 _MOMENTUM_BETWEEN = {
     "outer_lr": 2.0,
     "residual_decay": 0.8,

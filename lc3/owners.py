@@ -105,6 +105,17 @@ class Owners:
             self.engine.keep_residuals(pieces, pulled, values)
             self._apply_finite(pieces, pulled)
 
+    def push_here(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:  # noqa: ARG002  # nothing is sent
+        """Take this rank's own values for the means: there is no other rank."""
+        for piece in self.owned_of(values):
+            self.mean(piece).copy_(values[piece.name][piece.start : piece.stop])
+
+    def pull_here(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:  # noqa: ARG002  # nothing is sent
+        """Make the replica equal to the masters: there is no other rank."""
+        for piece in self.owned_of(values):
+            part = self.replica[piece.name][piece.start : piece.stop]
+            part.copy_(self.master(piece))
+
     def _apply_finite(self, pieces: Layout, pulled: list[list[Tensor]]) -> None:
         kept = [
             [
@@ -190,6 +201,10 @@ class Everybody(Owners):
 
     def pull(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """See ``Owners.pull``: there is nothing to pull."""
+
+    def push_here(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:  # noqa: ARG002  # nothing is sent
+        """See ``Owners.push_here``."""
+        self._means = values
 
     def rebase(self, base: Mapping[str, Tensor], *, keep_lead: bool) -> None:  # noqa: ARG002  # nobody is ahead
         """See ``Owners.rebase``."""

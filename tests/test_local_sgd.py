@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lc3 import knobs
 from lc3.config import Settings
+from lc3.hooks import local_sgd
 from tests import local_cases
 from tests.ranks import Ranks
 
@@ -42,6 +44,57 @@ def test_local_steps_equal_the_servers(
     for report in reports:
         assert report["exchanges"] == (4 * every + delay + 1) // every + 1
         assert report["ratio"] > 2 * every
+
+
+@pytest.mark.parametrize(("fragments", "overlap"), [(1, 0), (1, 2), (2, 0)])
+def test_one_process_makes_outer_steps_when_it_is_asked(
+    fragments: int, overlap: int
+) -> None:
+    """They are those of torch's SGD with Nesterov momentum, and survive a resume."""
+    nets = [local_cases.make_net(0) for _ in range(2)]
+    inner = [local_cases.make_optimizer(net, "adamw") for net in nets]
+    given: dict[str, Any] = {"outer_lr": 0.7, "outer_momentum": 0.6}
+    given |= {"sync_every": 4, "fragments": fragments, "overlap": overlap}
+    state = local_sgd.attach(nets[0], inner[0], **given)
+    assert state.knobs.inner_momentum_scale == state.knobs.residual_decay == 1
+    mine = list(nets[1].parameters())
+    shared = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    groups = [range(4), range(4, 6)] if fragments == 2 else [range(6)]
+    outer = [
+        torch.optim.SGD([shared[i] for i in some], 0.7, momentum=0.6, nesterov=True)
+        for some in groups
+    ]
+    then: dict[int, Tensor] = {}
+    for step in range(1, 18):
+        for net, optimizer in zip(nets, inner, strict=True):
+            local_cases.train_step(net, optimizer, 0, step)
+        with torch.no_grad():
+            for index in list(then) if overlap and step % 4 == overlap else ():
+                mine[index] += shared[index] - then.pop(index)
+            for some, optimizer in zip(groups, outer, strict=True):
+                due = 4 if some[-1] == 5 else 2
+                if step % 4 != due % 4:
+                    continue
+                for index in some:
+                    shared[index].grad = shared[index] - mine[index]
+                    then[index] = mine[index].detach().clone()
+                optimizer.step()
+                for index in some if not overlap else ():
+                    mine[index].copy_(shared[index])
+        if step == 10 and not overlap:
+            state.close()
+            kept = state.state_dict()
+            state = local_sgd.attach(nets[0], inner[0], **given)
+            state.load_state_dict(kept)
+        for one, other in zip(nets[0].parameters(), mine, strict=True):
+            assert torch.equal(one, other), step
+    with state.shared_model():
+        for index, one in enumerate(nets[0].parameters()):
+            assert torch.equal(one, shared[index])
+    state.sync()
+    assert state.meter.sent_bytes == 0
+    assert state.exchanges == 4 * fragments + 1
+    state.close()
 
 
 @pytest.mark.parametrize("world", [2, 3])
