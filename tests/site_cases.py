@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import Lc3Error
+from lc3 import Lc3Error, merge_states
 from lc3.config import Settings
 from lc3.hooks import local_sgd
 from lc3.model import local
@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     "adamw": partial(torch.optim.AdamW, lr=5e-3),
 }
+OTHER_KNOBS: dict[str, Any] = {"sync_every": 4, "outer_lr": 1.5, "fragments": 2}
 # Ranks of a site that hold the same, and shards, of HSDP.
 HSDP = {"hsdp of replicas": (2, 1), "hsdp of shards": (1, 2)}
 SIZES = ((32, 24), (24, 16), (16, 8))
@@ -330,6 +331,43 @@ def resumes(rank: int, world: int, folder: str) -> bool:
         ends.append(locals_of(model))
         state.close()
     return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def saved_between_exchanges(rank: int, world: int, form: str, folder: str) -> Any:
+    """Train and save every rank's state; return the masters of this rank's shard."""
+    model, mesh = held(world, form)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, **OTHER_KNOBS)
+    for step in range(10):
+        step_of_site(model, optimizer, rank, step)
+    torch.save(state.state_dict(), Path(folder) / f"{form}-{rank}.pt")
+    masters = state.session.lane.call(state.owners.export)
+    state.close()
+    return masters
+
+
+def other_sites(rank: int, world: int, form: str, folder: str, before: int) -> Any:
+    """Go on with other sites than have saved; return masters, and whether all agree.
+
+    Args:
+        before: how many sites there were.
+    """
+    model, mesh = held(world, form)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, **OTHER_KNOBS)
+    ranks = [site * INSIDE + rank % INSIDE for site in range(before)]
+    states = [
+        torch.load(Path(folder) / f"{form}-{one}.pt", weights_only=True)
+        for one in ranks
+    ]
+    state.load_state_dict(merge_states(states))
+    masters = state.session.lane.call(state.owners.export)
+    for step in range(10, 16):
+        step_of_site(model, optimizer, rank, step)
+    state.sync()
+    state.check_replicas()
+    state.close()
+    return masters
 
 
 def _loaded(mesh: DeviceMesh, path: Path) -> tuple[nn.Module, Any, Any]:

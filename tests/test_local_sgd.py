@@ -70,7 +70,7 @@ def test_one_process_makes_outer_steps_when_it_is_asked(
             local_cases.train_step(net, optimizer, 0, step)
         with torch.no_grad():
             for index in list(then) if overlap and step % 4 == overlap else ():
-                mine[index] += shared[index] - then.pop(index)
+                mine[index].add_(shared[index] - then.pop(index))
             for some, optimizer in zip(groups, outer, strict=True):
                 due = 4 if some[-1] == 5 else 2
                 if step % 4 != due % 4:

@@ -71,6 +71,19 @@ def test_a_site_resumes_bit_for_bit(ranks: Pools, tmp_path: Path) -> None:
     assert all(ranks(4).run(site_cases.resumes, str(tmp_path)))
 
 
+@pytest.mark.parametrize("form", ["fsdp2", "ddp"])
+def test_another_number_of_sites_keeps_masters_exactly(
+    ranks: Pools, form: str, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    before = ranks(4).run(site_cases.saved_between_exchanges, form, folder)
+    for world in (6, 2):
+        after = ranks(world).run(site_cases.other_sites, form, folder, 2)
+        for rank, masters in enumerate(after):
+            for name, master in masters.items():
+                assert torch.equal(master, before[rank % 2][name]), (world, rank, name)
+
+
 def test_tensor_parallel_sites_hold_the_same(ranks: Pools) -> None:
     found = ranks(4).run(site_cases.tensor_parallel)
     whole = sum(i * o + o for i, o in site_cases.SIZES)
