@@ -98,6 +98,7 @@ def attach(
     alpha: float | None = None,
     group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | int | None = None,
+    state_device: Literal["cpu"] | None = None,
 ) -> "State":
     """Let every rank train ``model`` by itself, and average every so many steps.
 
@@ -162,6 +163,10 @@ def attach(
             exchanges its own shard with the same shard of the other sites; of what G
             ranks of a site hold alike, each 1/G, which they then bring together inside.
             So a rank sends 1/G of what one rank for each site would.
+        state_device: "cpu" holds what lc3 keeps of the model (replica, masters,
+            residuals) in host memory, pinned for a model on a GPU, and codes there:
+            slower, and nothing stays on the model's device between exchanges. The bits
+            are the same. Default: where the model is.
 
     Returns:
         The state: its ``meter``, ``sync()``, ``state_dict()``, ``close()``.
@@ -216,9 +221,10 @@ def attach(
         choose = partial(knobs_for, settings=settings, given=given, preset=found)
         return optimizers, settings, choose
 
+    own: dict[str, Any] = {"steps_alone": steps_alone, "state_device": state_device}
     if mesh is None:
         with nullcontext() if alone() else attaching_to(model, group):
-            return State(model, *chosen(), group, steps_alone=steps_alone)
+            return State(model, *chosen(), group, **own)
     if group is not None:
         raise ConfigError("mesh makes groups of its own; leave group out")
     state: State | None = None
@@ -239,8 +245,7 @@ def attach(
                 settings = replace(settings, threads=threads, log_every=logs)
                 shares = Shares(sites.site, holders)
                 state = State(
-                    *(model, optimizers, settings, choose, None, sites, shares),
-                    steps_alone=steps_alone,
+                    *(model, optimizers, settings, choose, None, sites, shares), **own
                 )
     except BaseException:
         if state is not None:
@@ -277,6 +282,7 @@ class State(FormState):
         shares: Shares | None = None,
         *,
         steps_alone: bool = False,
+        state_device: Literal["cpu"] | None = None,
     ) -> None:
         if not optimizers:
             raise AttachError("no optimizer was given, so there are no steps to count")
@@ -293,7 +299,14 @@ class State(FormState):
         parameters = {n: p for n, p in named_parameters(model) if p.requires_grad}
         self._shares = shares
         mine = {} if shares is None else shares.slices_of(parameters)
-        trained = [(n, like(p, mine.get(n))) for n, p in parameters.items()]
+        if state_device not in (None, "cpu"):
+            raise ConfigError(
+                f"state_device={state_device!r} must be 'cpu', or None: where the "
+                "model is"
+            )
+        trained = [
+            (n, like(p, mine.get(n), state_device)) for n, p in parameters.items()
+        ]
         buffers = [name for name, _ in model.named_buffers()]
         facts = {**self.knobs.said(), "buffers": buffers}
         self.settings = settings
@@ -324,12 +337,12 @@ class State(FormState):
         if shares is not None:
             shares.check(self._model.wholes())
         self._model.copy_from_first(self.engine.transport)
-        replica = arena_like(flats)
+        replica = arena_like(flats, state_device)
         for name, flat in flats.items():
             replica[name].copy_(flat)
         self.owners = owners_of(self.session.flat_engine, replica)
         self._outer = Outer(self.owners, self.knobs)
-        self._moved = arena_like(flats)
+        self._moved = arena_like(flats, state_device)
         self._seen = {
             name: flat.clone()
             for name, flat in replica.items()
@@ -505,9 +518,13 @@ class State(FormState):
                 break
         flats = self._model.flats()
         for name in names:
-            torch.sub(self.owners.replica[name], flats[name], out=self._moved[name])
+            replica, moved = self.owners.replica[name], self._moved[name]
             if self._seen:
                 self._seen[name].copy_(flats[name])
+            if replica.device == flats[name].device:
+                torch.sub(replica, flats[name], out=moved)
+            else:
+                moved.copy_(flats[name]).neg_().add_(replica)
         with_last = count - 1 in some  # one of the exchanges that are ``count`` apart
         turn = self.exchanges // count if with_last else 0
         changed, finite = self._statistics.begin(turn, now=with_buffers)
@@ -575,10 +592,10 @@ class State(FormState):
             if alpha is None:  # what this rank moved meanwhile is kept
                 late = replica - self._seen[name]
             else:
-                late = (replica - flat) * (1 - alpha)
+                late = (replica - flat.to(replica.device)) * (1 - alpha)
             if name in self._watch.written.base:
                 self._watch.written.late[name] = late
-            flat += late.to(flat.dtype)
+            flat += late.to(flat.device, flat.dtype)
         self._bring_together()
 
     def _drain(self) -> None:

@@ -30,21 +30,25 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def like(parameter: Tensor, share: slice | None = None) -> Tensor:
+def like(
+    parameter: Tensor, share: slice | None = None, device: str | None = None
+) -> Tensor:
     """Return what stands for this rank's part of a parameter, by shape and dtype.
 
     Args:
         parameter: a parameter, whole or sharded.
         share: the elements of its part that it exchanges, if not all. Of as many
             dimensions, the others of size 1.
+        device: the device where it is exchanged. Default: its own.
     """
-    if share is None and not isinstance(parameter, DTensor):
+    alike = device is None or parameter.device == torch.device(device)
+    if share is None and alike and not isinstance(parameter, DTensor):
         return parameter
     shard = local(parameter)
     shape = list(shard.shape)
     if share is not None and shape:
         shape = [1] * (len(shape) - 1) + [share.stop - share.start]
-    return shard.new_empty(1).expand(shape)
+    return shard.new_empty(1, device=device).expand(shape)
 
 
 def reshard(module: nn.Module) -> None:

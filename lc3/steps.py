@@ -183,7 +183,7 @@ class Watch:
         touched = not all_fresh and self._model.touched(look_up=new)
         if not touched and not fresh:
             return
-        flats = self._model.flats()
+        flats = {n: f.to(shared[n].device) for n, f in self._model.flats().items()}
         if not touched and all(
             torch.equal(flats[n], shared[n].to(flats[n].dtype)) for n in fresh
         ):

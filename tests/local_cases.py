@@ -103,6 +103,7 @@ def equals_the_servers(
     halves: bool = False,
     groups: Sequence[Sequence[str]] = (("conv", "norm", "head"),),
     alpha: float | None = None,
+    state_device: Any = None,
 ) -> dict[str, Any]:
     """Train; in each process also all ranks' shadows; compare after every step."""
     net = make_net(rank, channels_last)  # attach makes all ranks start like rank 0
@@ -120,6 +121,7 @@ def equals_the_servers(
         inner_momentum_scale=0.5 if halves else 1.0,
         fragments=len(groups),
         alpha=alpha,
+        state_device=state_device,
     )
     shadows = [make_net(0, channels_last) for _ in range(world)]
     theirs = [make_optimizer(shadow, kind) for shadow in shadows]
@@ -405,6 +407,16 @@ def refused(rank: int, world: int, what: str) -> str:
     if what == "ddp":
         net = DistributedDataParallel(net)
         net.register_comm_hook(None, allreduce_hook)
+    if what == "state_device":
+        given = {"state_device": "cuda"}
+    if what == "alpha":
+        given = {"alpha": 0.5}
+    if what == "fragments":
+        given = {"fragments": 4}
+    if what == "too many fragments":
+        given = {"fragments": 9, "sync_every": 8}
+    if what == "manual fragments":
+        given = {"fragments": 2, "sync_every": "manual"}
     numbers = ("outer_lr", "residual_decay", "inner_momentum_scale")
     if what in ("sync_every", "overlap", "a word", *numbers):
         cases: dict[str, dict[str, Any]] = {

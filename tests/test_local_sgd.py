@@ -127,6 +127,12 @@ def test_fragments_equal_servers_of_their_own(
     assert len({report["hash"] for report in reports}) == 1
 
 
+def test_a_state_in_host_memory_equals_the_servers(ranks: Pools) -> None:
+    case = (4, 1, "adamw", False, 0.7, True, [["conv", "norm", "head"]], None, "cpu")
+    reports = ranks(2).run(local_cases.equals_the_servers, *case)
+    assert len({report["hash"] for report in reports}) == 1
+
+
 @pytest.mark.parametrize(("delay", "kind"), [(0, "adamw"), (3, "adamw"), (0, "sgd")])
 def test_first_moments_decay_after_an_exchange(
     ranks: Pools, delay: int, kind: str
@@ -270,6 +276,11 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
         ("residual_decay", r"ConfigError: residual_decay=3\.0 must be .* in \[0, 1\]"),
         ("inner_momentum_scale", r"ConfigError: inner_momentum_scale=3\.0 must be a"),
         ("strides", r"AttachError: a parameter of shape \[10, 300\] has strides"),
+        ("state_device", "ConfigError: state_device='cuda' must be 'cpu', or None"),
+        ("alpha", r"ConfigError: alpha=0\.5 weighs .*; give an overlap"),
+        ("fragments", "ConfigError: fragments=4 is more than the 3 layers of the"),
+        ("too many fragments", "ConfigError: fragments=9 must be at most sync_every=8"),
+        ("manual fragments", "ConfigError: fragments=2 take turns within sync_every"),
         ("differ", r"PlanMismatch: ranks differ: Config\.density is 0\.1 on rank 0"),
         (
             "every differs",
