@@ -162,7 +162,8 @@ class Training(NamedTuple):
     """What to call instead of the module, what to step, what counts the traffic.
 
     ``shared`` is what to evaluate in: ranks then have the same parameters. After a
-    multiple of ``every`` steps they have them anyway; a training ends at one.
+    multiple of ``every`` steps they have them anyway; a training ends at one. Where
+    that is not so, ``end`` brings them together after the last step.
     """
 
     model: nn.Module
@@ -170,6 +171,7 @@ class Training(NamedTuple):
     traffic: Traffic
     shared: Callable[[], AbstractContextManager[None]] = nullcontext
     every: int = 1
+    end: Callable[[], None] | None = None
 
 
 # Makes ranks train one model, from the module and its optimizers.
@@ -220,6 +222,9 @@ class Fields:
         residual_decay: see ``lc3.hooks.local_sgd.attach``.
         inner_momentum_scale: see there.
         outer_lr: see there.
+        overlap: see there.
+        fragments: see there.
+        alpha: see there.
         dtype: dtype of what is sent.
         bits: bits of a value.
         rank: rank of the matrices that are sent.
@@ -241,6 +246,9 @@ class Fields:
     residual_decay: float | None = None
     inner_momentum_scale: float | None = None
     outer_lr: float | None = None
+    overlap: int | None = None
+    fragments: int | None = None
+    alpha: float | None = None
     dtype: str | None = None
     bits: int | None = None
     rank: int | None = None
@@ -373,7 +381,9 @@ def _local(every: int, config: Settings, **others: Any) -> Method:
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         state = local_state(module, optimizers, every, config, **others)
         traffic = Metered(state.meter, state.close, every, state.engine.direct)
-        return Training(module, optimizers, traffic, state.shared_model, every)
+        apart = state.knobs.overlap or state.knobs.fragments > 1
+        end = state.sync if apart else None
+        return Training(module, optimizers, traffic, state.shared_model, every, end)
 
     return start
 
@@ -522,6 +532,9 @@ def label(fields: Fields) -> str:
         "rans": "" if fields.entropy == "rans" else None,
         "momentum": fields.inner_momentum_scale,
         "outer rate": fields.outer_lr and f"{fields.outer_lr:g}",
+        "overlap": fields.overlap,
+        "fragments": fields.fragments,
+        "alpha": fields.alpha,
     }
     said = [f"{k} {v}".strip() for k, v in unusual.items() if v not in (None, False)]
     return ", ".join([head, *said])
@@ -552,6 +565,7 @@ def _local_steps(fields: Fields) -> Method:
     if fields.density is None:
         config = Settings(exclude=("*",), entropy="none")
     knobs = fields.given("residual_decay", "inner_momentum_scale", "outer_lr")
+    knobs |= fields.given("overlap", "fragments", "alpha")
     return _local(int(fields.sync_every or 0), config, **knobs)
 
 

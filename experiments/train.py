@@ -118,6 +118,8 @@ class Run:
             seconds += time.perf_counter() - start
             for rate in schedules:
                 rate.step()
+            if step == self.steps and training.end is not None:
+                training.end()
             if average is not None and step % EVERY == 0:
                 with training.shared():
                     average.update()

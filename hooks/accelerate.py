@@ -8,7 +8,7 @@ DistributedDataParallel that takes any.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -21,8 +21,8 @@ from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, missing, require
-from lc3.hooks import ddp
+from lc3.frameworks import Attach, FormName, attach_of, missing, require
+from lc3.hooks import ddp, local_sgd
 from lc3.session import alone
 from lc3.state import FormState
 
@@ -34,6 +34,10 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 _LEAST = "0.30"
+FORMS: dict[str, Callable[..., FormState]] = {
+    "ddp": ddp.attach,
+    "local_sgd": local_sgd.attach,
+}
 _ATTACHED: WeakKeyDictionary[Accelerator, int] = WeakKeyDictionary()
 
 
@@ -43,7 +47,9 @@ def attach(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     config: Config | Settings | None = None,
     *,
-    attach: Attach = ddp.attach,
+    form: FormName | None = None,
+    sync_every: int | None = None,
+    attach: Attach | None = None,
 ) -> FormState:
     """Compress what a prepared model exchanges; collective.
 
@@ -53,8 +59,10 @@ def attach(
     ``accelerator.save_state`` and ``load_state`` save and load what every rank has not
     sent yet, in ``lc3_0.pt``, ``lc3_1.pt`` and so on in the order of attaching: with as
     many ranks a run goes on bit for bit, with others it keeps the mean. Without the
-    file, as from a run without lc3, nothing is owed. Local steps are brought together
-    before they are saved.
+    file, as from a run without lc3, nothing is owed. Local steps, in the place of
+    Accelerate's own ``LocalSGD``, are brought together before they are saved; the first
+    rank's optimizer is saved, and all ranks resume from that. Evaluate them
+    ``with state.shared_model():``.
 
     One process, whose model ``prepare`` does not wrap, trains as without lc3.
 
@@ -74,17 +82,22 @@ def attach(
         optimizer: as ``prepare`` returned it, see ``ddp.attach``. ``None``: those that
             this accelerator has prepared.
         config: see ``ddp.attach``.
-        attach: ``attach`` of a form, with its arguments:
-            ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``.
+        form: "ddp", which compresses gradients, or "local_sgd": every rank trains by
+            itself, and ranks come together every so many steps. Default: "ddp".
+        sync_every: steps between two exchanges of "local_sgd"; see its ``attach``.
+        attach: ``attach`` of a form with more of its arguments, instead of both:
+            ``functools.partial(lc3.hooks.local_sgd.attach, overlap=2)``.
 
     Returns:
         What ``attach`` returns.
 
     Raises:
+        ConfigError: ``form``, ``sync_every`` and ``attach`` contradict each other.
         AttachError: this Accelerate is too old, or the model is not wrapped in
             DistributedDataParallel; and what ``ddp.attach`` raises.
     """
     require("accelerate", version("accelerate"), _LEAST)
+    make = attach_of(form, sync_every, attach, FORMS)
     inner = private.uncompiled(model)
     if not isinstance(inner, DistributedDataParallel) and not alone():
         raise AttachError(
@@ -94,7 +107,7 @@ def attach(
         )
     if optimizer is None:
         optimizer = list(accelerator._optimizers)  # there is no public list
-    state = attach(inner, optimizer, config)
+    state = make(inner, optimizer, config)
 
     number = _ATTACHED[accelerator] = _ATTACHED.get(accelerator, -1) + 1
     file = f"lc3_{number}.pt"

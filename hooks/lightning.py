@@ -7,7 +7,7 @@ group; a callback can do so on any device, when the model is wrapped.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3 import private
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, figures, missing, require
-from lc3.hooks import ddp
+from lc3.frameworks import Attach, FormName, attach_of, figures, missing, require
+from lc3.hooks import ddp, local_sgd
 from lc3.state import FormState
 
 try:
@@ -29,6 +29,10 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 _LEAST = "2.2"
+FORMS: dict[str, Callable[..., FormState]] = {
+    "ddp": ddp.attach,
+    "local_sgd": local_sgd.attach,
+}
 
 
 class LC3(Callback):
@@ -45,11 +49,17 @@ class LC3(Callback):
     ...     accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks
     ... )
 
+    Local steps: ``LC3(form="local_sgd", sync_every=8)``. A checkpoint holds the first
+    rank's optimizer, as without lc3, and all ranks resume from that.
+
     Args:
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizers.
             ``gradient_clip_val`` clips as it does without lc3.
-        attach: ``attach`` of a form, with its arguments:
-            ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``. Local
+        form: "ddp", which compresses gradients, or "local_sgd": every rank trains by
+            itself, and ranks come together every so many steps. Default: "ddp".
+        sync_every: steps between two exchanges of "local_sgd"; see its ``attach``.
+        attach: ``attach`` of a form with more of its arguments, instead of both:
+            ``functools.partial(lc3.hooks.local_sgd.attach, overlap=2)``. Local
             steps are brought together before they are saved and at the end, and
             validated as the model that all ranks share.
 
@@ -57,17 +67,23 @@ class LC3(Callback):
         state: the state that ``attach`` returned, while the Trainer fits.
 
     Raises:
+        ConfigError: ``form``, ``sync_every`` and ``attach`` contradict each other.
         AttachError: this Lightning is too old; at the start of ``fit``: the strategy
             does not wrap the module in DistributedDataParallel.
     """
 
     def __init__(
-        self, config: Config | Settings | None = None, *, attach: Attach = ddp.attach
+        self,
+        config: Config | Settings | None = None,
+        *,
+        form: FormName | None = None,
+        sync_every: int | None = None,
+        attach: Attach | None = None,
     ) -> None:
         require("lightning", version("lightning"), _LEAST)
         self.config = config
         self.state: FormState | None = None
-        self._attach = attach
+        self._attach = attach_of(form, sync_every, attach, FORMS)
         self._shared = ExitStack()
         self._loaded: list[Mapping[str, Any]] = []
 

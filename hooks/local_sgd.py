@@ -4,28 +4,34 @@ After every H-th step of the optimizer the ranks push what their parameters have
 the owners average it into float32 masters, and everybody pulls 3LC of what the masters
 have moved (with ``Tuning(topology="direct")`` everybody averages). Sources: local SGD
 (Stich, arXiv 1805.09767), DiLoCo (arXiv 2311.08105), and for masters with error
-feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706).
+feedback EF21-P (arXiv 2209.15218); residuals that decay, SparseLoCo (arXiv 2508.15706);
+fragments, and ``alpha``, Streaming DiLoCo (arXiv 2501.18512).
 That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which sends them.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lc3 import private
 from lc3.applied import unwrapped
 from lc3.checkpoint import UNSENT, Parts
 from lc3.config import Config, Settings, settle
@@ -36,10 +42,12 @@ from lc3.errors import (
     PeerError,
     StateError,
 )
+from lc3.fragments import UnderWay, fragments_of, turns
 from lc3.handshake import agree, threads_for
-from lc3.knobs import DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
+from lc3.held import Shares, check_whole, holders_of, inside_of, parts_of
+from lc3.knobs import ALONE, DEFAULT, FOR_TWO, Knobs, PresetName, knobs_for, preset_of
 from lc3.link import check_unclaimed, claim, keep_apart, link_of, release
-from lc3.model import Model, like, local, named_parameters, reshard, together
+from lc3.model import Model, like, local, named_parameters, together
 from lc3.outer import Outer
 from lc3.owners import owners_of
 from lc3.residual import arena_like
@@ -86,8 +94,11 @@ def attach(
     outer_momentum: float | None = None,
     residual_decay: float | None = None,
     inner_momentum_scale: float | None = None,
+    fragments: int | None = None,
+    alpha: float | None = None,
     group: dist.ProcessGroup | None = None,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | int | None = None,
+    state_device: Literal["cpu"] | None = None,
 ) -> "State":
     """Let every rank train ``model`` by itself, and average every so many steps.
 
@@ -100,7 +111,9 @@ def attach(
     ``state.sync()`` ends the training. Every rank must make the same number of steps;
     where it cannot (a rank without data, a GradScaler that skips a step on one rank),
     say ``sync_every="manual"`` and call ``state.exchange()`` on every rank. One process
-    without a process group trains as without lc3.
+    without a process group, or one site, trains as without lc3, unless ``outer_lr`` or
+    ``outer_momentum`` is given: then it makes outer steps, with nothing to send, and
+    nothing is chosen that suits compression.
 
     Args:
         model: a module, its parameters on one device. One that is wrapped in
@@ -134,12 +147,26 @@ def attach(
             parameters. They hold this rank's own noise, and carry it into the next
             interval. 1 keeps them. Less than 1 suits AdamW and Muon; SGD with momentum
             ends worse.
+        fragments: P, groups of consecutive layers that take turns; default 1. Each is
+            exchanged once in ``sync_every`` steps, at other steps than the others, so
+            the peak of traffic is that of the largest of them. At most ``sync_every``.
+            A budget (``bytes_per_step``) is then of one fragment's exchange.
+        alpha: with ``overlap``, the weight, in [0, 1), of a rank's own parameters
+            beside those that arrive, as in Streaming DiLoCo. Default: what a rank has
+            trained while the exchange was under way is added to what arrives.
         group: a process group that nobody else uses. Default: lc3 makes one.
-        mesh: for sites of several ranks, of two dimensions, between sites and inside of
-            them, of all ranks of the job. ``model`` is sharded over the second one by
-            FSDP2's ``fully_shard``, and the optimizer steps its shards. Each rank then
-            exchanges its own shard with the same shard of the other sites: 1/G of what
-            one rank for each site would send, G being the ranks of a site.
+        mesh: for sites of several ranks: a mesh of all ranks of the job, whose first
+            dimension is between sites and the others inside of them; or the number of
+            ranks in every site. Inside, ``model`` is sharded by FSDP2's ``fully_shard``
+            or by tensor parallelism, or wrapped in DistributedDataParallel over the
+            site's ranks, or both, and the optimizer steps it as there. Each rank
+            exchanges its own shard with the same shard of the other sites; of what G
+            ranks of a site hold alike, each 1/G, which they then bring together inside.
+            So a rank sends 1/G of what one rank for each site would.
+        state_device: "cpu" holds what lc3 keeps of the model (replica, masters,
+            residuals) in host memory, pinned for a model on a GPU, and codes there:
+            slower, and nothing stays on the model's device between exchanges. The bits
+            are the same. Default: where the model is.
 
     Returns:
         The state: its ``meter``, ``sync()``, ``state_dict()``, ``close()``.
@@ -167,18 +194,24 @@ def attach(
         "outer_momentum": outer_momentum,
         "residual_decay": residual_decay,
         "inner_momentum_scale": inner_momentum_scale,
+        "fragments": fragments,
+        "alpha": alpha,
     }
     given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
     if sync_every is not None:
         given["sync_every"] = None if sync_every == "manual" else sync_every
 
+    steps_alone = not given.keys().isdisjoint(("outer_lr", "outer_momentum"))
+
     def chosen() -> tuple[list[Optimizer], Settings, Choose]:
         optimizers = unwrapped(optimizer)
         found = preset_of(preset)
-        two = dist.is_initialized() and dist.get_world_size(group) == 2
+        sites = dist.get_world_size(group) if dist.is_initialized() else 1
         if mesh is not None:
-            two = len(ranks_of_sites(mesh)) == 2
-        defaults = FOR_TWO if two and not outer_momentum else DEFAULT
+            sites = len(ranks_of_sites(mesh))
+        if sites == 1 and steps_alone:
+            given.update({**ALONE, **given})
+        defaults = FOR_TWO if sites == 2 and not outer_momentum else DEFAULT
         if found is not None:
             defaults = found.settings
         settings = settle(config, defaults)
@@ -188,9 +221,10 @@ def attach(
         choose = partial(knobs_for, settings=settings, given=given, preset=found)
         return optimizers, settings, choose
 
+    own: dict[str, Any] = {"steps_alone": steps_alone, "state_device": state_device}
     if mesh is None:
         with nullcontext() if alone() else attaching_to(model, group):
-            return State(model, *chosen(), group)
+            return State(model, *chosen(), group, **own)
     if group is not None:
         raise ConfigError("mesh makes groups of its own; leave group out")
     state: State | None = None
@@ -198,18 +232,21 @@ def attach(
         with attaching_everywhere() as everybody:
             optimizers, settings, choose = chosen()
             knobs, _ = choose(optimizers)
-            facts = {
-                "mesh": ranks_of_sites(mesh),
-                "parameters": _shapes_of(model, mesh),
-                **knobs.said(),
-            }
+            check_module(model)
+            ranks = ranks_of_sites(mesh)
+            shapes, parts = parts_of(model, ranks)
+            facts = {"mesh": ranks, "parameters": shapes, **knobs.said()}
             threads = threads_for(everybody, settings)
             agree(everybody, __version__, settings, [], lambda: None, facts)
+            holders = holders_of(parts, ranks, everybody)
             sites = sites_of(mesh)
             with attaching(lambda: (sites.between, sites.leave)):
                 logs = settings.log_every if dist.get_rank() == 0 else None
                 settings = replace(settings, threads=threads, log_every=logs)
-                state = State(model, optimizers, settings, choose, None, sites)
+                shares = Shares(sites.site, holders)
+                state = State(
+                    *(model, optimizers, settings, choose, None, sites, shares), **own
+                )
     except BaseException:
         if state is not None:
             state.close()
@@ -242,19 +279,34 @@ class State(FormState):
         choose: Choose,
         group: dist.ProcessGroup | None,
         sites: Sites | None = None,
+        shares: Shares | None = None,
+        *,
+        steps_alone: bool = False,
+        state_device: Literal["cpu"] | None = None,
     ) -> None:
         if not optimizers:
             raise AttachError("no optimizer was given, so there are no steps to count")
         self._choose = choose
         self.knobs, why = choose(optimizers)
         check_module(model)
-        model, wrapper = _without_ddp(model)
+        if sites is None:
+            check_whole(model)
+        model, wrapper = inside_of(model)
+        if wrapper is not None and sites is None:
+            link_of(wrapper)
         _check_dtypes(model)
         check_unclaimed(model)
-        if sites is None:
-            _check_whole(model)
-        parameters = dict(named_parameters(model))
-        trained = [(n, like(p)) for n, p in parameters.items() if p.requires_grad]
+        parameters = {n: p for n, p in named_parameters(model) if p.requires_grad}
+        self._shares = shares
+        mine = {} if shares is None else shares.slices_of(parameters)
+        if state_device not in (None, "cpu"):
+            raise ConfigError(
+                f"state_device={state_device!r} must be 'cpu', or None: where the "
+                "model is"
+            )
+        trained = [
+            (n, like(p, mine.get(n), state_device)) for n, p in parameters.items()
+        ]
         buffers = [name for name, _ in model.named_buffers()]
         facts = {**self.knobs.said(), "buffers": buffers}
         self.settings = settings
@@ -274,30 +326,39 @@ class State(FormState):
             )
         self.meter = self.session.meter
         self.engine = self.session.engine
+        self._idle = self.engine.transport.world == 1 and not steps_alone
         if why and self._rank == 0:
             log.info("lc3: local steps with %s; %s", settings, why)
-        self._model = Model(model, list(self.session.names.values()))
+        self._model = Model(model, list(parameters), mine)
+        sizes = {name: p.numel() for name, p in parameters.items()}
+        self._fragments = fragments_of(sizes, self.knobs.fragments)
+        self._turns = turns(self.knobs.sync_every or 1, self.knobs.fragments)
         flats = self._model.flats()
+        if shares is not None:
+            shares.check(self._model.wholes())
         self._model.copy_from_first(self.engine.transport)
-        replica = arena_like(flats)
+        replica = arena_like(flats, state_device)
         for name, flat in flats.items():
             replica[name].copy_(flat)
         self.owners = owners_of(self.session.flat_engine, replica)
         self._outer = Outer(self.owners, self.knobs)
-        self._moved = arena_like(flats)
+        self._moved = arena_like(flats, state_device)
         self._seen = {
-            name: flat.clone() for name, flat in replica.items() if self.knobs.overlap
+            name: flat.clone()
+            for name, flat in replica.items()
+            if self.knobs.overlap and self.knobs.alpha is None
         }
-        self._pending: torch.futures.Future[Tensor] | None = None
-        self.steps = self.exchanges = self._unsent = 0
+        self._under_way: deque[UnderWay] = deque()
+        self.steps = self.exchanges = 0
+        self._unsent = [0] * len(self._fragments)
         self.left_out = self._left_out_in_a_row = 0
-        self._said: list[Says] = []
         self._watch = Watch(self._model)
+        self._fresh: Collection[str] = ()  # should hold what all ranks share
         self._loaded = False
         self._counting = Counting(optimizers, self._model, self._before, self._after)
         claim(model)
         self._wrapped = ExitStack()
-        if wrapper is not None:
+        if wrapper is not None and sites is None:
             self._wrapped.enter_context(wrapper.no_sync())
             self._wrapped.callback(keep_apart(wrapper).close)
         self._statistics = Statistics(self._model, self.engine.channel)
@@ -309,28 +370,28 @@ class State(FormState):
             self._loaded = False
             self._model.parameters()
             self._model.mark()
-            self._fresh = False
-        elif self.engine.transport.world > 1:
+            self._fresh = ()
+        elif not self._idle:
             self._watch.look(self.owners.replica, fresh=self._fresh, new=new)
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
         """Take in that an optimizer has stepped."""
         self._model.mark()
-        self._fresh = False
+        self._fresh = ()
         if not counts:
             return
         if replaced:
             self.knobs, _ = self._choose(self._counting.optimizers)
         self.steps += 1
         self.meter.at_step(self.steps)
-        self._unsent += 1
-        if self.engine.transport.world == 1 or self.knobs.sync_every is None:
+        for index in range(len(self._unsent)):
+            self._unsent[index] += 1
+        every = self.knobs.sync_every
+        if self._idle or every is None:
             return
-        since = self.steps % self.knobs.sync_every
-        if self._pending is not None and since == self.knobs.overlap:
-            self._finish()
-        if since == 0:
-            self._start()
+        self._finish_all(self.steps)
+        if (since := self.steps % every) in self._turns:
+            self._start([self._turns[since]])
             if self.knobs.overlap == 0:
                 self._finish()
 
@@ -352,11 +413,10 @@ class State(FormState):
         """
         if weight is not None:
             weight = _checked(weight)
-        if self.engine.transport.world == 1:
+        if self._idle:
             return
         self._before(new=True)
-        if self._pending is not None:
-            self._finish()
+        self._finish_all()
         self._start(weight=weight)
         if self.knobs.overlap == 0:
             self._finish()
@@ -370,8 +430,11 @@ class State(FormState):
         self._drain()
         with self._heard_in_site():
             self._model.copy_from_first(self.engine.transport)
+            if self._shares is not None:
+                wholes = self._model.wholes()
+                self.session.lane.call(partial(self._shares.from_first, wholes))
         self._outer.rebase(self._model.flats(), forget=True)
-        self._unsent = 0
+        self._unsent = [0] * len(self._fragments)
         self._look_anew()
 
     def sync(self) -> None:
@@ -380,11 +443,10 @@ class State(FormState):
         Collective. At the end of training, or before an evaluation or a checkpoint that
         all ranks share. What ranks moved and did not send yet stays in the residuals.
         """
-        if self.engine.transport.world == 1:
+        if self._idle:
             return
         self._before(new=True)
-        if self._pending is not None:
-            self._finish()
+        self._finish_all()
         self._start(with_buffers=True)
         self._finish()
         with self._heard_in_site():
@@ -397,18 +459,20 @@ class State(FormState):
         """Let the parameters be those that all ranks share, for an evaluation.
 
         ``with state.shared_model(): evaluate(model)``. Between two exchanges a rank's
-        own have moved from these, and are worse on the whole. Nothing is sent; buffers
-        stay this rank's. Afterwards this rank goes on from its own parameters.
+        own have moved from these, and are worse on the whole. Nothing is sent between
+        sites; where ranks of a site hold the same, all of them enter, and bring their
+        shares together. Buffers stay this rank's. Afterwards this rank goes on from its
+        own parameters.
         """
-        if self._pending is not None:
-            self._pending.wait()
-        own = {name: flat.clone() for name, flat in self._model.flats().items()}
-        if self.engine.transport.world > 1:
+        for one in self._under_way:
+            one.future.wait()
+        own = {name: flat.clone() for name, flat in self._model.wholes().items()}
+        if not self._idle:
             self._copy_replica()
         try:
             yield
         finally:
-            for name, flat in self._model.flats().items():
+            for name, flat in self._model.wholes().items():
                 flat.copy_(own[name])
             if not self._watch.written.base:
                 self._model.mark()
@@ -432,61 +496,112 @@ class State(FormState):
             self.session.check_replicas(alike_in(self._model.module), self.steps)
 
     def _start(
-        self, *, with_buffers: bool = False, weight: float | None = None
+        self,
+        fragments: Sequence[int] | None = None,
+        *,
+        with_buffers: bool = False,
+        weight: float | None = None,
     ) -> None:
-        """Begin an exchange of what the parameters, and some buffers, hold now."""
+        """Begin an exchange of what the parameters, and some buffers, hold now.
+
+        Args:
+            fragments: numbers of those that are exchanged. Default: all.
+            with_buffers: whether to average buffers whatever the exchange's number is.
+            weight: see ``exchange``.
+        """
+        count = len(self._fragments)
+        some = range(count) if fragments is None else fragments
+        names = list(chain.from_iterable(map(self._fragments.__getitem__, some)))
+        for earlier in self._under_way:
+            if not earlier.names.isdisjoint(names):
+                self._finish_all()
+                break
         flats = self._model.flats()
-        for name, flat in flats.items():
-            torch.sub(self.owners.replica[name], flat, out=self._moved[name])
-            if self.knobs.overlap:
-                self._seen[name].copy_(flat)
-        changed, finite = self._statistics.begin(self.exchanges, now=with_buffers)
-        written = self._watch.take()
+        for name in names:
+            replica, moved = self.owners.replica[name], self._moved[name]
+            if self._seen:
+                self._seen[name].copy_(flats[name])
+            if replica.device == flats[name].device:
+                torch.sub(replica, flats[name], out=moved)
+            else:
+                moved.copy_(flats[name]).neg_().add_(replica)
+        with_last = count - 1 in some  # one of the exchanges that are ``count`` apart
+        turn = self.exchanges // count if with_last else 0
+        changed, finite = self._statistics.begin(turn, now=with_buffers)
+        written = self._watch.take(names)
+        unsent = max(map(self._unsent.__getitem__, some))
         mine = Says(
-            finite=_has_norm(self._moved.values()),
+            finite=_has_norm(map(self._moved.__getitem__, names)),
             written=bool(written.base),
             far=written.far,
             base=together(written.base) if written.base else 0,
-            weight=max(self._unsent, bool(written.base)) if weight is None else weight,
+            weight=max(unsent, bool(written.base)) if weight is None else weight,
             buffers_finite=finite,
             buffers=changed,
         )
-        self._unsent_then, self._unsent = self._unsent, 0
-        self._pending = self.session.lane.submit(partial(self._exchange, mine, written))
+        steps: dict[str, int] = {}
+        for index in some:
+            steps.update(dict.fromkeys(self._fragments[index], self._unsent[index]))
+            self._unsent[index] = 0
+        due = self.steps + self.knobs.overlap
+        one = UnderWay(self.exchanges, frozenset(names), due, steps)
+        self.exchanges += 1
+        one.future = self.session.lane.submit(
+            partial(self._exchange, one, mine, written)
+        )
+        self._under_way.append(one)
+
+    def _finish_all(self, step: int | None = None) -> None:
+        """Take over what exchanges have brought: all, or those due after a step."""
+        while self._under_way and (step is None or self._under_way[0].due <= step):
+            self._finish()
 
     def _finish(self) -> None:
-        """Take over what an exchange has brought."""
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
+        """Take over what the first exchange has brought that is under way."""
+        one = self._under_way.popleft()
         with self.meter.stage("wait"):
-            averaged = pending.wait()
-        mine = self._said[self.engine.transport.rank]
+            averaged = one.future.wait()
+        mine = one.said[self.engine.transport.rank]
+        overlaps = self.knobs.overlap > 0
         if mine.buffers:
-            overlaps = self.knobs.overlap > 0
-            self._statistics.take(averaged, self._said, mine, late=overlaps)
-        if self.knobs.overlap == 0 or not mine.finite:
+            self._statistics.take(averaged, one.said, mine, late=overlaps)
+        if not mine.finite:  # nor will what follows from these parameters be
+            self._drain()
             self._copy_replica()
-        else:  # what this rank moved while the exchange was under way is kept
-            for name, flat in self._model.flats().items():
-                late = self.owners.replica[name] - self._seen[name]
-                if self._watch.written.base:
-                    self._watch.written.late[name] = late
-                flat += late.to(flat.dtype)
-            self._model.mark()
+        elif not overlaps:
+            self._copy_replica(one.names)
+        else:
+            self._take_late(one.names)
         if mine.finite:
             self._left_out_in_a_row = 0
-            self._decay_momenta()
+            self._decay_momenta(one)
             self._statistics.keep()
         else:
             self._recover()
-        if self.knobs.overlap == 0:
-            self._look_anew()
+        if not overlaps:
+            self._fresh = one.names
+            self._model.mark()
+
+    def _take_late(self, names: Collection[str]) -> None:
+        """Take over what has come for parameters that have been trained meanwhile."""
+        alpha = self.knobs.alpha
+        for name, flat in self._model.flats().items():
+            if name not in names:
+                continue
+            replica = self.owners.replica[name]
+            if alpha is None:  # what this rank moved meanwhile is kept
+                late = replica - self._seen[name]
+            else:
+                late = (replica - flat.to(replica.device)) * (1 - alpha)
+            if name in self._watch.written.base:
+                self._watch.written.late[name] = late
+            flat += late.to(flat.device, flat.dtype)
+        self._bring_together()
 
     def _drain(self) -> None:
-        """Wait for an exchange that is under way, and take over nothing."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        """Wait for exchanges that are under way, and take over nothing."""
+        while self._under_way:
+            self._under_way.popleft().future.wait()
 
     def _recover(self) -> None:
         """Forget what a rank with values that are not finite has in its optimizers."""
@@ -525,35 +640,45 @@ class State(FormState):
         site = self._sites.site
         return self.session.lane.call(lambda: site.any_rank(mine))
 
-    def _copy_replica(self) -> None:
+    def _copy_replica(self, names: Collection[str] | None = None) -> None:
         for name, flat in self._model.flats().items():
-            flat.copy_(self.owners.replica[name])
+            if names is None or name in names:
+                flat.copy_(self.owners.replica[name])
+        self._bring_together()
+
+    def _bring_together(self) -> None:
+        """Let ranks of a site that hold the same have all that each has written."""
+        if self._shares is not None and self._shares.any:
+            wholes = self._model.wholes()
+            with self._telling_sites():
+                self.session.lane.call(partial(self._shares.together, wholes))
         self._model.mark()
 
     def _look_anew(self) -> None:
         """Begin to look anew at what is done to parameters."""
-        self._fresh = self._pending is None and self.knobs.overlap == 0
+        idle = not self._under_way and self.knobs.overlap == 0
+        self._fresh = self.owners.replica.keys() if idle else ()
         self._model.mark()
-        self._watch.take()
+        self._watch.take(self.owners.replica)
 
-    def _exchange(self, mine: Says, written: Written) -> Tensor:
+    def _exchange(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
         """Exchange with the other ranks, or sites. Runs on the lane.
 
         Returns:
             The mean of the buffers that have changed: see ``Statistics.mean``.
         """
         if self._sites is None:
-            return self._push_and_pull(mine, written)
+            return self._push_and_pull(one, mine, written)
         site = self._sites.site
         with self._telling_sites():
             mine = site.agree(mine)
         with site.telling(), self._telling_sites():
             if mine.written and not written.base:  # another shard was
                 replica = self.owners.replica
-                base = {name: value.clone() for name, value in replica.items()}
+                base = {name: replica[name].clone() for name in one.names}
                 written = replace(written, base=base)
             try:
-                averaged = self._push_and_pull(mine, written)
+                averaged = self._push_and_pull(one, mine, written)
             except PeerError as error:  # numbered as the job does
                 rank = self._sites.peers[error.rank]
                 raise PeerError(rank, error.reason) from error
@@ -561,37 +686,41 @@ class State(FormState):
             site.confirm()
         return averaged
 
-    def _push_and_pull(self, mine: Says, written: Written) -> Tensor:
+    def _push_and_pull(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
         """Push what was moved, change the masters, pull; see ``_exchange``."""
-        owners, step, transport = self.owners, self.exchanges, self.engine.transport
+        owners, step, transport = self.owners, one.number, self.engine.transport
         self.meter.buckets += 1
-        elements = sum(moved.numel() for moved in self._moved.values())
+        some = {n: moved for n, moved in self._moved.items() if n in one.names}
+        elements = sum(map(Tensor.numel, some.values()))
         with self.engine.channel.exchanging(elements, step, 0):
             said = self.engine.channel.all_gather_bytes(mine.to_bytes(), step, 2)
             count = len(mine.buffers)
-            everybody = self._said = [Says.from_bytes(one, count) for one in said]
+            everybody = one.said = [Says.from_bytes(data, count) for data in said]
             alike = loaded_alike(everybody)
             self._watch.told(written, alike=alike)
             if alike:
                 self._go_on_from_written(written, far=mine.far)
             counted = sum(said.finite for said in everybody)
             share = share_of(mine, everybody) if mine.finite else 0.0
-            for moved in self._moved.values() if share != 1 else ():
+            for moved in some.values() if share != 1 else ():
                 if share:
                     moved.mul_(share)
                 else:
                     moved.zero_()  # says nothing, and keeps its residual
             if counted:
-                owners.push(self._moved, step, 0)
-                self._outer.step(self.knobs, transport.world / counted)
-                owners.pull(self._moved, step, 0)
-                self._outer.forget(self.knobs)
+                nobody_else = transport.world == 1
+                push = owners.push_here if nobody_else else owners.push
+                push(some, step, 0)
+                self._outer.step(self.knobs, transport.world / counted, some)
+                pull = owners.pull_here if nobody_else else owners.pull
+                pull(some, step, 0)
+                self._outer.forget(self.knobs, some)
             averaged = self._statistics.mean(everybody, mine, step)
         # ``exchanging`` has counted one all-reduce; every step would have had one.
-        others = self._unsent_then - 1
         world = transport.world
-        self.meter.dense_bytes += others * 8 * elements * (world - 1) / world
-        self.exchanges += 1
+        for name, moved in some.items():
+            others = (one.steps[name] - 1) * moved.numel()
+            self.meter.dense_bytes += 8 * others * (world - 1) / world
         return averaged
 
     @contextmanager
@@ -629,14 +758,21 @@ class State(FormState):
         self._outer.rebase(written.base, forget=written.whole or far)
         log.info("lc3: all ranks were given other parameters; they go on from these")
 
-    def _decay_momenta(self) -> None:
+    def _decay_momenta(self, one: UnderWay) -> None:
         if self.knobs.inner_momentum_scale == 1:
             return
-        optimizers = self._counting.optimizers
-        states = [s for optimizer in optimizers for s in optimizer.state.values()]
+        others = set()
+        for name, parameter in self._model.last_seen.items():
+            if name not in one.names:
+                others.add(id(parameter))
+        states = []
+        for optimizer in self._counting.optimizers:
+            for stepped, held in optimizer.state.items():
+                if id(stepped) not in others:
+                    states.append(held)
         kept = [state[key] for state in states for key in MOMENTA if key in state]
         momenta = [moment for moment in kept if isinstance(moment, Tensor)]
-        if not momenta and self._unsent_then:  # a rank without data has none yet
+        if not momenta and any(one.steps.values()):  # a rank without data has none yet
             raise ConfigError(
                 f"inner_momentum_scale={self.knobs.inner_momentum_scale!r} has nothing "
                 "to multiply: the optimizer's state has no "
@@ -654,12 +790,12 @@ class State(FormState):
         Raises:
             StateError: an exchange is under way.
         """
-        if self._pending is not None:
+        if self._under_way:
             raise StateError("an exchange is under way; call state.sync() first")
         return super().state_dict()
 
     def _parts(self) -> Parts:
-        if self.engine.transport.world == 1:  # its model is what others go on from
+        if self._idle:  # its model is what others go on from
             self._outer.rebase(self._model.flats(), forget=False)
         slices: dict[str, dict[str, Tensor]] = {"masters": self.owners.masters}
         if self._outer.velocity:
@@ -668,13 +804,20 @@ class State(FormState):
             {
                 "steps": self.steps,
                 "exchanges": self.exchanges,
-                UNSENT: self._unsent,
+                **dict(zip(self._counters(), self._unsent, strict=True)),
                 **self.engine.budget.counters(),
             },
             self.engine.residuals.sent,
             slices,
             {"replica": dict(self.owners.replica)},
         )
+
+    def _counters(self) -> list[str]:
+        """Return what the steps since each fragment's last exchange are saved as."""
+        return [
+            f"{UNSENT}_{index}" if index else UNSENT
+            for index in range(len(self._fragments))
+        ]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``FormState.load_state_dict``.
@@ -695,7 +838,9 @@ class State(FormState):
         self.exchanges = int(found.counters["exchanges"])
         self.engine.budget.load(found.counters)
         merged = state["rank"] is None
-        self._unsent = 0 if merged else int(found.counters[UNSENT])
+        self._unsent = [
+            0 if merged else int(found.counters[name]) for name in self._counters()
+        ]
         self._look_anew()
         self._loaded = True
 
@@ -711,70 +856,6 @@ class State(FormState):
         release(self._model.module)
         self._wrapped.close()
         self.session.close()
-
-
-def _without_ddp(
-    model: nn.Module,
-) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """Return the module that is trained, and what DDP wraps around it."""
-    inner = private.uncompiled(model)
-    if not isinstance(inner, DistributedDataParallel):
-        return model, None
-    link_of(inner)
-    return inner.module, inner
-
-
-def _check_whole(model: nn.Module) -> None:
-    """Raise ``AttachError`` if a model is sharded."""
-    _check_version(model)
-    if any(isinstance(part, FSDPModule) for part in model.modules()):
-        raise AttachError(
-            "the model is sharded; give the mesh, too, of two dimensions, between "
-            "sites and inside of them: attach(model, optimizer, mesh=mesh)"
-        )
-
-
-def _check_version(model: nn.Module) -> None:
-    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
-        raise AttachError(
-            "the model is sharded by FSDP's first version, whose parameters lc3 cannot "
-            "read; use torch.distributed.fsdp.fully_shard, and mesh=mesh"
-        )
-
-
-def _shapes_of(model: nn.Module, mesh: DeviceMesh) -> dict[str, list[int]]:
-    """Return the whole shapes of a model that is sharded inside of sites, checked.
-
-    Raises:
-        AttachError: it is not held as the mesh says.
-    """
-    check_module(model)
-    _check_version(model)
-    model, wrapper = _without_ddp(model)
-    reshard(model)
-    inside = mesh.mesh.shape[1]
-    shapes = {}
-    for name, parameter in named_parameters(model):
-        if not parameter.requires_grad:
-            continue
-        shapes[name] = list(parameter.shape)
-        if not isinstance(parameter, DTensor):
-            if inside == 1 and wrapper is None:
-                continue
-            raise AttachError(
-                f"mesh has sites of {inside} ranks, and parameter {name!r} of this "
-                f"{type(model).__name__} is not sharded over them; "
-                "fully_shard(model, mesh=mesh[...]) over the second dimension first, "
-                "or leave mesh out for a model on each rank"
-            )
-        over = parameter.device_mesh.mesh.tolist()
-        if over not in mesh.mesh.tolist():
-            raise AttachError(
-                f"parameter {name!r} is sharded over the ranks {over}, which are no "
-                f"site of the mesh: {mesh.mesh.tolist()}; shard over the mesh's second "
-                "dimension"
-            )
-    return shapes
 
 
 def _checked(weight: object) -> float:

@@ -6,6 +6,7 @@ trainer.train()
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +18,8 @@ from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, figures, missing, require
-from lc3.hooks import ddp
+from lc3.frameworks import Attach, FormName, attach_of, figures, missing, require
+from lc3.hooks import ddp, local_sgd
 from lc3.state import FormState
 
 try:
@@ -36,13 +37,19 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 _LEAST = "4.46"
+FORMS: dict[str, Callable[..., FormState]] = {
+    "ddp": ddp.attach,
+    "local_sgd": local_sgd.attach,
+}
 
 
 def attach(
     trainer: Trainer,
     config: Config | Settings | None = None,
     *,
-    attach: Attach = ddp.attach,
+    form: FormName | None = None,
+    sync_every: int | None = None,
+    attach: Attach | None = None,
 ) -> "LC3Callback":
     """Compress what the ranks of a Trainer exchange, from ``train()`` on.
 
@@ -61,17 +68,22 @@ def attach(
         trainer: not training yet.
         config: see ``lc3.hooks.ddp.attach``, which gets the Trainer's optimizer.
             ``max_grad_norm`` clips as it does without lc3.
-        attach: ``attach`` of a form, with its arguments:
-            ``functools.partial(lc3.hooks.local_sgd.attach, sync_every=32)``. Local
+        form: "ddp", which compresses gradients, or "local_sgd": every rank trains by
+            itself, and ranks come together every so many steps. Default: "ddp".
+        sync_every: steps between two exchanges of "local_sgd"; see its ``attach``.
+        attach: ``attach`` of a form with more of its arguments, instead of both:
+            ``functools.partial(lc3.hooks.local_sgd.attach, overlap=2)``. Local
             steps are brought together before they are saved and at the end, and
             evaluated as the model that all ranks share.
 
     Raises:
+        ConfigError: ``form``, ``sync_every`` and ``attach`` contradict each other.
         AttachError: this Transformers is too old; in ``train()``: the Trainer does not
             wrap its model in DistributedDataParallel.
     """
     require("transformers", version("transformers"), _LEAST)
-    callback = LC3Callback(trainer, config, attach)
+    make = attach_of(form, sync_every, attach, FORMS)
+    callback = LC3Callback(trainer, config, make)
     trainer.add_callback(callback)
     # After the Trainer's own, which decides what is saved, and before those that print
     # and report, so that they get lc3's figures, too.

@@ -162,6 +162,16 @@ class Channel:
         said = self.all_gather_bytes(data, step, bucket)
         return [data.clone().view(torch.float64).tolist() for data in said]
 
+    def all_to_all_bytes(
+        self, parts: Sequence[Tensor], step: int, bucket: int
+    ) -> list[Tensor]:
+        """Send each rank its own; return every rank's bytes, uint8[*], by rank.
+
+        See ``all_gather_bytes``.
+        """
+        messages = [self._sealed(part, step, bucket) for part in parts]
+        return self._unsealed(self.transport.all_to_all(messages), step, bucket)
+
     def any_rank(self, mine: Sequence[bool], step: int, bucket: int) -> list[bool]:
         """Return where some rank says yes.
 
@@ -233,8 +243,7 @@ class Channel:
         Returns:
             The mean, on the CPU; added up in float32 at least.
         """
-        messages = [self._sealed(part, step, bucket) for part in parts]
-        arrived = self._unsealed(self.transport.all_to_all(messages), step, bucket)
+        arrived = self.all_to_all_bytes(parts, step, bucket)
         dtype = parts[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
         total, *others = [data.clone().view(dtype).to(wide) for data in arrived]
@@ -276,8 +285,7 @@ class Channel:
         step, bucket = self.aside()
         parts = [data, *(data[:0] for _ in range(1, self.transport.world))]
         with self.exchanging(0, step, bucket):
-            messages = [self._sealed(part, step, bucket) for part in parts]
-            arrived = self._unsealed(self.transport.all_to_all(messages), step, bucket)
+            arrived = self.all_to_all_bytes(parts, step, bucket)
         return arrived if self.transport.rank == 0 else []
 
     def aside(self) -> tuple[int, int]:

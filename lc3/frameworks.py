@@ -1,13 +1,14 @@
 """What the adapters of training frameworks share."""
 
 import re
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol, cast
 
 from torch.optim import Optimizer
 
 from lc3.config import Config, Settings
-from lc3.errors import AttachError
+from lc3.errors import AttachError, ConfigError
 from lc3.meter import Meter
 from lc3.state import FormState
 
@@ -23,6 +24,46 @@ class Attach(Protocol):
         /,
     ) -> FormState:
         """Compress what ``model`` exchanges; collective."""
+
+
+FormName = Literal["ddp", "local_sgd"]
+
+
+def attach_of(
+    form: FormName | None,
+    sync_every: int | None,
+    attach: Attach | None,
+    forms: Mapping[str, Callable[..., FormState]],
+) -> Attach:
+    """Return what attaches, from what a user has said of it.
+
+    Args:
+        form: name of the form. Default: "ddp".
+        sync_every: local steps between two exchanges, of the form that has them.
+        attach: ``attach`` of a form with its arguments, instead of both.
+        forms: ``attach`` of each form by its name.
+
+    Raises:
+        ConfigError: there is no such form, or two of these contradict each other.
+    """
+    if attach is not None:
+        if form is not None or sync_every is not None:
+            raise ConfigError(
+                "attach says the form and its knobs; leave form and sync_every out, or "
+                "attach"
+            )
+        return attach
+    name = form or "ddp"
+    if name not in forms:
+        raise ConfigError(f"form={form!r} must be one of {', '.join(map(repr, forms))}")
+    if sync_every is None:
+        return cast("Attach", forms[name])
+    if name != "local_sgd":
+        raise ConfigError(
+            f"sync_every={sync_every!r} is for local steps, and form is {name!r}; say "
+            "form='local_sgd', too"
+        )
+    return partial(forms[name], sync_every=sync_every)
 
 
 def figures(meter: Meter) -> dict[str, float]:

@@ -79,9 +79,11 @@ def agree(
         **{f"parameter {name}": list(shape) for name, shape in shapes},
     }
     text = json.dumps(mine).encode()
-    digests = _gather(transport, hashlib.sha256(text).digest())
+    digests = gather_bytes(transport, hashlib.sha256(text).digest())
     if len(set(digests)) > 1:
-        everybody = [_read(r, said) for r, said in enumerate(_gather(transport, text))]
+        everybody = [
+            _read(r, said) for r, said in enumerate(gather_bytes(transport, text))
+        ]
         if failure is None:
             _explain(everybody)
     if failure is not None:
@@ -118,10 +120,11 @@ def threads_for(transport: Transport, config: Settings) -> int:
 def machines(transport: Transport) -> list[bytes]:
     """Return what stands for the machine of each rank; collective."""
     machine = _BOOT_ID.read_text() if _BOOT_ID.exists() else platform.node()
-    return _gather(transport, machine.encode())
+    return gather_bytes(transport, machine.encode())
 
 
-def _gather(transport: Gathers, data: bytes) -> list[bytes]:
+def gather_bytes(transport: Gathers, data: bytes) -> list[bytes]:
+    """Return what every rank has to say; collective."""
     message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return [bytes(said.numpy()) for said in transport.all_gather(message)]
 

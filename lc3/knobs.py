@@ -25,6 +25,9 @@ class Knobs:
         outer_momentum: Nesterov momentum of the masters' optimizer.
         residual_decay: factor of the residuals after every exchange.
         inner_momentum_scale: factor of the optimizers' first moments then.
+        fragments: groups of layers that take turns.
+        alpha: weight of a rank's own parameters beside what arrives with an overlap.
+            ``None``: what it has trained meanwhile is added to what arrives.
 
     Raises:
         ConfigError: one is out of range.
@@ -36,9 +39,11 @@ class Knobs:
     outer_momentum: float = 0.0
     residual_decay: float = 1.0
     inner_momentum_scale: float = 1.0
+    fragments: int = 1
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
-        for knob, least in (("sync_every", 1), ("overlap", 0)):
+        for knob, least in (("sync_every", 1), ("overlap", 0), ("fragments", 1)):
             value = getattr(self, knob)
             if value is None and knob == "sync_every":
                 continue
@@ -53,6 +58,23 @@ class Knobs:
                 f"overlap={self.overlap!r} must be less than sync_every="
                 f"{self.sync_every!r}"
             )
+        if self.fragments > 1 and self.sync_every is None:
+            raise ConfigError(
+                f"fragments={self.fragments!r} take turns within sync_every steps, so "
+                "it has to be a number, not 'manual'"
+            )
+        if self.sync_every is not None and self.fragments > self.sync_every:
+            raise ConfigError(
+                f"fragments={self.fragments!r} must be at most sync_every="
+                f"{self.sync_every!r}: one after a step"
+            )
+        if self.alpha is not None:
+            _check_number("alpha", self.alpha, "in [0, 1), or None", 0, 1, without=1)
+            if not self.overlap:
+                raise ConfigError(
+                    f"alpha={self.alpha!r} weighs what a rank has trained while an "
+                    "exchange is under way; give an overlap, or leave it out"
+                )
         _check_number("outer_lr", self.outer_lr, "in (0, 2]", 0, 2, without=0)
         _check_number("outer_momentum", self.outer_momentum, "in [0, 1)", 0, 1, 1)
         for knob in ("residual_decay", "inner_momentum_scale"):
@@ -61,8 +83,11 @@ class Knobs:
 
     def said(self) -> dict[str, object]:
         """Return the knobs by name, numbers alike on every rank."""
-        counts = ("sync_every", "overlap")
-        return {k: v if k in counts else float(v) for k, v in asdict(self).items()}
+        counts = ("sync_every", "overlap", "fragments")
+        return {
+            k: v if k in counts or v is None else float(v)
+            for k, v in asdict(self).items()
+        }
 
 
 def _check_number(
@@ -98,6 +123,11 @@ DEFAULT = Settings(density=0.115, min_ndim=0, min_numel=1, entropy="rans")
 # Two ranks send each other what they have coded, in one hop.
 FOR_TWO = Settings(
     density=0.12, min_ndim=0, min_numel=1, entropy="rans", topology="direct"
+)
+
+# Of one site, which sends nothing.
+ALONE: Mapping[str, Any] = MappingProxyType(
+    {"residual_decay": 1.0, "inner_momentum_scale": 1.0}
 )
 
 _MOMENTUM_BETWEEN = {

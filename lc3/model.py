@@ -6,6 +6,7 @@ replace buffers. So parameters are looked up by name whenever they are exchanged
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,25 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def like(parameter: Tensor) -> Tensor:
-    """Return what stands for this rank's part of a parameter, by shape and dtype."""
-    if not isinstance(parameter, DTensor):
+def like(
+    parameter: Tensor, share: slice | None = None, device: str | None = None
+) -> Tensor:
+    """Return what stands for this rank's part of a parameter, by shape and dtype.
+
+    Args:
+        parameter: a parameter, whole or sharded.
+        share: the elements of its part that it exchanges, if not all. Of as many
+            dimensions, the others of size 1.
+        device: the device where it is exchanged. Default: its own.
+    """
+    alike = device is None or parameter.device == torch.device(device)
+    if share is None and alike and not isinstance(parameter, DTensor):
         return parameter
     shard = local(parameter)
-    return shard.new_empty(1).expand(shard.shape)
+    shape = list(shard.shape)
+    if share is not None and shape:
+        shape = [1] * (len(shape) - 1) + [share.stop - share.start]
+    return shard.new_empty(1, device=device).expand(shape)
 
 
 def reshard(module: nn.Module) -> None:
@@ -76,14 +90,22 @@ class Model:
     Args:
         module: the module that is trained.
         names: names of its parameters that ranks exchange.
+        shares: by name the elements, in memory order, that this rank exchanges of what
+            it holds, where that is not all.
 
     Attributes:
         last_seen: the parameters by name, when somebody last looked them up.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        shares: Mapping[str, slice] = MappingProxyType({}),
+    ) -> None:
         self.module = module
         self._names = names
+        self._shares = shares
         self._known = set(names)
         self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.last_seen: dict[str, nn.Parameter] = {}
@@ -115,7 +137,18 @@ class Model:
         return self.last_seen
 
     def flats(self) -> dict[str, Tensor]:
-        """Return views of them in memory order, by name: [numel] of their dtypes.
+        """Return views of what is exchanged, by name: [numel] of their dtypes.
+
+        Raises:
+            AttachError: see ``wholes``.
+        """
+        wholes = self.wholes()
+        for name, share in self._shares.items():
+            wholes[name] = wholes[name][share]
+        return wholes
+
+    def wholes(self) -> dict[str, Tensor]:
+        """Return views of all that this rank holds, in memory order; see ``flats``.
 
         Raises:
             AttachError: see ``parameters``; or one is not in one block of memory.

@@ -5,7 +5,7 @@ since their last exchange (DiLoCo, arXiv 2311.08105), here with Nesterov's momen
 with a decay of what was not sent (SparseLoCo, arXiv 2508.15706).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -34,14 +34,15 @@ class Outer:
             if knobs.outer_momentum
         }
 
-    def step(self, knobs: Knobs, scale: float) -> None:
+    def step(self, knobs: Knobs, scale: float, names: Collection[str]) -> None:
         """Move the masters by the means that the last push has brought.
 
         Args:
             knobs: its rate and momentum.
             scale: factor of a mean over all ranks, of which some have said nothing.
+            names: names of the parameters that were pushed.
         """
-        for piece in self.owners.owned:
+        for piece in self.owners.owned_of(names):
             mean = self.owners.mean(piece)
             if scale != 1:
                 mean *= scale
@@ -55,24 +56,32 @@ class Outer:
                 update = mean.add(velocity, alpha=knobs.outer_momentum)
             self.owners.master(piece).sub_(update, alpha=knobs.outer_lr)
 
-    def forget(self, knobs: Knobs) -> None:
-        """Let what was not sent decay: this rank's residuals, its masters' lead."""
+    def forget(self, knobs: Knobs, names: Collection[str]) -> None:
+        """Let what was not sent decay: this rank's residuals, its masters' lead.
+
+        Args:
+            knobs: say by how much.
+            names: names of the parameters that were exchanged.
+        """
         if knobs.residual_decay == 1:
             return
-        for residual in self.owners.engine.residuals.sent.values():
-            residual.mul_(knobs.residual_decay)
-        self.owners.decay_lead(knobs.residual_decay)
+        for name, residual in self.owners.engine.residuals.sent.items():
+            if name in names:
+                residual.mul_(knobs.residual_decay)
+        self.owners.decay_lead(knobs.residual_decay, names)
 
     def rebase(self, base: Mapping[str, Tensor], *, forget: bool) -> None:
         """Go on from another model, which all ranks have alike.
 
         Args:
-            base: by name [numel].
+            base: of some parameters or all, by name [numel].
             forget: whether what is owed is owed no longer.
         """
         self.owners.rebase(base, keep_lead=not forget)
-        if forget:
-            for residual in self.owners.engine.residuals.buffers():
-                residual.zero_()
-            for velocity in self.velocity.values():
-                velocity.zero_()
+        if not forget:
+            return
+        residuals = self.owners.engine.residuals
+        for held in (residuals.sent, residuals.owned, self.velocity):
+            for name, tensor in held.items():
+                if name in base:
+                    tensor.zero_()

@@ -9,14 +9,14 @@ Where ranks exchange without owners (``Tuning.topology``) the push brings every 
 to every rank, the replica is the master, and there is nothing to pull.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
 from lc3.engine import Engine
 from lc3.exchange import gather
 from lc3.format import is_nan_frame
-from lc3.plan import Piece
+from lc3.plan import Layout, Piece
 
 
 class Owners:
@@ -48,6 +48,12 @@ class Owners:
         self.owned = self.pieces[self.engine.transport.rank]
         self.masters = {name: view.clone() for name, view in views.items()}
 
+    def owned_of(self, names: Collection[str]) -> Sequence[Piece]:
+        """Return those of ``owned`` that are of some parameters."""
+        if len(names) == len(self.replica):
+            return self.owned
+        return [piece for piece in self.owned if piece.name in names]
+
     def master(self, piece: Piece) -> Tensor:
         """Return the master of a piece that this rank owns: a view, float32[piece]."""
         return self.masters[piece.name][piece.offset : piece.offset + piece.numel]
@@ -74,14 +80,18 @@ class Owners:
         """Bring every replica nearer to the masters, and keep the push's residuals.
 
         Args:
-            values: what pushes of all parameters have left. Where a mean was not finite
-                the residuals stay what they were: the push never was.
+            values: what a push has left, of the parameters that are pulled. Where a
+                mean was not finite the residuals stay what they were: the push never
+                was.
             step: the same on every rank.
             bucket: the same on every rank, and not that of a push in this step unless
                 there was only one.
         """
-        means = [self.mean(piece) for piece in self.owned]
-        for piece, mean in zip(self.owned, means, strict=True):
+        every = len(values) == len(self.replica)
+        pieces = self.pieces if every else self.engine.pieces(values)
+        owned = pieces[self.engine.transport.rank]
+        means = [self.mean(piece) for piece in owned]
+        for piece, mean in zip(owned, means, strict=True):
             master = self.master(piece)
             if not piece.coded:
                 mean.copy_(master)
@@ -89,20 +99,31 @@ class Owners:
                 mean.copy_(master)
                 mean -= self.replica[piece.name][piece.start : piece.stop]
         nothing = [None] * len(means)
-        arrived = self.engine.all_gather(self.pieces, means, nothing, step, bucket)
+        arrived = self.engine.all_gather(pieces, means, nothing, step, bucket)
         with self.engine.meter.stage("decode"):
-            pulled = self.engine.messages.unpack(arrived, self.pieces, step, bucket)
-            self.engine.keep_residuals(self.pieces, pulled, values)
-            self._apply_finite(pulled)
+            pulled = self.engine.messages.unpack(arrived, pieces, step, bucket)
+            self.engine.keep_residuals(pieces, pulled, values)
+            self._apply_finite(pieces, pulled)
 
-    def _apply_finite(self, pulled: list[list[Tensor]]) -> None:
+    def push_here(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:  # noqa: ARG002  # nothing is sent
+        """Take this rank's own values for the means: there is no other rank."""
+        for piece in self.owned_of(values):
+            self.mean(piece).copy_(values[piece.name][piece.start : piece.stop])
+
+    def pull_here(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:  # noqa: ARG002  # nothing is sent
+        """Make the replica equal to the masters: there is no other rank."""
+        for piece in self.owned_of(values):
+            part = self.replica[piece.name][piece.start : piece.stop]
+            part.copy_(self.master(piece))
+
+    def _apply_finite(self, pieces: Layout, pulled: list[list[Tensor]]) -> None:
         kept = [
             [
                 (piece, chunk)
                 for piece, chunk in zip(of_owner, chunks, strict=True)
                 if not (piece.coded and is_nan_frame(chunk))
             ]
-            for of_owner, chunks in zip(self.pieces, pulled, strict=True)
+            for of_owner, chunks in zip(pieces, pulled, strict=True)
         ]
         self.engine.apply(
             [[piece for piece, _ in both] for both in kept],
@@ -114,10 +135,10 @@ class Owners:
         """Go on from another model, which all ranks have alike.
 
         Args:
-            base: by name [numel]; a replica from now on.
+            base: of some parameters or all, by name [numel]; a replica from now on.
             keep_lead: whether masters are as far ahead of it as they were.
         """
-        for piece in self.owned:
+        for piece in self.owned_of(base):
             part = slice(piece.start, piece.stop)
             master = self.master(piece)
             ahead = master - self.replica[piece.name][part] if keep_lead else 0
@@ -128,9 +149,9 @@ class Owners:
         for name, flat in base.items():
             self.replica[name].copy_(flat)
 
-    def decay_lead(self, factor: float) -> None:
-        """Multiply how far masters are ahead of the replica."""
-        for piece in self.owned:
+    def decay_lead(self, factor: float, names: Collection[str]) -> None:
+        """Multiply how far masters of some parameters are ahead of the replica."""
+        for piece in self.owned_of(names):
             replica = self.replica[piece.name][piece.start : piece.stop]
             self.master(piece).sub_(replica).mul_(factor).add_(replica)
 
@@ -181,11 +202,15 @@ class Everybody(Owners):
     def pull(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """See ``Owners.pull``: there is nothing to pull."""
 
+    def push_here(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:  # noqa: ARG002  # nothing is sent
+        """See ``Owners.push_here``."""
+        self._means = values
+
     def rebase(self, base: Mapping[str, Tensor], *, keep_lead: bool) -> None:  # noqa: ARG002  # nobody is ahead
         """See ``Owners.rebase``."""
         self._set(base)
 
-    def decay_lead(self, factor: float) -> None:
+    def decay_lead(self, factor: float, names: Collection[str]) -> None:
         """See ``Owners.decay_lead``: nobody is ahead."""
 
     def export(self) -> dict[str, Tensor]:

@@ -107,8 +107,20 @@ def arena(sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
     )
 
 
-def arena_like(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return zeros in one block of memory: by name float32[numel], where each is."""
-    device = next(iter(named.values())).device
-    buffers = arena([tensor.numel() for tensor in named.values()], device)
+def arena_like(
+    named: Mapping[str, Tensor], device: str | None = None
+) -> dict[str, Tensor]:
+    """Return zeros in one block of memory: by name float32[numel].
+
+    Args:
+        named: the tensors, all on one device.
+        device: another one, whose memory is pinned for theirs. Default: theirs.
+    """
+    here = next(iter(named.values())).device
+    sizes = [tensor.numel() for tensor in named.values()]
+    buffers = arena(sizes, here if device is None else torch.device(device))
+    if device is not None and here.type == "cuda":
+        buffers = torch.split(
+            torch.zeros(sum(sizes), dtype=torch.float32, pin_memory=True), sizes
+        )
     return dict(zip(named, buffers, strict=True))

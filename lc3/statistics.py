@@ -36,7 +36,7 @@ class Statistics:
         """Take what an exchange is to average, if it is to.
 
         Args:
-            exchange: its number.
+            exchange: its number, of those that buffers may come with.
             now: whether to average whatever its number is.
 
         Returns:
@@ -45,7 +45,6 @@ class Statistics:
         """
         buffers = self._model.float_buffers()
         changed = (False,) * len(buffers)
-        self._then = {}
         if now or exchange % _EVERY == _EVERY - 1:
             changed = tuple(self._model.changed_buffers())
             self._then = {name: buffer.clone() for name, buffer in buffers.items()}

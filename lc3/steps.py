@@ -6,8 +6,8 @@ else: ``Given`` keeps what they held then.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -146,7 +146,7 @@ class Watch:
     """Looks at a model's parameters before each step.
 
     Attributes:
-        written: since the last exchange began.
+        written: since the last exchange of each parameter began.
     """
 
     def __init__(self, model: Model) -> None:
@@ -154,34 +154,46 @@ class Watch:
         self._model = model
         self._in_a_row = 0
 
-    def take(self) -> Written:
-        """Return what was written, and look anew."""
-        written, self.written = self.written, Written()
-        return written
+    def take(self, names: Collection[str]) -> Written:
+        """Return what was written to some parameters, and look anew at these."""
+        now = self.written
+        if not now.base:
+            return now
+        base, late = (
+            {name: held.pop(name) for name in names if name in held}
+            for held in (now.base, now.late)
+        )
+        if not now.base:
+            self.written = Written()
+        return replace(now, base=base, late=late) if base else Written()
 
-    def look(self, shared: Mapping[str, Tensor], *, fresh: bool, new: bool) -> None:
+    def look(
+        self, shared: Mapping[str, Tensor], *, fresh: Collection[str], new: bool
+    ) -> None:
         """Keep what parameters hold, if something was written to them.
 
         Args:
             shared: by name float32[numel], what all ranks held after the last exchange.
-            fresh: whether they should hold just that.
+            fresh: names of those that should hold just that.
             new: whether the module may have other parameters.
         """
-        if not fresh and self._in_a_row >= _PATIENCE:
+        all_fresh = len(fresh) == len(shared)
+        if not all_fresh and self._in_a_row >= _PATIENCE:
             return
-        if not fresh and not self._model.touched(look_up=new):
+        touched = not all_fresh and self._model.touched(look_up=new)
+        if not touched and not fresh:
             return
-        flats = self._model.flats()
-        if fresh and all(
-            torch.equal(f, shared[n].to(f.dtype)) for n, f in flats.items()
+        flats = {n: f.to(shared[n].device) for n, f in self._model.flats().items()}
+        if not touched and all(
+            torch.equal(flats[n], shared[n].to(flats[n].dtype)) for n in fresh
         ):
             return
         moved = sum(float((f - shared[n]).norm()) ** 2 for n, f in flats.items())
         whole = sum(float(value.norm()) ** 2 for value in shared.values())
         self.written = Written(
             base={name: flat.clone() for name, flat in flats.items()},
-            far=moved > (_CHANGED if fresh else _REPLACED) ** 2 * whole,
-            whole=not fresh,
+            far=moved > (_CHANGED if all_fresh else _REPLACED) ** 2 * whole,
+            whole=not all_fresh,
         )
 
     def told(self, written: Written, *, alike: bool) -> None:

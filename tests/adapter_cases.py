@@ -3,7 +3,9 @@
     torchrun --nproc-per-node 2 -m tests.adapter_cases FRAMEWORK MODE FOLDER
 
 Modes: ``straight`` and ``local``, all epochs; ``accumulate``, two batches a step;
-``half`` and ``rest``, stopped in between and resumed in new processes; ``plain``,
+``half`` and ``rest``, stopped in between and resumed in new processes, ``local_half``
+and ``local_rest`` the same with local steps, against ``local_plain_half``, which stops,
+and ``local_plain_rest``, which gives all ranks the first one's optimizer; ``plain``,
 ``local_plain`` and ``accumulate_plain``, the same without the framework, on the same
 batches. Every rank writes what came of it to ``FOLDER/FRAMEWORK-MODE-RANK.pt``.
 
@@ -35,10 +37,9 @@ from lc3.hooks import ddp, local_sgd
 BATCH, BATCHES, EPOCHS = 8, 6, 4  # batches a rank and epoch
 CONFIG = Settings(sparsity=1.5, min_numel=64, log_every=None)
 LOCAL = Settings(density=0.2, min_numel=64, log_every=None)
-CLIP = 0.25  # below every norm of these trainings
+EVERY = 8  # local steps between two exchanges
+CLIP = 0.25  # below every norm of the trainings that share gradients
 ACCUMULATE = 2  # backward passes a step, where they accumulate
-
-FORMS: tuple[Any, Any] = ddp.attach, local_sgd.attach
 
 
 def dataset(world: int) -> TensorDataset:
@@ -57,10 +58,28 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01)
 
 
-def report(framework: str, mode: str, folder: Path, net: nn.Module, meter: Any) -> None:
-    """Write this rank's parameters and figures."""
-    flat = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
-    found = {"parameters": flat, "ratio": meter.ratio, "steps": meter.steps}
+def said_of(mode: str) -> dict[str, Any]:
+    """Return what a mode gives to an adapter."""
+    if mode.startswith("local"):
+        return {"config": LOCAL, "form": "local_sgd", "sync_every": EVERY}
+    return {"config": CONFIG}
+
+
+def flat_of(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+
+
+def report(
+    framework: str,
+    mode: str,
+    folder: Path,
+    net: nn.Module,
+    meter: Any,
+    evaluated: Sequence[Tensor] = (),
+) -> None:
+    """Write this rank's parameters and figures, and parameters it has evaluated."""
+    found = {"parameters": flat_of(net), "ratio": meter.ratio, "steps": meter.steps}
+    found["evaluated"] = list(evaluated)
     torch.save(found, folder / f"{framework}-{mode}-{dist.get_rank()}.pt")
 
 
@@ -81,12 +100,20 @@ def plain(framework: str, mode: str, folder: Path) -> None:
     model = DistributedDataParallel(net)
     optimizer = adamw(net.parameters())
     state: Any
-    if mode == "local_plain":
-        state = local_sgd.attach(model, optimizer, LOCAL)
+    if mode.startswith("local"):
+        state = local_sgd.attach(model, optimizer, LOCAL, sync_every=EVERY)
     else:
         state = ddp.attach(model, optimizer, CONFIG)
     passes = ACCUMULATE if mode == "accumulate_plain" else 1
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
+        if epoch == EPOCHS // 2 and mode == "local_plain_half":
+            break
+        if epoch == EPOCHS // 2 and mode == "local_plain_rest":
+            for _ in range(1 + (framework == "lightning")):  # its end, and its saving
+                state.sync()
+            said: list[Any] = [optimizer.state_dict()]
+            dist.broadcast_object_list(said)
+            optimizer.load_state_dict(said[0])
         dealt = batches(framework, dist.get_rank(), dist.get_world_size())
         for count, (x, y) in enumerate(dealt, 1):
             last = count % passes == 0
@@ -94,7 +121,7 @@ def plain(framework: str, mode: str, folder: Path) -> None:
                 (nn.functional.cross_entropy(model(x), y) / passes).backward()
             if last:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                assert norm > CLIP
+                assert norm > CLIP or mode.startswith("local")
                 optimizer.step()
                 optimizer.zero_grad()
     state.sync()
@@ -108,6 +135,8 @@ def with_lightning(mode: str, folder: Path) -> None:
 
     from lc3.hooks.lightning import LC3
 
+    evaluated: list[Tensor] = []
+
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -117,15 +146,19 @@ def with_lightning(mode: str, folder: Path) -> None:
             x, y = batch
             return nn.functional.cross_entropy(self.net(x), y)
 
+        def validation_step(self, batch: Any, _: int) -> None:
+            evaluated.append(flat_of(self.net))
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return adamw(self.net.parameters())
 
         def on_train_end(self) -> None:
             assert callback.state is not None
-            report("lightning", mode, folder, self.net, callback.state.meter)
+            meter = callback.state.meter
+            report("lightning", mode, folder, self.net, meter, evaluated)
 
-    callback = LC3(LOCAL if mode == "local" else CONFIG, attach=FORMS[mode == "local"])
-    half = mode == "half"
+    callback = LC3(**said_of(mode))
+    half = mode.endswith("half")
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=2,
@@ -152,7 +185,9 @@ def with_lightning(mode: str, folder: Path) -> None:
 
     if half:
         trainer.callbacks.append(Saving())
-    trainer.fit(Module(), loader, ckpt_path=saved if mode == "rest" else None)
+    resumed = saved if mode.endswith("rest") else None
+    evaluates = loader if mode == "local" else None
+    trainer.fit(Module(), loader, evaluates, ckpt_path=resumed)
     if mode == "straight":
         assert trainer.callback_metrics["lc3/ratio"] > 1
     dist.destroy_process_group()
@@ -168,12 +203,12 @@ def with_accelerate(mode: str, folder: Path) -> None:
     net = network()
     loader = DataLoader(dataset(accelerator.num_processes), batch_size=BATCH)
     model, optimizer, loader = accelerator.prepare(net, adamw(net.parameters()), loader)
-    config, form = (LOCAL if mode == "local" else CONFIG), FORMS[mode == "local"]
-    state = adapter.attach(accelerator, model, optimizer, config, attach=form)
+    state = adapter.attach(accelerator, model, optimizer, **said_of(mode))
     saved = str(folder / "accelerate")
-    if mode == "rest":
+    if mode.endswith("rest"):
         accelerator.load_state(saved)
-    for _ in range(EPOCHS // 2 if mode in ("half", "rest") else EPOCHS):
+    stops = mode.endswith(("half", "rest"))
+    for _ in range(EPOCHS // 2 if stops else EPOCHS):
         for x, y in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(nn.functional.cross_entropy(model(x), y))
@@ -181,9 +216,10 @@ def with_accelerate(mode: str, folder: Path) -> None:
                     accelerator.clip_grad_norm_(model.parameters(), CLIP)
                 optimizer.step()
                 optimizer.zero_grad()
-    if mode == "half":
+    if mode.endswith("half"):
         accelerator.save_state(saved)
-    state.sync()
+    else:
+        state.sync()
     report("accelerate", mode, folder, net, state.meter)
     state.close()
     accelerator.end_training()
@@ -194,12 +230,16 @@ def with_transformers(mode: str, folder: Path) -> None:
 
     from lc3.hooks import transformers as adapter
 
+    evaluated: list[Tensor] = []
+
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.net = network()
 
         def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            if not self.training:
+                evaluated.append(flat_of(self.net))
             return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
 
     class InOrder(Trainer):
@@ -214,11 +254,13 @@ def with_transformers(mode: str, folder: Path) -> None:
     options = TrainingArguments(
         str(folder / "trainer"),
         use_cpu=True,
-        max_steps=steps // 2 if mode == "half" else steps,
+        max_steps=steps // 2 if mode.endswith("half") else steps,
         per_device_train_batch_size=BATCH,
         max_grad_norm=CLIP,
-        save_strategy="steps" if mode == "half" else "no",
+        save_strategy="steps" if mode.endswith("half") else "no",
         save_steps=steps // 2,
+        eval_strategy="steps" if mode == "local" else "no",
+        eval_steps=5,
         logging_steps=4,
         report_to=[],
         disable_tqdm=True,
@@ -229,13 +271,18 @@ def with_transformers(mode: str, folder: Path) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     world = options.world_size
     trainer = InOrder(
-        module, options, collate, dataset(world), optimizers=(optimizer, scheduler)
+        module,
+        options,
+        collate,
+        dataset(world),
+        dataset(world) if mode == "local" else None,
+        optimizers=(optimizer, scheduler),
     )
-    config, form = (LOCAL if mode == "local" else CONFIG), FORMS[mode == "local"]
-    callback = adapter.attach(trainer, config, attach=form)
-    trainer.train(resume_from_checkpoint=True if mode == "rest" else None)
+    callback = adapter.attach(trainer, **said_of(mode))
+    trainer.train(resume_from_checkpoint=True if mode.endswith("rest") else None)
     assert callback.state is not None
-    report("transformers", mode, folder, module.net, callback.state.meter)
+    meter = callback.state.meter
+    report("transformers", mode, folder, module.net, meter, evaluated)
     logged = [entry for entry in trainer.state.log_history if "lc3/ratio" in entry]
     assert logged
     assert logged[-1]["lc3/ratio"] > 1
@@ -245,7 +292,7 @@ def with_transformers(mode: str, folder: Path) -> None:
 def main() -> None:
     framework, mode, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    if mode.endswith("plain"):
+    if "plain" in mode:
         plain(framework, mode, Path(folder))
     else:
         globals()[f"with_{framework}"](mode, Path(folder))

@@ -57,6 +57,32 @@ def trains(rank: int, world: int, hook: str, kind: str) -> list[float]:
     return losses
 
 
+def state_on_the_host(rank: int, world: int) -> tuple[bool, float]:
+    """Return whether bits are the same, and bytes a parameter left on the GPU."""
+    device = device_of(rank, "cuda")
+    ends = []
+    for where in (None, "cpu"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
+        net.to(device)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        before = torch.cuda.memory_allocated(device)
+        given: Any = {"sync_every": 4, "overlap": 1, "state_device": where}
+        state = local_sgd.attach(net, optimizer, **given)
+        numel = sum(p.numel() for p in net.parameters())
+        added = (torch.cuda.memory_allocated(device) - before) / numel
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(16):
+            x = torch.randn(16, 256, generator=generator).to(device)
+            optimizer.zero_grad()
+            (net(x) - x).square().mean().backward()
+            optimizer.step()
+        state.sync()
+        state.close()
+        ends.append([p.detach().clone() for p in net.parameters()])
+    return all(map(torch.equal, *ends)), added
+
+
 def over_nccl(rank: int, world: int, own: bool) -> str:
     """Train a model whose group is NCCL; return a hash of it."""
     device = device_of(rank, "cuda")

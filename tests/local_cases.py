@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def forget(servers: Servers, decay: np.float32) -> None:
         master[:] = servers.replica[name] + decay * ahead
 
 
-def halve_first_moments(optimizer: torch.optim.Optimizer) -> None:
-    for state in optimizer.state.values():
+def halve_first_moments(
+    optimizer: torch.optim.Optimizer, some: Sequence[Tensor]
+) -> None:
+    for state in [optimizer.state[parameter] for parameter in some]:
         for moment in ("exp_avg", "momentum_buffer"):
             if moment in state:
                 state[moment] /= 2
@@ -98,6 +101,9 @@ def equals_the_servers(
     channels_last: bool,
     decay: float = 1.0,
     halves: bool = False,
+    groups: Sequence[Sequence[str]] = (("conv", "norm", "head"),),
+    alpha: float | None = None,
+    state_device: Any = None,
 ) -> dict[str, Any]:
     """Train; in each process also all ranks' shadows; compare after every step."""
     net = make_net(rank, channels_last)  # attach makes all ranks start like rank 0
@@ -113,6 +119,9 @@ def equals_the_servers(
         outer_lr=1,
         residual_decay=decay,
         inner_momentum_scale=0.5 if halves else 1.0,
+        fragments=len(groups),
+        alpha=alpha,
+        state_device=state_device,
     )
     shadows = [make_net(0, channels_last) for _ in range(world)]
     theirs = [make_optimizer(shadow, kind) for shadow in shadows]
@@ -122,45 +131,64 @@ def equals_the_servers(
         return {n: flat(p, p.detach()).copy() for n, p in shadow.named_parameters()}
 
     shapes = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
-    servers = Servers(shapes, world, config, values(shadows[0]))
-    seen: list[dict[str, Any]] = []
+    of_groups = []
+    for group in groups:
+        some = [(n, shape) for n, shape in shapes if n.partition(".")[0] in group]
+        start = values(shadows[0])
+        mine_only = {name: start[name] for name, _ in some}
+        of_groups.append(Servers(some, world, config, mine_only))
+    seen: dict[int, tuple[int, list[dict[str, Any]]]] = {}
 
     def write(shadow: nn.Module, wanted: dict[str, Any]) -> None:
         for name, parameter in shadow.named_parameters():
-            target = parameter.data.as_strided((parameter.numel(),), (1,))
-            target.copy_(torch.from_numpy(wanted[name]))
+            if name in wanted:
+                target = parameter.data.as_strided((parameter.numel(),), (1,))
+                target.copy_(torch.from_numpy(wanted[name]))
+
+    def halve(servers: Servers) -> None:
+        for shadow, one in zip(shadows, theirs, strict=True):
+            of_group = [p for n, p in shadow.named_parameters() if n in servers.masters]
+            if halves:
+                halve_first_moments(one, of_group)
 
     for step in range(4 * every + delay + 1):
         train_step(net, optimizer, rank, step)
         for other, shadow in enumerate(shadows):
             train_step(shadow, theirs[other], other, step)
         done = step + 1
-        if seen and done % every == delay and delay:
-            for shadow, old in zip(shadows, seen, strict=True):
-                now = values(shadow)
-                moved = {n: now[n] + (servers.replica[n] - old[n]) for n in names}
-                write(shadow, moved)
-            if halves:
-                for one in theirs:
-                    halve_first_moments(one)
-            seen = []
-        if done % every == 0:
+        for number, servers in enumerate(of_groups):
+            if seen.get(number, (0,))[0] == done:
+                _, olds = seen.pop(number)
+                for shadow, old in zip(shadows, olds, strict=True):
+                    now, new = values(shadow), servers.replica
+                    if alpha is None:
+                        moved = {n: now[n] + (new[n] - old[n]) for n in new}
+                    else:
+                        rest = np.float32(1 - alpha)
+                        moved = {n: now[n] + (new[n] - now[n]) * rest for n in new}
+                    write(shadow, moved)
+                halve(servers)
+        for number, servers in enumerate(of_groups):
+            if done % every != (number + 1) * every // len(groups) % every:
+                continue
             now_all = [values(shadow) for shadow in shadows]
             servers.exchange(
-                [{n: servers.replica[n] - now[n] for n in names} for now in now_all],
+                [
+                    {n: v - now[n] for n, v in servers.replica.items()}
+                    for now in now_all
+                ],
                 take_off,
             )
             if decay < 1:
                 forget(servers, np.float32(decay))
-            seen = now_all
-            if not delay:
-                for shadow in shadows:
-                    write(shadow, servers.replica)
-                if halves:
-                    for one in theirs:
-                        halve_first_moments(one)
+            if delay:
+                seen[number] = done + delay, now_all
+                continue
+            for shadow in shadows:
+                write(shadow, servers.replica)
+            halve(servers)
             for buffers in zip(*(s.buffers() for s in shadows), strict=True):
-                if buffers[0].is_floating_point() and not delay:
+                if buffers[0].is_floating_point():
                     mean = torch.stack(buffers).mean(0)
                     for buffer in buffers:
                         buffer.copy_(mean)
@@ -379,6 +407,16 @@ def refused(rank: int, world: int, what: str) -> str:
     if what == "ddp":
         net = DistributedDataParallel(net)
         net.register_comm_hook(None, allreduce_hook)
+    if what == "state_device":
+        given = {"state_device": "cuda"}
+    if what == "alpha":
+        given = {"alpha": 0.5}
+    if what == "fragments":
+        given = {"fragments": 4}
+    if what == "too many fragments":
+        given = {"fragments": 9, "sync_every": 8}
+    if what == "manual fragments":
+        given = {"fragments": 2, "sync_every": "manual"}
     numbers = ("outer_lr", "residual_decay", "inner_momentum_scale")
     if what in ("sync_every", "overlap", "a word", *numbers):
         cases: dict[str, dict[str, Any]] = {

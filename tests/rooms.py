@@ -56,6 +56,8 @@ BELOW = {
     "sharded": {"checkpoint", "errors"},
     "shares": {"errors", "exchange", "model", "owners"},
     "stand_in": {"applied", "errors"},
+    "fragments": {"errors", "says"},
+    "held": {"errors", "handshake", "model", "private", "site", "transport"},
     "site": {"channel", "errors", "meter", "private", "says", "transport"},
     "statistics": {"channel", "model", "says"},
     "channel": {"budget", "errors", "format", "meter", "transport"},

@@ -1,12 +1,12 @@
 """What the ranks of ``test_sites`` do: sites of two ranks, and plain ranks for them.
 
 Two plain ranks stand for two sites of two: each trains a model whose parameters are the
-shards, on the mean of its site's gradients. FSDP2 does the same arithmetic, so both end
-with the same bits.
+shards, on the mean of its site's gradients. FSDP2 and DDP do the same arithmetic, so
+all end with the same bits. Muon needs whole matrices: ``OfWhole`` steps these.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp._common_utils import TrainingState
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn import functional as F  # noqa: N812  # its usual name
+from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import Lc3Error
+from lc3 import Lc3Error, merge_states
 from lc3.config import Settings
 from lc3.hooks import local_sgd
 from lc3.model import local
@@ -31,6 +38,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     "adamw": partial(torch.optim.AdamW, lr=5e-3),
 }
+OTHER_KNOBS: dict[str, Any] = {"sync_every": 4, "outer_lr": 1.5, "fragments": 2}
+# Ranks of a site that hold the same, and shards, of HSDP.
+HSDP = {"hsdp of replicas": (2, 1), "hsdp of shards": (1, 2)}
 SIZES = ((32, 24), (24, 16), (16, 8))
 
 
@@ -53,23 +63,112 @@ class Shards(nn.Module):
     def __init__(self, whole: nn.Module) -> None:
         super().__init__()
         self.names = [name for name, _ in whole.named_parameters()]
-        self.shards = nn.ParameterDict(
-            {
-                f"{name.replace('.', '-')}-{place}": nn.Parameter(part.detach().clone())
-                for name, p in whole.named_parameters()
-                for place, part in enumerate(p.chunk(INSIDE))
-            }
-        )
+        self.shards = nn.ModuleDict()
+        for name, parameter in whole.named_parameters():
+            layer, _, kind = name.replace("layers.", "").partition(".")
+            if layer not in self.shards:
+                self.shards[layer] = nn.ParameterDict()
+            for place, part in enumerate(parameter.chunk(INSIDE)):
+                self.of(layer)[f"{kind}-{place}"] = nn.Parameter(part.detach().clone())
+
+    def of(self, layer: str) -> nn.ParameterDict:
+        """Return the shards of a layer."""
+        found = self.shards[layer]
+        assert isinstance(found, nn.ParameterDict)
+        return found
+
+    def parts(self, name: str) -> list[nn.Parameter]:
+        """Return the shards of a parameter of ``Net``."""
+        layer, _, kind = name.replace("layers.", "").partition(".")
+        return [self.of(layer)[f"{kind}-{place}"] for place in range(INSIDE)]
 
     def whole(self, name: str) -> Tensor:
         """Return a parameter of ``Net``."""
-        key = name.replace(".", "-")
-        return torch.cat([self.shards[f"{key}-{place}"] for place in range(INSIDE)])
+        return torch.cat([*self.parts(name)])
 
     def forward(self, x: Tensor) -> Tensor:
         for weight, bias in zip(self.names[::2], self.names[1::2], strict=True):
             x = torch.tanh(F.linear(x, self.whole(weight), self.whole(bias)))
         return x
+
+
+class Several:
+    """Muon for matrices, AdamW for what else there is, stepped one after the other."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        given = list(parameters)
+        self.all = [
+            torch.optim.Muon([p for p in given if p.ndim == 2], lr=0.02),
+            torch.optim.AdamW([p for p in given if p.ndim != 2], lr=5e-3),
+        ]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for one in self.all:
+            one.zero_grad()
+
+    def step(self) -> None:
+        """Step all."""
+        for one in self.all:
+            one.step()
+
+
+class OfWhole(torch.optim.Optimizer):
+    """Steps shards by optimizers of the whole parameters, which it brings together.
+
+    torch's own Muon multiplies shards of FSDP2 in another order, to other bits.
+
+    Args:
+        model: has the shards: ``Shards``, or a model of FSDP2.
+        make: makes the optimizer of whole parameters.
+    """
+
+    def __init__(self, model: nn.Module, make: Callable[..., Any]) -> None:
+        super().__init__(model.parameters(), {})
+        self.model = model
+        self.whole = [nn.Parameter(value) for value, _, _ in self._now(grads=False)]
+        self.inner = make(self.whole)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step what the shards are of."""
+        assert closure is None
+        now = list(self._now(grads=True))
+        for whole, (value, grad, _) in zip(self.whole, now, strict=True):
+            whole.copy_(value)
+            whole.grad = grad
+        self.inner.step()
+        for whole, (_, _, shards) in zip(self.whole, now, strict=True):
+            for place, shard in shards.items():
+                shard.copy_(whole.chunk(INSIDE)[place])
+
+    @torch.no_grad()
+    def _now(self, *, grads: bool) -> Iterator[tuple[Tensor, Any, dict[int, Tensor]]]:
+        """Yield whole parameters, gradients, and this rank's shards by place."""
+        if not isinstance(self.model, Shards):
+            parameters: Any = self.model.parameters()
+            for p in parameters:
+                grad = p.grad.full_tensor() if grads else None
+                place = p.device_mesh.get_local_rank()
+                yield p.full_tensor(), grad, {place: p.to_local()}
+            return
+        for name in self.model.names:
+            mine: dict[int, Tensor] = dict(enumerate(self.model.parts(name)))
+            held: Any = [p.grad for p in mine.values()]
+            grad = torch.cat(held) if grads else None
+            yield self.model.whole(name).detach().clone(), grad, mine
+
+
+def make_optimizer(kind: str, model: nn.Module) -> tuple[Any, Any]:
+    """Return what is stepped, and what is given to ``attach``."""
+    if kind == "muon" and not isinstance(model, DistributedDataParallel):
+        both: Any = OfWhole(model, Several)
+        return both, both
+    if kind == "muon":
+        several = Several(model.parameters())
+        return several, several.all
+    made = OPTIMIZERS[kind](model.parameters())
+    return made, made
 
 
 class OldFSDP(FullyShardedDataParallel):
@@ -109,6 +208,28 @@ def sharded(mesh: DeviceMesh) -> nn.Module:
     return model
 
 
+def wrapped(mesh: DeviceMesh) -> nn.Module:
+    """Return the model in DDP over the ranks of a site."""
+    return DistributedDataParallel(net(), process_group=mesh.get_group("inside"))
+
+
+def held(world: int, form: str) -> tuple[nn.Module, DeviceMesh]:
+    """Return the model as a form holds it inside of a site, and the mesh."""
+    mesh = mesh_of(world)
+    if form in HSDP:
+        shape = (world // INSIDE, *HSDP[form])
+        names = ("between", "replicate", "shard")
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        model = net()
+        shard: Any = fully_shard
+        shard(model, mesh=mesh["replicate", "shard"])
+        return model, mesh
+    if form == "tensor parallel":  # a layer's columns, the next one's rows, one whole
+        styles = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
+        return parallelize_module(net(), mesh["inside"], styles), mesh
+    return sharded(mesh) if form == "fsdp2" else wrapped(mesh), mesh
+
+
 def step_of_site(model: nn.Module, optimizer: Any, rank: int, step: int) -> None:
     """Make a step of FSDP2's."""
     optimizer.zero_grad()
@@ -131,16 +252,14 @@ def step_for_site(model: nn.Module, optimizer: Any, site: int, step: int) -> Non
 def shards_of(model: nn.Module, place: int) -> dict[str, Tensor]:
     """Return what a rank of a site should hold of ``Shards``, by ``Net``'s names."""
     assert isinstance(model, Shards)
-    return {
-        name: model.shards[f"{name.replace('.', '-')}-{place}"].detach().clone()
-        for name in model.names
-    }
+    return {name: model.parts(name)[place].detach().clone() for name in model.names}
 
 
 def locals_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return what this rank holds of a sharded model."""
-    parameters: Any = model.named_parameters()
-    return {name: p.to_local().detach().clone() for name, p in parameters}
+    """Return what this rank holds of a model."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return {name: local(p).clone() for name, p in model.named_parameters()}
 
 
 def for_sites(
@@ -148,8 +267,8 @@ def for_sites(
 ) -> tuple[list[list[dict[str, Tensor]]], int]:
     """Train a plain rank for each site; return what places hold after steps, bytes."""
     model = Shards(net())
-    optimizer = OPTIMIZERS[kind](model.parameters())
-    state = local_sgd.attach(model, optimizer, CONFIG, **knobs)
+    optimizer, given = make_optimizer(kind, model)
+    state = local_sgd.attach(model, given, CONFIG, **knobs)
     found = []
     for step in range(steps):
         step_for_site(model, optimizer, rank, step)
@@ -162,13 +281,12 @@ def for_sites(
 
 
 def in_sites(
-    rank: int, world: int, kind: str, steps: int, knobs: dict[str, Any]
+    rank: int, world: int, form: str, kind: str, steps: int, knobs: dict[str, Any]
 ) -> tuple[list[dict[str, Tensor]], int]:
-    """Train sharded inside of sites; return what is held after steps, and bytes."""
-    mesh = mesh_of(world)
-    model = sharded(mesh)
-    optimizer = OPTIMIZERS[kind](model.parameters())
-    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, **knobs)
+    """Train inside of sites; return what is held after steps, and bytes."""
+    model, mesh = held(world, form)
+    optimizer, given = make_optimizer(kind, model)
+    state = local_sgd.attach(model, given, CONFIG, mesh=mesh, **knobs)
     found = []
     for step in range(steps):
         step_of_site(model, optimizer, rank, step)
@@ -215,6 +333,43 @@ def resumes(rank: int, world: int, folder: str) -> bool:
     return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def saved_between_exchanges(rank: int, world: int, form: str, folder: str) -> Any:
+    """Train and save every rank's state; return the masters of this rank's shard."""
+    model, mesh = held(world, form)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, **OTHER_KNOBS)
+    for step in range(10):
+        step_of_site(model, optimizer, rank, step)
+    torch.save(state.state_dict(), Path(folder) / f"{form}-{rank}.pt")
+    masters = state.session.lane.call(state.owners.export)
+    state.close()
+    return masters
+
+
+def other_sites(rank: int, world: int, form: str, folder: str, before: int) -> Any:
+    """Go on with other sites than have saved; return masters, and whether all agree.
+
+    Args:
+        before: how many sites there were.
+    """
+    model, mesh = held(world, form)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, **OTHER_KNOBS)
+    ranks = [site * INSIDE + rank % INSIDE for site in range(before)]
+    states = [
+        torch.load(Path(folder) / f"{form}-{one}.pt", weights_only=True)
+        for one in ranks
+    ]
+    state.load_state_dict(merge_states(states))
+    masters = state.session.lane.call(state.owners.export)
+    for step in range(10, 16):
+        step_of_site(model, optimizer, rank, step)
+    state.sync()
+    state.check_replicas()
+    state.close()
+    return masters
+
+
 def _loaded(mesh: DeviceMesh, path: Path) -> tuple[nn.Module, Any, Any]:
     saved = torch.load(path, weights_only=True)
     model = sharded(mesh)
@@ -238,10 +393,9 @@ def _loaded(mesh: DeviceMesh, path: Path) -> tuple[nn.Module, Any, Any]:
     return model, optimizer, state
 
 
-def nan_in_a_shard(rank: int, world: int) -> dict[str, Any]:
+def nan_in_a_shard(rank: int, world: int, form: str) -> dict[str, Any]:
     """Let one shard of one site be NaN once; return what becomes of it."""
-    mesh = mesh_of(world)
-    model = sharded(mesh)
+    model, mesh = held(world, form)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, sync_every=4)
     losses = []
@@ -250,7 +404,7 @@ def nan_in_a_shard(rank: int, world: int) -> dict[str, Any]:
         if step == 9 and rank == 3:
             parameters: Any = list(model.parameters())
             with torch.no_grad():
-                parameters[0].to_local()[0, 0] = math.nan
+                local(parameters[0])[0, 0] = math.nan
         with torch.no_grad():
             losses.append(float(model(batch(9, 9)).square().mean()))
     left_out = state.left_out
@@ -260,18 +414,19 @@ def nan_in_a_shard(rank: int, world: int) -> dict[str, Any]:
     return {"first": losses[0], "last": losses[-1], "left_out": left_out}
 
 
-def loaded_on_all(rank: int, world: int) -> bool:
-    """Load other weights into every shard; return whether they hold."""
-    mesh = mesh_of(world)
-    model = sharded(mesh)
+def loaded(rank: int, world: int, form: str, on_one: bool) -> bool:
+    """Load other weights everywhere, or on rank 0 only; return whether they hold."""
+    model, mesh = held(world, form)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, sync_every=2)
     for step in range(4):
         step_of_site(model, optimizer, rank, step)
     parameters: Any = list(model.parameters())
     with torch.no_grad():
-        for parameter in parameters:
-            parameter.to_local().fill_(0.25)
+        for parameter in parameters if rank == 0 or not on_one else ():
+            local(parameter).fill_(0.25)
+    if on_one:
+        state.rebase()
     for step in range(4, 8):
         step_of_site(model, optimizer, rank, step)
     state.sync()
@@ -285,6 +440,20 @@ def refused(rank: int, world: int, what: str) -> str:
     model: nn.Module = net() if what == "plain" else sharded(mesh)
     if what == "first version":
         model = OldFSDP()
+    if what == "deepspeed":
+        model = type("DeepSpeedEngine", (Net,), {"__module__": "deepspeed.engine"})()
+    if what == "shards of another dimension in one site" and rank > 1:
+        model = net()
+        columns: Any = fully_shard
+        columns(model, mesh=mesh["inside"], shard_placement_fn=_columns)
+    if what == "averaged over all ranks":
+        model = DistributedDataParallel(net())
+    if what == "other values on one rank":
+        model = wrapped(mesh)
+        with torch.no_grad():
+            next(model.parameters())[0, 0] += rank == 3
+    if what == "other shapes on one rank" and rank == 1:
+        model.extra = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if what == "after an evaluation":  # the root holds whole parameters then
         with torch.no_grad():
@@ -298,7 +467,8 @@ def refused(rank: int, world: int, what: str) -> str:
         optimizer = "none"  # type: ignore[assignment]
     given: Any = {
         "no mesh": None,
-        "number": 2,
+        "number": 3,
+        "a word": "2",
         "flat": init_device_mesh("cpu", (world,)),
         "other ranks": DeviceMesh("cpu", [[0, 2], [1, 3]]),
     }.get(what, mesh)
@@ -314,6 +484,53 @@ def refused(rank: int, world: int, what: str) -> str:
     state.close()
     state.close()
     return "attached"
+
+
+def _columns(parameter: nn.Parameter) -> Shard:
+    return Shard(parameter.ndim - 1)
+
+
+def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
+    """Train a model of columns, rows and whole parameters; return what it comes to."""
+    model, mesh = held(world, "tensor parallel")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, sync_every=4)
+    losses = []
+    for step in range(20):  # ranks of a site have the same batches
+        step_of_site(model, optimizer, rank // INSIDE, step)
+        losses.append(float(model(batch(9, 9)).square().mean().detach()))
+    state.sync()
+    state.check_replicas()
+    found = {
+        "first": losses[0],
+        "last": losses[-1],
+        "numel": sum(state.engine.plan.numel.values()),
+        "whole": {n: t for n, t in locals_of(model).items() if "layers.2" in n},
+    }
+    state.close()
+    return found
+
+
+def unused(rank: int, world: int, form: str) -> bool:
+    """Train a model of which one parameter is not used; return whether it stays."""
+    mesh = mesh_of(world)
+    model = net()
+    model.extra = nn.Parameter(torch.ones(6, 4))
+    inside = mesh.get_group("inside")
+    if form == "ddp":
+        model = DistributedDataParallel(
+            model, process_group=inside, find_unused_parameters=True
+        )
+    else:
+        shard: Any = fully_shard
+        shard(model, mesh=mesh["inside"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, sync_every=2)
+    for step in range(6):
+        step_of_site(model, optimizer, rank, step)
+    state.sync()
+    state.close()
+    return bool((locals_of(model)["extra"] == 1).all())
 
 
 def others_state(rank: int, world: int) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lc3 import AttachError
-from lc3.frameworks import require
-from lc3.hooks import ddp
+from lc3 import AttachError, ConfigError
+from lc3.frameworks import attach_of, require
+from lc3.hooks import ddp, local_sgd
 from tests import forked
 from tests.test_surface import run_examples
 
@@ -95,6 +95,40 @@ def test_a_framework_makes_local_steps(framework: str, tmp_path: Path) -> None:
     local = trained(framework, "local", tmp_path)
     assert torch.equal(local["parameters"], plain["parameters"])
     assert local["ratio"] == pytest.approx(plain["ratio"], rel=0.01)
+    if framework != "accelerate":  # whose users evaluate themselves
+        other = torch.load(tmp_path / f"{framework}-local-1.pt")
+        assert len(local["evaluated"]) >= 4
+        for here, there in zip(local["evaluated"], other["evaluated"], strict=True):
+            assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_framework_resumes_local_steps(framework: str, tmp_path: Path) -> None:
+    """Bit for bit what a loop does that syncs and shares an optimizer there."""
+    needs(framework)
+    stopped = trained(framework, "local_plain_half", tmp_path)
+    half = trained(framework, "local_half", tmp_path)
+    assert torch.equal(half["parameters"], stopped["parameters"])
+    plain = trained(framework, "local_plain_rest", tmp_path)
+    rest = trained(framework, "local_rest", tmp_path)
+    assert torch.equal(rest["parameters"], plain["parameters"])
+    assert not torch.equal(rest["parameters"], half["parameters"])
+
+
+def test_what_attaches_is_said_once() -> None:
+    forms: Any = {"ddp": ddp.attach, "local_sgd": local_sgd.attach}
+    assert attach_of(None, None, None, forms) is ddp.attach
+    assert attach_of("local_sgd", None, None, forms) is local_sgd.attach
+    made: Any = attach_of("local_sgd", 8, None, forms)
+    assert (made.func, made.keywords) == (local_sgd.attach, {"sync_every": 8})
+    bad: list[tuple[tuple[Any, Any, Any], str]] = [
+        (("ring", None, None), "form='ring' must be one of 'ddp', 'local_sgd'"),
+        ((None, 8, None), "sync_every=8 is for local steps, and form is 'ddp'"),
+        ((None, 8, ddp.attach), "attach says the form and its knobs"),
+    ]
+    for given, words in bad:
+        with pytest.raises(ConfigError, match=words):
+            attach_of(*given, forms)
 
 
 def test_accelerate_accumulates_as_ddp_does(tmp_path: Path) -> None:

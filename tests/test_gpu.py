@@ -49,6 +49,12 @@ def test_a_gpu_trains_as_the_cpu_does(pair: Ranks, hook: str) -> None:
         assert of_rank == pytest.approx(there, rel=0.02)
 
 
+def test_a_state_on_the_host_is_the_same_and_leaves_the_gpu_free(pair: Ranks) -> None:
+    for same, added in pair.run(gpu_cases.state_on_the_host, timeout_s=300):
+        assert same
+        assert added <= 4
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_model_over_nccl(pair: Ranks, own: bool) -> None:
     """lc3's own group is gloo, or NCCL if it is given one."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lc3 import knobs
 from lc3.config import Settings
+from lc3.hooks import local_sgd
 from tests import local_cases
 from tests.ranks import Ranks
 
@@ -44,10 +46,90 @@ def test_local_steps_equal_the_servers(
         assert report["ratio"] > 2 * every
 
 
+@pytest.mark.parametrize(("fragments", "overlap"), [(1, 0), (1, 2), (2, 0)])
+def test_one_process_makes_outer_steps_when_it_is_asked(
+    fragments: int, overlap: int
+) -> None:
+    """They are those of torch's SGD with Nesterov momentum, and survive a resume."""
+    nets = [local_cases.make_net(0) for _ in range(2)]
+    inner = [local_cases.make_optimizer(net, "adamw") for net in nets]
+    given: dict[str, Any] = {"outer_lr": 0.7, "outer_momentum": 0.6}
+    given |= {"sync_every": 4, "fragments": fragments, "overlap": overlap}
+    state = local_sgd.attach(nets[0], inner[0], **given)
+    assert state.knobs.inner_momentum_scale == state.knobs.residual_decay == 1
+    mine = list(nets[1].parameters())
+    shared = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    groups = [range(4), range(4, 6)] if fragments == 2 else [range(6)]
+    outer = [
+        torch.optim.SGD([shared[i] for i in some], 0.7, momentum=0.6, nesterov=True)
+        for some in groups
+    ]
+    then: dict[int, Tensor] = {}
+    for step in range(1, 18):
+        for net, optimizer in zip(nets, inner, strict=True):
+            local_cases.train_step(net, optimizer, 0, step)
+        with torch.no_grad():
+            for index in list(then) if overlap and step % 4 == overlap else ():
+                mine[index].add_(shared[index] - then.pop(index))
+            for some, optimizer in zip(groups, outer, strict=True):
+                due = 4 if some[-1] == 5 else 2
+                if step % 4 != due % 4:
+                    continue
+                for index in some:
+                    shared[index].grad = shared[index] - mine[index]
+                    then[index] = mine[index].detach().clone()
+                optimizer.step()
+                for index in some if not overlap else ():
+                    mine[index].copy_(shared[index])
+        if step == 10 and not overlap:
+            state.close()
+            kept = state.state_dict()
+            state = local_sgd.attach(nets[0], inner[0], **given)
+            state.load_state_dict(kept)
+        for one, other in zip(nets[0].parameters(), mine, strict=True):
+            assert torch.equal(one, other), step
+    with state.shared_model():
+        for index, one in enumerate(nets[0].parameters()):
+            assert torch.equal(one, shared[index])
+    state.sync()
+    assert state.meter.sent_bytes == 0
+    assert state.exchanges == 4 * fragments + 1
+    state.close()
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_residuals_decay_as_the_servers_do(ranks: Pools, world: int) -> None:
     case = (4, 3, "adamw", True, 0.7)
     reports = ranks(world).run(local_cases.equals_the_servers, *case)
+    assert len({report["hash"] for report in reports}) == 1
+
+
+@pytest.mark.parametrize(
+    ("world", "every", "delay", "groups", "alpha"),
+    [
+        (2, 4, 0, [["conv", "norm"], ["head"]], None),
+        (3, 4, 0, [["conv"], ["norm"], ["head"]], None),
+        (2, 4, 3, [["conv"], ["norm"], ["head"]], None),  # several at once
+        (3, 5, 2, [["conv", "norm"], ["head"]], 0.25),
+        (2, 4, 1, [["conv", "norm", "head"]], 0.5),
+    ],
+)
+def test_fragments_equal_servers_of_their_own(
+    ranks: Pools,
+    world: int,
+    every: int,
+    delay: int,
+    groups: list[list[str]],
+    alpha: float | None,
+) -> None:
+    case = (every, delay, "adamw", False, 0.7, True, groups, alpha)
+    reports = ranks(world).run(local_cases.equals_the_servers, *case)
+    assert len({report["hash"] for report in reports}) == 1
+
+
+def test_a_state_in_host_memory_equals_the_servers(ranks: Pools) -> None:
+    case = (4, 1, "adamw", False, 0.7, True, [["conv", "norm", "head"]], None, "cpu")
+    reports = ranks(2).run(local_cases.equals_the_servers, *case)
     assert len({report["hash"] for report in reports}) == 1
 
 
@@ -194,6 +276,11 @@ def test_a_delay_hides_a_slow_exchange(ranks: Pools) -> None:
         ("residual_decay", r"ConfigError: residual_decay=3\.0 must be .* in \[0, 1\]"),
         ("inner_momentum_scale", r"ConfigError: inner_momentum_scale=3\.0 must be a"),
         ("strides", r"AttachError: a parameter of shape \[10, 300\] has strides"),
+        ("state_device", "ConfigError: state_device='cuda' must be 'cpu', or None"),
+        ("alpha", r"ConfigError: alpha=0\.5 weighs .*; give an overlap"),
+        ("fragments", "ConfigError: fragments=4 is more than the 3 layers of the"),
+        ("too many fragments", "ConfigError: fragments=9 must be at most sync_every=8"),
+        ("manual fragments", "ConfigError: fragments=2 take turns within sync_every"),
         ("differ", r"PlanMismatch: ranks differ: Config\.density is 0\.1 on rank 0"),
         (
             "every differs",

@@ -74,6 +74,54 @@ def test_links_have_their_rate_and_count_bytes(tmp_path: Path) -> None:
         assert 18_000_000 < host["received_bytes"] < 18_000_000 * 1.08
 
 
+INSIDE_AND_BETWEEN = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+place, site = dist.get_rank() % 2, dist.get_rank() // 2
+inside = [dist.new_group([0, 1]), dist.new_group([2, 3])][site]
+between = [dist.new_group([0, 2]), dist.new_group([1, 3])][place]
+large, small = torch.ones(2_000_000), torch.ones(100_000)
+for _ in range(3):
+    dist.all_reduce(large, group=inside)
+    dist.all_reduce(small, group=between)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@lab
+@pytest.mark.timeout(200)
+def test_links_between_sites_are_limited_and_counted(tmp_path: Path) -> None:
+    """Each rank sends 24 MB inside, and 1.2 MB between: at 10 Mbit/s 2 s a site."""
+    (tmp_path / "send.py").write_text(INSIDE_AND_BETWEEN)
+    report = tmp_path / "report.json"
+    given = ("--sites", "2", "--ranks", "2", "--rate", "10mbit", "--report")
+    done = subprocess.run(
+        command(*given, str(report), "--", str(tmp_path / "send.py")),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "site 1: 2," in done.stderr
+    found = json.loads(report.read_text())
+    for site in found["between"]:
+        assert 2_400_000 < site["sent_bytes"] < 2_400_000 * 1.15
+        assert 2_400_000 < site["received_bytes"] < 2_400_000 * 1.15
+        assert 600_000 < site["most_in_a_second"] < 1_250_000 * 1.05
+    assert len(found["hosts"]) == 4
+    for host in found["hosts"]:
+        assert 25_200_000 < host["sent_bytes"] < 25_200_000 * 1.08
+
+
+def test_the_most_in_a_second_slides() -> None:
+    counts = [(0.0, 0), (0.9, 10), (1.6, 30), (1.8, 31), (3.0, 35)]
+    assert netlab._most_in(counts, 1.0) == 21
+
+
 def processes_with(text: str) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):

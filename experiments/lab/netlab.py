@@ -7,6 +7,11 @@ what it receives. Everything lives in namespaces of one process: when that ends,
 it ends, the kernel takes interfaces, processes and limits away. Several labs may run
 side by side. What follows ``--`` is started on every host as one node of a torchrun
 job; the output of the first is shown.
+
+    sudo python -m experiments.lab.netlab --sites 2 --ranks 2 --rate 10mbit -- train.py
+
+makes two sites of two hosts with one rank each: links inside of a site are as fast as
+the machine, and ``tc tbf`` limits the one between each site and the others.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +39,7 @@ PORT = 29_500
 BURST_S = 0.004  # of the rate, that may pass at once
 LATENCY_MS = 50  # that a packet may wait for its turn
 START_TIMEOUT_S = 10.0
+_SAMPLE_S = 0.05
 _PR_SET_PDEATHSIG = 1
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
@@ -54,6 +61,23 @@ class Traffic:
     host: int
     sent_bytes: int
     received_bytes: int
+
+
+@dataclass(frozen=True)
+class Between:
+    """What passed the limited link of a host, or of a site.
+
+    Attributes:
+        link: number of the host, or the site.
+        sent_bytes: bytes that left it, headers included.
+        received_bytes: bytes that came.
+        most_in_a_second: bytes sent in the second in which they were most.
+    """
+
+    link: int
+    sent_bytes: int
+    received_bytes: int
+    most_in_a_second: int
 
 
 def missing() -> str | None:
@@ -89,19 +113,38 @@ class Lab:
     """The hosts. Made inside the namespaces that ``main`` enters first.
 
     Args:
-        hosts: how many.
-        rate: bits per second of every host's link, in each direction.
+        hosts: how many, in each site if there are sites.
+        rate: bits per second of every host's link, or every site's, in each direction.
+        sites: how many; 0: all hosts are on one switch.
     """
 
-    def __init__(self, hosts: int, rate: int) -> None:
+    def __init__(self, hosts: int, rate: int, sites: int = 0) -> None:
         self.holders: list[subprocess.Popen[bytes]] = []
+        self._samples: list[tuple[float, dict[str, tuple[int, int]]]] = []
+        self._ended = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
         _run("ip", "link", "set", "lo", "up")
-        _run("ip", "link", "add", "switch", "type", "bridge")
-        _run("ip", "link", "set", "switch", "up")
-        for host in range(hosts):
-            self._add(host, rate)
+        _add_switch("switch")
+        limits = _limits(rate)
+        self._links = [f"port{host}" for host in range(hosts)]
+        if not sites:
+            for host in range(hosts):
+                self._add(host, "switch", limits)
+        else:
+            self._links = [f"down{site}" for site in range(sites)]
+        for site in range(sites):
+            inside, up, down = f"site{site}", f"up{site}", f"down{site}"
+            _add_switch(inside)
+            _run("ip", "link", "add", up, "type", "veth", "peer", "name", down)
+            _run("ip", "link", "set", up, "master", inside, "up")
+            _run("ip", "link", "set", down, "master", "switch", "up")
+            for end in (up, down):
+                _run("tc", "qdisc", "add", "dev", end, *limits)
+            for host in range(site * hosts, (site + 1) * hosts):
+                self._add(host, inside, ())
+        self._sampler.start()
 
-    def _add(self, host: int, rate: int) -> None:
+    def _add(self, host: int, switch: str, limits: Sequence[str]) -> None:
         holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
         self.holders.append(holder)
         mine = Path("/proc/self/ns/net").readlink()
@@ -113,15 +156,13 @@ class Lab:
         port = f"port{host}"
         peer = ("peer", "name", "eth0", "netns", str(holder.pid))
         _run("ip", "link", "add", port, "type", "veth", *peer)
-        _run("ip", "link", "set", port, "master", "switch", "up")
+        _run("ip", "link", "set", port, "master", switch, "up")
         _run(*self.on(host, "ip", "link", "set", "lo", "up"))
         _run(*self.on(host, "ip", "addr", "add", f"{address(host)}/24", "dev", "eth0"))
         _run(*self.on(host, "ip", "link", "set", "eth0", "up"))
-        burst = str(burst_bytes(rate))
-        limit = ["root", "tbf", "rate", f"{rate}bit", "burst", burst]
-        limit += ["latency", f"{LATENCY_MS}ms"]
-        _run(*self.on(host, "tc", "qdisc", "add", "dev", "eth0", *limit))
-        _run("tc", "qdisc", "add", "dev", port, *limit)
+        if limits:
+            _run(*self.on(host, "tc", "qdisc", "add", "dev", "eth0", *limits))
+            _run("tc", "qdisc", "add", "dev", port, *limits)
 
     def on(self, host: int, *command: str) -> list[str]:
         """Return the command that runs ``command`` on a host."""
@@ -138,6 +179,21 @@ class Lab:
             counted = stats["tx"]["bytes"], stats["rx"]["bytes"]
             result.append(Traffic(host, *counted))
         return result
+
+    def _sample(self) -> None:
+        """Note what links have counted, until the lab is closed."""
+        while not self._ended.wait(_SAMPLE_S):
+            self._samples.append((time.monotonic(), _counted()))
+
+    def between(self) -> list[Between]:
+        """Return what has passed every limited link so far."""
+        samples = [*self._samples, (time.monotonic(), _counted())]
+        found = []
+        for number, link in enumerate(self._links):  # what comes in here was sent there
+            sent = [(at, counted[link][0]) for at, counted in samples]
+            received = samples[-1][1][link][1]
+            found.append(Between(number, sent[-1][1], received, _most_in(sent, 1.0)))
+        return found
 
     def torchrun(self, arguments: Sequence[str], ranks: int) -> int:
         """Run a torchrun job, one node a host; return the first bad exit status."""
@@ -176,9 +232,43 @@ class Lab:
 
     def close(self) -> None:
         """End the hosts; their interfaces go with them."""
+        self._ended.set()
+        self._sampler.join()
         for holder in self.holders:
             holder.kill()
             holder.wait()
+
+
+def _add_switch(name: str) -> None:
+    _run("ip", "link", "add", name, "type", "bridge")
+    _run("ip", "link", "set", name, "up")
+
+
+def _limits(rate: int) -> list[str]:
+    """Return what tc is told of a link of so many bits per second."""
+    burst = str(burst_bytes(rate))
+    limit = ["root", "tbf", "rate", f"{rate}bit", "burst", burst]
+    return [*limit, "latency", f"{LATENCY_MS}ms"]
+
+
+def _counted() -> dict[str, tuple[int, int]]:
+    """Return bytes received and sent by each interface here, by name."""
+    found = {}
+    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
+        name, _, numbers = line.partition(":")
+        columns = numbers.split()
+        found[name.strip()] = int(columns[0]), int(columns[8])
+    return found
+
+
+def _most_in(counts: Sequence[tuple[float, int]], seconds: float) -> int:
+    """Return the most that a count has grown within so many seconds."""
+    most = first = 0
+    for at, count in counts:
+        while at - counts[first][0] > seconds:
+            first += 1
+        most = max(most, count - counts[first][1])
+    return most
 
 
 def address(host: int) -> str:
@@ -213,7 +303,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the checked command line; a bad one ends the program with its reason."""
     parser = argparse.ArgumentParser(prog="experiments.lab.netlab", description=__doc__)
     parser.add_argument("--hosts", type=int, default=2, help="2 to 64")
-    parser.add_argument("--ranks", type=int, default=1, help="per host")
+    parser.add_argument("--ranks", type=int, default=1, help="per host, or per site")
+    parser.add_argument("--sites", type=int, default=0, help="instead of hosts, 2 to 8")
     parser.add_argument("--rate", default="100mbit", help="of each link, both ways")
     parser.add_argument(
         "--each",
@@ -229,6 +320,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("there is no job; end with: -- train.py, or -- -m a.module")
     if not 2 <= options.hosts <= 64 or options.ranks < 1:
         parser.error(f"--hosts {options.hosts} must be 2 to 64, --ranks 1 or more")
+    if options.sites and not (2 <= options.sites <= 8 and options.ranks <= 8):
+        parser.error(f"--sites {options.sites} must be 2 to 8, --ranks at most 8")
     try:
         options.rate = rate_bits(options.rate)
     except ValueError as error:
@@ -245,14 +338,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.inside:
         return _inside_namespaces(given)
     try:
-        lab = Lab(options.hosts, options.rate)
+        hosts = options.ranks if options.sites else options.hosts
+        lab = Lab(hosts, options.rate, options.sites)
         start = time.perf_counter()
         if options.each:
             status = lab.each(options.job)
         else:
-            status = lab.torchrun(options.job, options.ranks)
+            status = lab.torchrun(options.job, 1 if options.sites else options.ranks)
         seconds = time.perf_counter() - start
         traffic = lab.traffic()
+        between = lab.between()
     except LabError as error:
         print(f"experiments.lab.netlab: {error}", file=sys.stderr)
         return 1
@@ -262,8 +357,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{host.received_bytes:,} received, in {seconds:.1f} s",
             file=sys.stderr,
         )
+    for one in between if options.sites else ():
+        print(
+            f"site {one.link}: {one.sent_bytes:,} bytes sent to others, "
+            f"{one.received_bytes:,} received, {one.most_in_a_second:,} at most sent "
+            "in a second",
+            file=sys.stderr,
+        )
     if options.report:
-        report = {"seconds": seconds, "hosts": [asdict(host) for host in traffic]}
+        report = {
+            "seconds": seconds,
+            "hosts": [asdict(host) for host in traffic],
+            "between": [asdict(one) for one in between],
+        }
         options.report.write_text(json.dumps(report))
     lab.close()
     return status
