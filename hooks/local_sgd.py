@@ -369,10 +369,19 @@ class State(FormState):
         if self._loaded:  # this rank's own model, before or after the state
             self._loaded = False
             self._model.parameters()
+            if self.engine.transport.world == 1:
+                self._apply_owed()
             self._model.mark()
             self._fresh = ()
         elif not self._idle:
             self._watch.look(self.owners.replica, fresh=self._fresh, new=new)
+
+    def _apply_owed(self) -> None:
+        """Apply what several ranks had not sent: one rank has nobody to send it to."""
+        flats = self._model.flats()
+        for name, owed in self.engine.residuals.sent.items():
+            flats[name].sub_(owed.to(flats[name]), alpha=self.knobs.outer_lr)
+            owed.zero_()
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
         """Take in that an optimizer has stepped."""

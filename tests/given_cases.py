@@ -377,6 +377,37 @@ def alone(rank: int, world: int) -> dict[str, Any]:
     return copy.deepcopy(saved)
 
 
+def two_that_owe(rank: int, world: int) -> dict[str, Any]:
+    """What each of two ranks saves when it has not sent all that it has moved."""
+    module = net()
+    optimizer = optimizer_of(module, "sgd")
+    state = local_sgd.attach(module, optimizer, sync_every=4)
+    train(module, optimizer, rank, 24)
+    state.sync()
+    saved = {"model": module.state_dict(), "lc3": state.state_dict()}
+    state.close()
+    return copy.deepcopy(saved)
+
+
+def then_one(rank: int, world: int, saved: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return what is owed, and how far from it the model of one rank has gone."""
+    module = net(3)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    state = local_sgd.attach(module, optimizer, outer_lr=1.2)
+    module.load_state_dict(saved[0]["model"])
+    state.load_state_dict(merge([one["lc3"] for one in saved]))
+    flats = {name: p.detach().reshape(-1) for name, p in module.named_parameters()}
+    owed = {name: v.clone() for name, v in state.engine.residuals.sent.items()}
+    due = {name: flat.clone() for name, flat in flats.items()}
+    for name, value in owed.items():
+        due[name] -= 1.2 * value
+    train(module, optimizer, rank, 4)
+    apart = sum(float((flats[name] - due[name]).norm()) for name in due)
+    left = sum(float(v.norm()) for v in state.engine.residuals.sent.values())
+    state.close()
+    return sum(float(value.norm()) for value in owed.values()), apart + left
+
+
 def then_several(rank: int, world: int, saved: dict[str, Any]) -> tuple[float, float]:
     module = net(3)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)

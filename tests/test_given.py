@@ -120,6 +120,13 @@ def test_one_rank_alone_hands_its_model_on(ranks: Pools) -> None:
         assert after == pytest.approx(before, rel=0.05)
 
 
+def test_one_rank_takes_what_two_had_not_sent(ranks: Pools) -> None:
+    saved = ranks(2).run(given_cases.two_that_owe)
+    for owed, apart in ranks(1).run(given_cases.then_one, saved):
+        assert owed > 0.1
+        assert apart < 1e-5 * owed
+
+
 @pytest.mark.parametrize("delay", [0, 2])
 def test_constant_buffers_stay_and_are_not_sent(ranks: Pools, delay: int) -> None:
     for changed, ratio in ranks(3).run(given_cases.buffers_stay, delay):
