@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lc3 import private
 from lc3.checkpoint import Parts
 from lc3.config import Config, Settings, settle
+from lc3.edits import Edits
 from lc3.errors import AttachError, DivergedError
 from lc3.format import PULL_BUCKET
 from lc3.model import flat_view
@@ -40,7 +41,6 @@ from lc3.session import (
     session_for,
 )
 from lc3.sharded import Groups, Sharded, groups_of
-from lc3.shares import Shares
 from lc3.stand_in import StandIn
 from lc3.state import FormState
 
@@ -153,7 +153,7 @@ class PushPull(FormState, Optimizer):
         replica = {n: f.float() for n, f in flats.items()}  # float32: the model's own
         self.owners = owners_of(self.session.flat_engine, replica)
         self._means = self.session.flat_engine.means
-        self._shares = Shares(self._parameters, self.owners, self.engine)
+        self._edits = Edits(self._parameters, self.owners, self.engine)
         self._sharded = Sharded(
             make_optimizer, groups, self._parameters, self.owners.masters
         )
@@ -288,7 +288,7 @@ class PushPull(FormState, Optimizer):
         self._sharded.step(gradients, self.param_groups)
         with self.meter.stage("wait"):
             self.session.lane.call(self._pull)
-        self._shares.copy_replica()
+        self._edits.copy_replica()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -308,12 +308,12 @@ class PushPull(FormState, Optimizer):
         """
         if self._loaded:  # a state that belongs to this model
             self._loaded = False
-            self._shares.remember()
+            self._edits.remember()
         norm, written = self._norm.find(
-            self._means, self._shares.written(), self.meter.steps - 1
+            self._means, self._edits.written(), self.meter.steps - 1
         )
         if written:
-            self._shares.take_over()
+            self._edits.take_over()
         self.grad_norm = norm / self._scale
 
     def _pull(self) -> None:

@@ -54,7 +54,7 @@ BELOW = {
     "outer": {"knobs", "owners"},
     "norm": {"exchange", "format", "sketch"},
     "sharded": {"checkpoint", "errors"},
-    "shares": {"errors", "exchange", "model", "owners"},
+    "edits": {"errors", "exchange", "model", "owners"},
     "stand_in": {"applied", "errors"},
     "fragments": {"errors", "says"},
     "held": {"errors", "handshake", "model", "private", "site", "transport"},

@@ -1,7 +1,7 @@
-"""What this rank's share of a model's parameters held when ranks were last alike.
+"""What a script writes to a model's parameters between the steps of its owners.
 
-For a form in which an optimizer's step is the only one to change parameters. What a
-script writes to them, alike on all ranks, the masters take over.
+Each rank looks at the share that it owns. What all ranks have written alike, such as
+weights that they load, the masters take over.
 """
 
 import logging
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 _LOADED = 0.01  # of the parameters' norm: what changes them more forgets what is owed
 
 
-class Shares:
-    """Sees what was written to a model's parameters, each rank in its own share.
+class Edits:
+    """Sees what was written to a model's parameters, in this rank's share.
 
     Args:
         parameters: the model's, by name.
