@@ -313,17 +313,7 @@ class State(FormState):
         self._sites = sites
         if sites is not None:
             self.form = f"local_sgd, {sites.shard}"
-            self.session = Session(
-                *(trained, settings, sites.between, sites.leave),
-                ranks=sites.peers,
-                facts=facts,
-            )
-        elif alone():
-            self.session = Session(trained, settings, *nobody(), facts=facts)
-        else:
-            self.session = session_beside(
-                trained, settings, world_group(), group, facts=facts
-            )
+        self.session = self._session_of(trained, facts, group)
         self.meter = self.session.meter
         self.engine = self.session.engine
         self._idle = self.engine.transport.world == 1 and not steps_alone
@@ -364,6 +354,25 @@ class State(FormState):
         self._statistics = Statistics(self._model, self.engine.channel)
         self._look_anew()
 
+    def _session_of(
+        self,
+        trained: list[tuple[str, Tensor]],
+        facts: dict[str, object],
+        group: dist.ProcessGroup | None,
+    ) -> Session:
+        """Return the connection to the ranks that this one exchanges with."""
+        if self._sites is not None:
+            return Session(
+                *(trained, self.settings, self._sites.between, self._sites.leave),
+                ranks=self._sites.peers,
+                facts=facts,
+            )
+        if alone():
+            return Session(trained, self.settings, *nobody(), facts=facts)
+        return session_beside(
+            trained, self.settings, world_group(), group, facts=facts
+        )
+
     def _before(self, *, new: bool) -> None:
         """Look at the parameters that an optimizer is about to step."""
         if self._loaded:  # this rank's own model, before or after the state
@@ -395,9 +404,11 @@ class State(FormState):
         self.meter.at_step(self.steps)
         for index in range(len(self._unsent)):
             self._unsent[index] += 1
-        every = self.knobs.sync_every
-        if self._idle or every is None:
-            return
+        if not self._idle and self.knobs.sync_every is not None:
+            self._exchange_if_due(self.knobs.sync_every)
+
+    def _exchange_if_due(self, every: int) -> None:
+        """Begin an exchange, or end some, if it is time to."""
         self._finish_all(self.steps)
         if (since := self.steps % every) in self._turns:
             self._start([self._turns[since]])
@@ -581,15 +592,24 @@ class State(FormState):
             self._copy_replica(one.names)
         else:
             self._take_late(one.names)
-        if mine.finite:
+        self._settle_down(one, finite=mine.finite)
+        if not overlaps:
+            self._fresh = one.names
+            self._model.mark()
+
+    def _settle_down(self, one: UnderWay, *, finite: bool) -> None:
+        """Do what follows when the ranks' model has reached this one.
+
+        Args:
+            one: the exchange that has brought it.
+            finite: whether what this rank had moved was.
+        """
+        if finite:
             self._left_out_in_a_row = 0
             self._decay_momenta(one)
             self._statistics.keep()
         else:
             self._recover()
-        if not overlaps:
-            self._fresh = one.names
-            self._model.mark()
 
     def _take_late(self, names: Collection[str]) -> None:
         """Take over what has come for parameters that have been trained meanwhile."""
@@ -639,9 +659,13 @@ class State(FormState):
             f"{said}; that was the {_MOST_IN_A_ROW}th exchange in a row: look at this "
             "rank's data and learning rate"
         )
+        self._tell(error)
+        raise error
+
+    def _tell(self, error: Exception) -> None:
+        """Let the other ranks know why this one stops."""
         tell = self.engine.channel.tell
         self.session.lane.call(lambda: tell(error, self.exchanges, 0))
-        raise error
 
     def _any_of_site(self, mine: Sequence[bool]) -> list[bool]:
         if self._sites is None:
@@ -725,12 +749,15 @@ class State(FormState):
                 pull(some, step, 0)
                 self._outer.forget(self.knobs, some)
             averaged = self._statistics.mean(everybody, mine, step)
-        # ``exchanging`` has counted one all-reduce; every step would have had one.
-        world = transport.world
-        for name, moved in some.items():
-            others = (one.steps[name] - 1) * moved.numel()
-            self.meter.dense_bytes += 8 * others * (world - 1) / world
+        self._count_dense(one)
         return averaged
+
+    def _count_dense(self, one: UnderWay) -> None:
+        """Count what an all-reduce of every step but one would have sent."""
+        world = self.engine.transport.world  # ``exchanging`` has counted one
+        for name in one.names:
+            others = (one.steps[name] - 1) * self._moved[name].numel()
+            self.meter.dense_bytes += 8 * others * (world - 1) / world
 
     @contextmanager
     def _telling_sites(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lc3.budget import Budget
-from lc3.errors import ExchangeError, PeerError
+from lc3.errors import ExchangeError, Lc3Error, PeerError
 from lc3.format import (
     ASIDE_BUCKET,
     BUDGET_BUCKET,
@@ -171,6 +171,23 @@ class Channel:
         """
         messages = [self._sealed(part, step, bucket) for part in parts]
         return self._unsealed(self.transport.all_to_all(messages), step, bucket)
+
+    def all_gather_readable(
+        self, data: Tensor, step: int, bucket: int
+    ) -> list[Tensor | Lc3Error]:
+        """Do what ``all_gather_bytes`` does, whatever single ranks have sent.
+
+        Returns:
+            By rank its bytes, uint8[*], or why they cannot be read.
+        """
+        arrived = self.transport.all_gather(self._sealed(data, step, bucket))
+        found: list[Tensor | Lc3Error] = []
+        for sender, message in enumerate(arrived):
+            try:
+                found.append(unseal(message, self._tag(sender, step, bucket))[0])
+            except Lc3Error as error:
+                found.append(error)
+        return found
 
     def any_rank(self, mine: Sequence[bool], step: int, bucket: int) -> list[bool]:
         """Return where some rank says yes.

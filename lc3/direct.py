@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lc3.budget import Budget
 from lc3.channel import sum_of
 from lc3.coder import Coder
 from lc3.config import Settings
@@ -51,27 +52,55 @@ class Direct(Engine):
             half_grads: see ``Exchange.all_reduce``.
         """
         (everything,) = pieces
-        (message,) = self.pushes(pieces, grads, step, bucket, half_grads)
-        with self.meter.stage("exchange"):
-            arrived = self.transport.all_gather(message)
+        arrived = self.exchanged(pieces, grads, step, bucket, half_grads)
         with self.meter.stage("decode"):
             by_sender = self.messages.unpack(
                 arrived, [everything] * len(arrived), step, bucket
             )
-            sums: list[tuple[Tensor, Sequence[Tensor]]] = []
-            said = zip(*by_sender, strict=True)
-            views = views_of(pieces, grads)
-            for (piece, view), chunks in zip(views, said, strict=True):
-                if not piece.coded:
-                    view.copy_(sum_of(chunks))
-                elif sum(map(scale_of, chunks)) <= _LARGEST_FLOAT:
-                    self.residuals.keep_sent(piece, view)
-                    sums.append((view.zero_(), chunks))
-                else:
-                    self.residuals.keep_sent(piece, None)
-                    view.fill_(torch.nan)
-            self.messages.coder.add(sums)
-            self.divide(grads.values())
+            self.average(pieces, grads, by_sender)
+
+    def exchanged(
+        self,
+        pieces: Layout,
+        grads: Mapping[str, Tensor],
+        step: int,
+        bucket: int,
+        half_grads: Mapping[str, Tensor] = NO_HALF_GRADS,
+    ) -> list[Tensor]:
+        """Send all pieces to everybody; return every rank's message, uint8[*].
+
+        The first half of ``push_and_pull``, which see; ``average`` is the second.
+        """
+        (message,) = self.pushes(pieces, grads, step, bucket, half_grads)
+        with self.meter.stage("exchange"):
+            return self.transport.all_gather(message)
+
+    def average(
+        self,
+        pieces: Layout,
+        grads: Mapping[str, Tensor],
+        by_sender: Sequence[Sequence[Tensor]],
+    ) -> None:
+        """Replace values by the sum of what ranks sent over the number of all ranks.
+
+        Args:
+            pieces: see ``push_and_pull``.
+            grads: what ``exchanged`` has left, the residuals to be; overwritten.
+            by_sender: the bytes of each piece by sender, of all or some of the ranks.
+        """
+        sums: list[tuple[Tensor, Sequence[Tensor]]] = []
+        said = zip(*by_sender, strict=True)
+        for (piece, view), chunks in zip(views_of(pieces, grads), said, strict=True):
+            if not piece.coded:
+                view.copy_(sum_of(chunks))
+            elif sum(map(scale_of, chunks)) <= _LARGEST_FLOAT:
+                self.residuals.keep_sent(piece, view)
+                sums.append((view.zero_(), chunks))
+            else:
+                self.residuals.keep_sent(piece, None)
+                view.fill_(torch.nan)
+        self.messages.coder.add(sums)
+        self.divide(grads.values())
 
 
 def engine_for(
@@ -82,7 +111,8 @@ def engine_for(
     meter: Meter,
     owners: Sequence[int] | None = None,
     residuals: Residuals | None = None,
+    budget: Budget | None = None,
 ) -> Engine:
     """Return the engine of a configuration's topology; see ``Engine``."""
     kind = Direct if config.topology == "direct" else Engine
-    return kind(plan, config, transport, coder, meter, owners, residuals)
+    return kind(plan, config, transport, coder, meter, owners, residuals, budget)

@@ -39,6 +39,7 @@ class Engine:
         owners: the plan's number of each rank of the exchange, if they are some of its
             owners only. Default: all, in order.
         residuals: memory that is this rank's already.
+        budget: what was steered so far. Default: nothing yet.
 
     Attributes:
         means: by parameter name float32[slice], of the slices that this rank owns: what
@@ -56,6 +57,7 @@ class Engine:
         meter: Meter,
         owners: Sequence[int] | None = None,
         residuals: Residuals | None = None,
+        budget: Budget | None = None,
     ) -> None:
         if self.direct != (config.topology == "direct"):
             raise ConfigError(
@@ -70,7 +72,7 @@ class Engine:
         self.meter = meter
         self.residuals = residuals or Residuals(plan, self.me, coder.device)
         self.owing: set[str] = set()
-        self.budget = Budget(config)
+        self.budget = budget or Budget(config)
         self.channel = Channel(transport, meter, plan.fingerprint, self.budget)
         self.messages = Messages(
             plan, coder, transport.rank, config.entropy, self.budget

@@ -68,16 +68,8 @@ def agree(
         built = build()
     except Exception as error:  # noqa: BLE001  # raised below, when it is told
         failure = error
-    knobs = dataclasses.asdict(config)
-    for own in ("threads", "log_every"):  # each rank's own affair
-        del knobs[own]
-    mine = {
-        "error": None if failure is None else _said_of(failure),
-        "lc3 version": version,
-        **{f"Config.{k}": v for k, v in knobs.items()},
-        **(facts or {}),
-        **{f"parameter {name}": list(shape) for name, shape in shapes},
-    }
+    said = None if failure is None else _said_of(failure)
+    mine = {"error": said, **alike(version, config, shapes, facts or {})}
     text = json.dumps(mine).encode()
     digests = gather_bytes(transport, hashlib.sha256(text).digest())
     if len(set(digests)) > 1:
@@ -89,6 +81,24 @@ def agree(
     if failure is not None:
         raise failure
     return built  # type: ignore[return-value]  # build() succeeded
+
+
+def alike(
+    version: str,
+    config: Settings,
+    shapes: Sequence[tuple[str, Sequence[int]]],
+    facts: Mapping[str, object],
+) -> dict[str, object]:
+    """Return by name what must be the same on every rank; see ``agree``."""
+    knobs = dataclasses.asdict(config)
+    for own in ("threads", "log_every"):  # each rank's own affair
+        del knobs[own]
+    return {
+        "lc3 version": version,
+        **{f"Config.{k}": v for k, v in knobs.items()},
+        **facts,
+        **{f"parameter {name}": list(shape) for name, shape in shapes},
+    }
 
 
 def refuse(transport: Transport, version: str, error: Exception) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lc3.budget import Budget
 from lc3.coder import Coder
 from lc3.config import EntropyStage
+from lc3.errors import Lc3Error
 from lc3.format import HEADER_BYTES, Tag
 from lc3.message import pack, unpack
 from lc3.meter import Direction
@@ -145,6 +146,24 @@ class Messages:
             ),
             pieces,
         )
+
+    def readable(
+        self,
+        arrived: Sequence[Tensor],
+        pieces: Sequence[Piece],
+        step: int,
+        bucket: int,
+    ) -> list[list[Tensor] | Lc3Error]:
+        """Return by sender the bytes of each piece, or why they cannot be read."""
+
+        def read(sender: int) -> list[Tensor] | Lc3Error:
+            tag = Tag(sender, step, bucket, self._fingerprint)
+            try:
+                return unpack(arrived[sender], tag, pieces, self.coder.host)
+            except Lc3Error as error:
+                return error
+
+        return self._map(read, [pieces] * len(arrived))
 
     def _map(
         self, work: Callable[[int], T], pieces: Sequence[Sequence[Piece]]

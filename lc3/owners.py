@@ -197,7 +197,11 @@ class Everybody(Owners):
     def push(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """See ``Owners.push``."""
         self.engine.push_and_pull(self.engine.pieces(values), values, step, bucket)
-        self._means = values
+        self.take(values)
+
+    def take(self, means: Mapping[str, Tensor]) -> None:
+        """Let the means of a push be these, by name float32[numel]."""
+        self._means = means
 
     def pull(self, values: Mapping[str, Tensor], step: int, bucket: int) -> None:
         """See ``Owners.pull``: there is nothing to pull."""

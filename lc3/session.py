@@ -51,6 +51,7 @@ from lc3.link import (
 from lc3.meter import Meter
 from lc3.model import named_parameters
 from lc3.plan import Plan, make_plan
+from lc3.residual import Residuals
 from lc3.transport import Divisible, GroupTransport, Loopback, Transport
 from lc3.two_levels import Nodes, TwoLevels, nodes_of
 from lc3.version import __version__
@@ -218,7 +219,7 @@ class Session:
         self._compared: tuple[nn.Module, int] | None = None
         if (made := _ATTACHING.get()) is not None:
             made.append(self)
-        shapes = [(name, list(p.shape)) for p, name in self.names.items()]
+        shapes = self._shapes
         world = transport.world
 
         def build() -> tuple[Coder, Plan, Nodes]:
@@ -252,8 +253,7 @@ class Session:
             coder, plan, nodes = agree(
                 transport, __version__, config, shapes, build, facts
             )
-            # The longest are whole states: residuals, masters, an optimizer's.
-            transport.most_bytes += 64 * sum(plan.numel.values())
+            transport.most_bytes += _largest_bytes(plan)
             self.engine: Exchange
             if len(nodes) < world:
                 assert isinstance(transport, Divisible)
@@ -279,11 +279,33 @@ class Session:
         assert isinstance(self.engine, Engine)
         return self.engine
 
+    def go_over_to(self, transport: Transport, residuals: Residuals) -> None:
+        """Exchange over another transport from now on, on the lane.
+
+        With other ranks, of whom each does so. What was counted and steered stays.
+
+        Args:
+            transport: between the ranks, that nobody else uses.
+            residuals: what this rank owes.
+        """
+        before = self.flat_engine
+        plan = make_plan(self._shapes, transport.world, self.config)
+        transport.most_bytes += _largest_bytes(plan)
+        self.engine = engine_for(
+            *(plan, self.config, transport, before.messages.coder, self.meter),
+            residuals=residuals,
+            budget=before.budget,
+        )
+
     def fail(self, error: Exception) -> None:
         """Tell the other ranks that this one stops, and close."""
         if self in _OPEN:
             self.engine.channel.tell(error, 0, 0)
             self.close()
+
+    @property
+    def _shapes(self) -> list[tuple[str, list[int]]]:
+        return [(name, list(p.shape)) for p, name in self.names.items()]
 
     def on_bucket(
         self, bucket: dist.GradBucket, job: BucketJob, native: Native | None = None
@@ -325,9 +347,8 @@ class Session:
         Raises:
             PlanMismatch: ranks differ; the same sentence on every rank.
         """
-        shapes = [(name, list(p.shape)) for p, name in self.names.items()]
         sealed = _Sealed(self.engine.channel)
-        agree(sealed, __version__, self.config, shapes, lambda: None, facts)
+        agree(sealed, __version__, self.config, self._shapes, lambda: None, facts)
 
     def link_to(
         self,
@@ -498,6 +519,11 @@ class Session:
         if self.lane.close(timeout_s):
             self.engine.close()
             self._leave()
+
+
+def _largest_bytes(plan: Plan) -> int:
+    """Return the bytes of a whole state: residuals, masters, an optimizer's."""
+    return 64 * sum(plan.numel.values())
 
 
 def session_beside(

@@ -22,11 +22,14 @@ class Statistics:
     Args:
         model: that has them.
         channel: averages them.
+
+    Attributes:
+        channel: see above; another one where other ranks exchange.
     """
 
     def __init__(self, model: Model, channel: Channel) -> None:
         self._model = model
-        self._channel = channel
+        self.channel = channel
         self._then: dict[str, Tensor] = {}
         self._good: dict[str, Tensor] = {}
         model.mark_buffers()
@@ -65,7 +68,8 @@ class Statistics:
             float64[*], or float32 if no buffer is float64: one after the other. Of no
             elements if there is nothing to take over.
         """
-        flat = [self._then[name].reshape(-1) for name in self._due(everybody)]
+        then = {**self._model.float_buffers(), **self._then}  # where others begin it
+        flat = [then[name].reshape(-1) for name in self._due(everybody)]
         counted = sum(said.buffers_finite for said in everybody)
         if not flat or not counted:
             return torch.empty(0, dtype=torch.float32)
@@ -74,7 +78,7 @@ class Statistics:
         values = torch.cat([part.to(dtype) for part in flat])
         if not mine.buffers_finite:
             values.zero_()
-        mean = self._channel.mean(values, step, 1)
+        mean = self.channel.mean(values, step, 1)
         return mean if counted == len(everybody) else mean * len(everybody) / counted
 
     def take(

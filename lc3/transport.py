@@ -99,68 +99,27 @@ class Divisible(Transport, Protocol):
         ...
 
 
-class GroupTransport:
-    """A ``Transport`` over a process group that nobody else uses.
+class Pairwise:
+    """A ``Transport`` of messages between pairs of ranks, each in one round.
 
-    On gloo a message travels in one round: a receive may be longer than what comes, so
-    nobody has to announce sizes first. What does not fit into the buffer of a receive
-    follows in a second message between just those two ranks. Other backends (NCCL)
-    exchange sizes, then bytes, by ``all_to_all_single``. Both move the same bytes. A
-    ragged all_gather is an all_to_all of one message to everybody.
+    A receive may be longer than what comes, so nobody has to announce sizes first. What
+    does not fit into the buffer of a receive follows in a second message between just
+    those two ranks. A ragged all_gather is an all_to_all of one message to everybody.
 
     Args:
-        group: the process group.
-        device: that the backend moves tensors of: the CPU, but for NCCL. Messages are
-            on the CPU all the same.
-        members: ranks in the group that exchange, this one among them. Default: all.
+        members: numbers, by which ranks are sent to, of those that exchange.
+        me: this rank's number, which is among them.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        members: Sequence[int] | None = None,
-    ) -> None:
-        self._members = (
-            range(dist.get_world_size(group)) if members is None else members
-        )
-        self.rank = self._members.index(dist.get_rank(group))
-        self.world = len(self._members)
+    def __init__(self, members: Sequence[int], me: int) -> None:
+        self._members = members
+        self.rank = members.index(me)
+        self.world = len(members)
         self.sent_bytes = self.rounds = 0
         self.most_bytes = MOST_BYTES
-        self._held = [group]
-        self._device = device
         self._peers = [r for r in range(self.world) if r != self.rank]
-        self._one_round = dist.get_backend(group) == "gloo"
         buffer = min(_BUFFER_BYTES, _BUFFERS_BYTES // self.world)
         self._buffers = torch.empty(len(self._peers), buffer, dtype=torch.uint8)
-
-    def among(self, members: Sequence[int]) -> "GroupTransport":
-        """See ``Divisible.among``."""
-        ranks = [self._members[member] for member in members]
-        part = GroupTransport(self._group, self._device, ranks)
-        part._held = self._held
-        part.most_bytes = self.most_bytes
-        return part
-
-    def leave(self, *, destroy: bool) -> None:
-        """Let go of the group, so that it can end; nothing can be exchanged then.
-
-        What is left of a group that somebody still holds are threads that may need the
-        interpreter's lock when it is gone, at exit, and abort the process
-        (pytorch/pytorch#190489).
-
-        Args:
-            destroy: end the group, too; of a group that was made for this exchange.
-        """
-        if destroy and dist.is_initialized():
-            with suppress(ValueError):  # it has gone with all the others already
-                dist.destroy_process_group(self._group)
-        self._held.clear()
-
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        return self._held[0]
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
@@ -169,13 +128,17 @@ class GroupTransport:
         if self.world == 1:
             return list(messages)
         with self._transport_errors():
-            if self._one_round:
-                arrived = self._pairwise(messages, timeout_s)
-            else:
-                arrived = self._sizes_then_bytes(messages, timeout_s)
+            arrived = self._moved(messages, timeout_s)
         sizes = [messages[peer].numel() for peer in self._peers]
         self.sent_bytes += sum(sizes) + _SIZE_BYTES * (self.world - 1)
-        self.rounds += 1 if self._one_round else 2
+        return arrived
+
+    def _moved(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        """Move messages, and count the rounds."""
+        arrived = self._pairwise(messages, timeout_s)
+        self.rounds += 1
         return arrived
 
     def _pairwise(
@@ -212,6 +175,114 @@ class GroupTransport:
             self._wait(work, timeout_s)
         return arrived
 
+    def _check_size(self, peer: int, numel: int) -> None:
+        if not 0 <= numel <= self.most_bytes:
+            raise FormatError(
+                f"rank {peer} announces a message of {numel} bytes; for this model "
+                f"{self.most_bytes} are the most: is it a rank of this job?"
+            )
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """See ``Transport.all_gather``."""
+        return self.all_to_all([message] * self.world)
+
+    @contextmanager
+    def _transport_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except FormatError:
+            raise
+        except (ExchangeError, RuntimeError, ValueError) as error:
+            if (word := self._word()) is not None:
+                raise word from error
+            if isinstance(error, ExchangeError):
+                raise
+            raise ExchangeError(
+                f"the exchange with the other ranks failed ({error}); a rank died, the "
+                "link is down, or the process group's timeout passed: look at the "
+                "other ranks' logs"
+            ) from error
+
+    def _word(self) -> PeerError | None:
+        """Return what a rank that has stopped has left word of."""
+        return None
+
+    def _send(self, data: Tensor, peer: int) -> Any:
+        raise NotImplementedError
+
+    def _receive(self, buffer: Tensor, peer: int) -> Any:
+        raise NotImplementedError
+
+    def _wait(self, work: Any, timeout_s: float | None) -> None:
+        if timeout_s is None:
+            work.wait()
+        elif not work.wait(timedelta(seconds=timeout_s)):
+            raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
+
+
+class GroupTransport(Pairwise):
+    """A ``Transport`` over a process group that nobody else uses.
+
+    On gloo a message travels in one round, see ``Pairwise``. Other backends (NCCL)
+    exchange sizes, then bytes, by ``all_to_all_single``. Both move the same bytes.
+
+    Args:
+        group: the process group.
+        device: that the backend moves tensors of: the CPU, but for NCCL. Messages are
+            on the CPU all the same.
+        members: ranks in the group that exchange, this one among them. Default: all.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        members: Sequence[int] | None = None,
+    ) -> None:
+        everybody = range(dist.get_world_size(group))
+        super().__init__(
+            everybody if members is None else members, dist.get_rank(group)
+        )
+        self._held = [group]
+        self._device = device
+        self._one_round = dist.get_backend(group) == "gloo"
+
+    def among(self, members: Sequence[int]) -> "GroupTransport":
+        """See ``Divisible.among``."""
+        ranks = [self._members[member] for member in members]
+        part = GroupTransport(self._group, self._device, ranks)
+        part._held = self._held
+        part.most_bytes = self.most_bytes
+        return part
+
+    def leave(self, *, destroy: bool) -> None:
+        """Let go of the group, so that it can end; nothing can be exchanged then.
+
+        What is left of a group that somebody still holds are threads that may need the
+        interpreter's lock when it is gone, at exit, and abort the process
+        (pytorch/pytorch#190489).
+
+        Args:
+            destroy: end the group, too; of a group that was made for this exchange.
+        """
+        if destroy and dist.is_initialized():
+            with suppress(ValueError):  # it has gone with all the others already
+                dist.destroy_process_group(self._group)
+        self._held.clear()
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self._held[0]
+
+    def _moved(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        if self._one_round:
+            return super()._moved(messages, timeout_s)
+        arrived = self._sizes_then_bytes(messages, timeout_s)
+        self.rounds += 2
+        return arrived
+
     def _sizes_then_bytes(
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
@@ -232,17 +303,6 @@ class GroupTransport:
         arrived = [parts[member] for member in self._members]
         arrived[self.rank] = messages[self.rank]
         return arrived
-
-    def _check_size(self, peer: int, numel: int) -> None:
-        if not 0 <= numel <= self.most_bytes:
-            raise FormatError(
-                f"rank {peer} announces a message of {numel} bytes; for this model "
-                f"{self.most_bytes} are the most: is it a rank of this job?"
-            )
-
-    def all_gather(self, message: Tensor) -> list[Tensor]:
-        """See ``Transport.all_gather``."""
-        return self.all_to_all([message] * self.world)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """See ``Transport.all_reduce``. Counted as a ring. Not among members only."""
@@ -285,23 +345,6 @@ class GroupTransport:
                 return None
         return store
 
-    @contextmanager
-    def _transport_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except FormatError:
-            raise
-        except (ExchangeError, RuntimeError, ValueError) as error:
-            if (word := self._word()) is not None:
-                raise word from error
-            if isinstance(error, ExchangeError):
-                raise
-            raise ExchangeError(
-                f"the exchange with the other ranks failed ({error}); a rank died, the "
-                "link is down, or the process group's timeout passed: look at the "
-                "other ranks' logs"
-            ) from error
-
     def _send(self, data: Tensor, peer: int) -> Any:
         return dist.isend(data, group=self._group, group_dst=self._members[peer])
 
@@ -318,12 +361,6 @@ class GroupTransport:
         return dist.all_to_all_single(
             received, sent, incoming, outgoing, group=self._group, async_op=True
         )
-
-    def _wait(self, work: Any, timeout_s: float | None) -> None:
-        if timeout_s is None:
-            work.wait()
-        elif not work.wait(timedelta(seconds=timeout_s)):
-            raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
 
 
 def _parts(numel: int, buffer: Tensor) -> list[int]:

@@ -62,7 +62,8 @@ BELOW = {
     "statistics": {"channel", "model", "says"},
     "channel": {"budget", "errors", "format", "meter", "transport"},
     "messages": {
-        *("budget", "coder", "config", "format", "message", "meter", "plan"),
+        *("budget", "coder", "config", "errors", "format", "message", "meter"),
+        "plan",
     },
     "buckets": {"applied", "errors", "exchange", "moments", "private", "sketch"},
     "exchange": {
@@ -70,8 +71,8 @@ BELOW = {
         "transport",
     },
     "direct": {
-        *("channel", "coder", "config", "engine", "exchange", "format", "meter"),
-        *("plan", "residual", "transport"),
+        *("budget", "channel", "coder", "config", "engine", "exchange", "format"),
+        *("meter", "plan", "residual", "transport"),
     },
     "two_levels": {
         *("channel", "coder", "config", "direct", "errors", "exchange", "meter"),
@@ -96,7 +97,8 @@ BELOW = {
             "lane",
             "link",
         ),
-        *("meter", "model", "plan", "private", "rans", "two_levels", "version"),
+        *("meter", "model", "plan", "private", "rans", "residual", "two_levels"),
+        "version",
     },
     "measure": {
         "applied",
