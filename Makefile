@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: demo docs links quick release test check bench ship-bench evaluate fuzz test-install test-horovod test-launch test-cuda \
-	test-adapters test-oldest gpu-check gpu-bench soak faults clean
+	test-adapters test-oldest test-torchft gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -115,6 +115,15 @@ test-adapters: .venv-adapters/ready
 	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test,lightning,accelerate,transformers]"
 	@touch $@
 
+# Machines that come and go, on torchft's membership, in an environment of its own.
+test-torchft: .venv-torchft/ready
+	.venv-torchft/bin/python -m pytest tests/test_torchft.py
+
+.venv-torchft/ready: $(READY)
+	$(call beside,.venv-torchft)
+	.venv-torchft/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[experiments,test,torchft]"
+	@touch $@
+
 # The CUDA kernels without a GPU: numba's simulator, and NVIDIA's compiler and assembler.
 test-cuda: .venv/cuda-ready
 	$(BIN)/python -m pytest tests/test_cuda.py
@@ -169,7 +178,7 @@ gpu-bench: .venv/cuda-ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-ship .venv-docs .venv-release docs/_build .venv-horovod .venv-launch .venv-adapters .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-ship .venv-docs .venv-release docs/_build .venv-horovod .venv-launch .venv-adapters .venv-oldest .venv-torchft build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lc3 needs Python 3.11 or newer, this is %d.%d; say make PYTHON=python3.11" % v[:2])'

@@ -15,7 +15,7 @@ copyright = "the lc3 authors"  # noqa: A001  # Sphinx's name
 exclude_patterns = ["_build"]
 autodoc_typehints = "signature"
 # The API page shows the adapters without their frameworks.
-autodoc_mock_imports = ["accelerate", "horovod", "lightning", "transformers"]
+autodoc_mock_imports = ["accelerate", "horovod", "lightning", "torchft", "transformers"]
 autodoc_member_order = "bysource"
 suppress_warnings = ["myst.header", "myst.xref_missing"]
 linkcheck_timeout = 20

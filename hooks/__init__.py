@@ -27,6 +27,7 @@ __all__ = [
     "lightning",
     "local_sgd",
     "push_pull",
+    "torchft",
     "transformers",
 ]
 

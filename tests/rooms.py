@@ -23,6 +23,8 @@ BELOW = {
     "state": {"checkpoint", "config", "exchange", "meter", "session"},
     "model": {"errors", "transport", "private"},
     "says": {"errors"},
+    "meeting": {"errors", "says"},
+    "seed": {"errors", "ship"},
     "buffers": {"model", "private"},
     "link": {"buffers", "errors", "private"},
     "steps": {"errors", "model"},

@@ -127,6 +127,12 @@ def test_private_names_of_torch_are_used_in_one_file() -> None:
     assert len(others.pop("private.py")) > 10
     assert {name: found for name, found in others.items() if found} == {
         "accelerate.py": {"accelerator._optimizers"},
+        "torchft.py": {
+            *("manager._pg", "manager._quorum_id", "manager._quorum_future"),
+            *("manager._timeout", "manager._quorum_timeout"),
+            *("manager._use_async_quorum", "manager._group_world_size"),
+            *("manager._replica_world_size_mode", "self._manager._replica_id"),
+        },
         "horovod.py": {"horovod.torch.optimizer._DistributedOptimizer"},
     }
 
@@ -145,7 +151,7 @@ def test_a_torch_without_a_private_name_is_refused(
 def test_a_framework_is_imported_in_one_file() -> None:
     files = [*(ROOT / "lc3").glob("*.py"), *(ROOT / "lc3/codec").glob("*.py")]
     files += (ROOT / "lc3/ship").glob("*.py")
-    for framework in ("horovod", "lightning", "accelerate", "transformers"):
+    for framework in ("horovod", "lightning", "accelerate", "transformers", "torchft"):
         for path in files:
             assert framework not in {m.partition(".")[0] for m in imported(path)}, path
 

@@ -42,6 +42,7 @@ ADAPTERS = {
     "accelerate": "attach",
     "transformers": "attach",
     "horovod": "DistributedOptimizer",
+    "torchft": "attach",
 }
 
 # Knobs with a value that has an effect on three tensors and three ranks.
@@ -196,7 +197,7 @@ def test_hooks_are_there_without_an_import_and_import_no_framework() -> None:
         lc3.hooks.dpp  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["lightning", "accelerate", "transformers"])
+@pytest.mark.parametrize("name", ["lightning", "accelerate", "transformers", "torchft"])
 def test_a_framework_that_is_missing_is_named_with_its_extra(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +222,7 @@ def test_every_name_in_the_documentation_resolves() -> None:
             r"`[^`]*?\b(lc3\.[A-Za-z_][A-Za-z_.0-9]*)", page.read_text()
         )
     }
-    frameworks = ("lightning", "accelerate", "transformers", "horovod")
+    frameworks = ("lightning", "accelerate", "transformers", "horovod", "torchft")
     assert len(names) > 15
     for name in names - {"lc3.monitor"}:
         found: Any = lc3

@@ -17,6 +17,6 @@ __all__ = ["experiments", "launch", "lc3", "torch"]
 torch.set_num_threads(1)  # threads would not survive the fork
 warm_up(cpu)
 rans.warm_up()
-for framework in ("lightning.pytorch", "accelerate", "transformers.trainer"):
+for framework in ("lightning.pytorch", "accelerate", "transformers.trainer", "torchft"):
     if importlib.util.find_spec(framework.partition(".")[0]) is not None:
         importlib.import_module(framework)

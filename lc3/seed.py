@@ -1,0 +1,193 @@
+"""A model for whoever joins: served beside training, lossless, one tensor at a time.
+
+The rank that serves goes on training meanwhile: it keeps a copy of what is asked for,
+and codes each tensor (``lc3.ship``'s planes) while the one before it is on its way.
+"""
+
+import json
+import logging
+import socket
+import socketserver
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lc3.errors import ExchangeError, FormatError
+from lc3.ship import planes
+
+log = logging.getLogger(__name__)
+
+FACTS = 0
+_KEY = struct.Struct("<Q")
+_SIZE = struct.Struct("<I")
+_KEEP_S = 600.0  # that an offer is there
+_MOST_OFFERS = 2
+_WAIT_S = 5.0
+_MOST_HEAD = 1 << 26
+_DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16)} | {
+    str(d): d
+    for d in (*(torch.int64, torch.int32, torch.int16, torch.int8), torch.uint8)
+}
+_DTYPES |= {str(d): d for d in (torch.float64, torch.bool)}
+Held = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+
+
+class Seed:
+    """Serves what this rank offers, on threads of its own.
+
+    Nobody but ranks that met this one knows the key of an offer. What is sent is not
+    encrypted.
+
+    Args:
+        host: name or address under which others reach this machine.
+        bind: address to listen on; ``""``: all of the machine's.
+        timeout_s: how long a receiver may be silent.
+        facts: what anybody may know, under the key ``FACTS``.
+
+    Attributes:
+        address: ``host:port``, for ``fetch``.
+    """
+
+    def __init__(
+        self, host: str, bind: str, timeout_s: float, facts: Mapping[str, Any]
+    ) -> None:
+        self._facts = facts
+        self._offers: dict[int, tuple[float, Held]] = {}
+        self._changed = threading.Condition()
+        seed = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                self.request.settimeout(timeout_s)
+                with suppress(OSError, FormatError):
+                    key = _KEY.unpack(_exactly(self.request, _KEY.size))[0]
+                    held = seed.held(key)
+                    for part in [b""] if held is None else _parts_of(held):
+                        self.request.sendall(part)
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            block_on_close = False
+            allow_reuse_address = True
+            address_family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+
+        self._server = Server((bind, 0), Handler)
+        self.address = f"{host}:{self._server.server_address[1]}"
+        threading.Thread(
+            target=self._server.serve_forever, name="lc3-seed", daemon=True
+        ).start()
+
+    def offer(self, key: int, head: Mapping[str, Any], held: dict[str, Tensor]) -> None:
+        """Serve something from now on, for some minutes.
+
+        Args:
+            key: who knows it may fetch.
+            head: JSON's numbers, strings, lists and mappings of them.
+            held: tensors by name, on the CPU, that nobody changes any more.
+        """
+        now = time.monotonic()
+        with self._changed:
+            kept = [
+                k for k, (since, _) in self._offers.items() if now - since < _KEEP_S
+            ]
+            recent = kept[-_MOST_OFFERS + 1 :]
+            self._offers = {k: self._offers[k] for k in recent}
+            self._offers[key] = now, (head, held)
+            self._changed.notify_all()
+
+    def held(self, key: int) -> Held | None:
+        """Return an offer; wait a little for it, since who asks may be earlier."""
+        if key == FACTS:
+            return self._facts, {}
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._offers, _WAIT_S)
+            return self._offers[key][1] if key in self._offers else None
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._offers.clear()
+
+
+def fetch(address: str, key: int, timeout_s: float) -> Held:
+    """Return what a rank offers under a key: its head, and tensors by name.
+
+    Args:
+        address: of its ``Seed``.
+        key: of the offer.
+        timeout_s: how long it may be silent.
+
+    Raises:
+        ExchangeError: it cannot be reached, went silent, or has no such offer.
+        FormatError: what came is damaged.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout_s) as connection:
+            connection.sendall(_KEY.pack(key))
+            return _read(connection)
+    except OSError as error:
+        raise ExchangeError(
+            f"the model could not be fetched from {address} ({error}); can this "
+            "machine reach that address? attach(hostname=...) there says another"
+        ) from error
+
+
+def _parts_of(held: Held) -> Iterator[bytes]:
+    """Yield what is sent: sizes, head, a section for each tensor, and a checksum."""
+    head, tensors = held
+    listed = [[n, str(t.dtype), list(t.shape)] for n, t in tensors.items()]
+    text = json.dumps({"head": head, "tensors": listed}).encode()
+    crc = 0
+    sections = (planes.encode(t, None) for t in tensors.values())
+    for data in chain([text], sections):
+        crc = zlib.crc32(data, crc)
+        yield _SIZE.pack(len(data)) + data
+    yield _SIZE.pack(crc)
+
+
+def _read(connection: socket.socket) -> Held:
+    crc = 0
+
+    def section(most: int) -> bytes:
+        nonlocal crc
+        size = _SIZE.unpack(_exactly(connection, _SIZE.size))[0]
+        if size > most:
+            raise FormatError(f"a section of {size} bytes, {most} are the most")
+        data = _exactly(connection, size)
+        crc = zlib.crc32(data, crc)
+        return data
+
+    try:
+        said = json.loads(section(_MOST_HEAD))
+        head = dict(said["head"])
+        tensors = {}
+        for name, dtype, shape in said["tensors"]:
+            whole = torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+            data = section(whole.nbytes + whole.nbytes // 16 + 1024)
+            tensors[str(name)] = planes.decode(data, whole.dtype, tuple(shape), None)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"what came is no model ({error})") from error
+    if _SIZE.unpack(_exactly(connection, _SIZE.size))[0] != crc:
+        raise FormatError("what came of a model is damaged: its checksum is another")
+    return head, tensors
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    parts = []
+    while size:
+        data = connection.recv(min(size, 1 << 20))
+        if not data:
+            raise ConnectionResetError("the other side has closed the connection")
+        parts.append(data)
+        size -= len(data)
+    return b"".join(parts)

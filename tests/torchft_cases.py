@@ -1,0 +1,358 @@
+"""One replica of a training on machines that come and go, and a lighthouse for it.
+
+    python -m tests.torchft_cases '{"name": "r0", "lighthouse": "http://…", …}'
+
+Trains a small transformer on this repository's own text and writes a line of JSON for
+each exchange. ``tests/test_torchft.py`` and ``tests/churn.py`` start and end them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from experiments.models import Transformer
+from experiments.train import loss_of
+
+ROOT = Path(__file__).parents[1]
+BATCH, CONTEXT = 8, 32
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What one replica does.
+
+    Attributes:
+        name: unique; ranks are in the order of names.
+        lighthouse: URL of the lighthouse.
+        folder: where its lines go, ``NAME.jsonl``, and where the file ``stop`` ends it.
+        number: of the replica, for its own data.
+        steps: after which it ends; 0: when there is a ``stop``.
+        tokens: of all replicas together after which it ends; 0: none.
+        sync_every: steps between two exchanges.
+        pause_s: that each step takes longer.
+        seed: of the data and the model; replicas have other models before they join.
+        timeout_s: of an exchange.
+        quorum_s: of a quorum.
+        least: replicas that an exchange needs.
+        method: "lc3", "local_sgd" or "diloco", the last two torchft's own.
+        given: arguments of ``attach``.
+        fault: what goes wrong in it, see ``Faults``.
+        host: address under which the others reach it.
+        width: of the transformer.
+        taken: whether the learning rate stays, for long runs of any length.
+    """
+
+    name: str
+    lighthouse: str
+    folder: str
+    number: int = 0
+    steps: int = 0
+    sync_every: int = 4
+    pause_s: float = 0.0
+    seed: int = 0
+    timeout_s: float = 8.0
+    quorum_s: float = 20.0
+    least: int = 1
+    method: str = "lc3"
+    given: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
+    host: str = "127.0.0.1"
+    width: int = 32
+    lr: float = 4e-3
+
+
+def text() -> Tensor:
+    """Return this repository's sources as codes, int64[*]."""
+    paths = sorted([*ROOT.glob("lc3/*.py"), *ROOT.glob("docs/**/*.md")])
+    whole = "".join(path.read_text(encoding="utf-8") for path in paths)
+    return torch.tensor([min(ord(c), 127) for c in whole])
+
+
+def batches(codes: Tensor, seed: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a replica's own windows of the first nine tenths, for ever."""
+    generator = torch.Generator().manual_seed(1000 * seed + number)
+    last = len(codes) * 9 // 10 - CONTEXT - 1
+    while True:
+        starts = torch.randint(last, (BATCH,), generator=generator).tolist()
+        yield (
+            torch.stack([codes[s : s + CONTEXT] for s in starts]),
+            torch.stack([codes[s + 1 : s + CONTEXT + 1] for s in starts]),
+        )
+
+
+def test_loss(model: nn.Module, codes: Tensor) -> float:
+    """Return the mean loss on the last tenth."""
+    part = codes[len(codes) * 9 // 10 :]
+    count = (len(part) - 1) // CONTEXT
+    inputs = part[: count * CONTEXT].view(count, CONTEXT)
+    labels = part[1 : count * CONTEXT + 1].view(count, CONTEXT)
+    with torch.no_grad():
+        return float(loss_of(model(inputs), labels))
+
+
+def make_model(seed: int, width: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Transformer(128, CONTEXT, width=width, depth=2, heads=4)
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
+
+
+def make_manager(replica: Replica) -> Any:
+    import torchft
+
+    store = dist.TCPStore(replica.host, 0, is_master=True, wait_for_workers=False)
+    return torchft.Manager(
+        pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=replica.timeout_s)),
+        load_state_dict=None,
+        state_dict=None,
+        min_replica_size=replica.least,
+        use_async_quorum=False,
+        timeout=timedelta(seconds=replica.timeout_s),
+        quorum_timeout=timedelta(seconds=replica.quorum_s),
+        connect_timeout=timedelta(seconds=replica.quorum_s),
+        rank=0,
+        world_size=1,
+        store_addr=replica.host,
+        store_port=store.port,
+        lighthouse_addr=replica.lighthouse,
+        replica_id=replica.name,
+        hostname=replica.host,
+    ), store
+
+
+def hash_of(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def owed(state: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Return what this rank has moved and not sent, as a move of the model."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        moved = state.owners.replica[name] - parameter.detach().reshape(-1)
+        found[name] = moved + state._residuals.sent.get(name, torch.zeros(()))
+    return found
+
+
+class Line:
+    """Writes lines of JSON, each whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def write(self, **said: object) -> None:
+        said["time"] = time.monotonic()
+        self._file.write(json.dumps(said) + "\n")
+        self._file.flush()
+
+
+def main() -> None:
+    """Train as the first argument says."""
+    replica = Replica(**json.loads(sys.argv[1]))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    torch.set_num_threads(1)
+    line = Line(Path(replica.folder) / f"{replica.name}.jsonl")
+    line.write(event="start", pid=os.getpid())
+    try:
+        train(replica, line)
+    except BaseException as error:
+        line.write(event="end", error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def train(replica: Replica, line: Line) -> None:
+    from lc3.hooks import torchft as hook
+
+    codes = text()
+    model = make_model(replica.seed + 100 * replica.number, replica.width)
+    optimizer = make_optimizer(model, replica.lr)
+    manager, _store = make_manager(replica)
+    began = time.monotonic()
+    state = hook.attach(
+        *(model, optimizer, manager),
+        **{
+            "sync_every": replica.sync_every,
+            "hostname": replica.host,
+            "bind": replica.host,
+            **replica.given,
+        },
+    )
+    line.write(
+        event="joined",
+        seconds=time.monotonic() - began,
+        exchanges=state.exchanges,
+        hash=hash_of(state.owners.replica),
+        world=state.world,
+    )
+    faults(replica, state)
+    stop = Path(replica.folder) / "stop"
+    trained = counted = 0
+    since = 0
+    for step, (inputs, labels) in enumerate(
+        batches(codes, replica.seed, replica.number), start=1
+    ):
+        before = state.exchanges, state.failed
+        optimizer.zero_grad()
+        loss = loss_of(model(inputs), labels)
+        loss.backward()
+        if replica.pause_s:
+            time.sleep(replica.pause_s)
+        if replica.fault == f"nan at {step}":
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(torch.nan)
+        trained += inputs.numel()
+        since += inputs.numel()
+        started = time.monotonic()
+        optimizer.step()
+        if (state.exchanges, state.failed) != before:
+            if state.committed:
+                counted += since
+                since = 0
+            line.write(
+                event="exchange",
+                step=step,
+                exchanges=state.exchanges,
+                entry=state._history[-1] if state._history else 0,
+                committed=state.committed,
+                failed=state.failed,
+                world=state.world,
+                hash=hash_of(state.owners.replica),
+                loss=float(loss),
+                trained=trained,
+                counted=counted,
+                seconds=time.monotonic() - started,
+                sent=state.meter.sent_bytes,
+            )
+        if step == replica.steps or (not replica.steps and stop.exists()):
+            break
+    line.write(
+        event="end",
+        error="",
+        loss=test_loss(model, codes),
+        hash=hash_of(dict(model.named_parameters())),
+        steps=state.steps,
+        left_out=state.left_out,
+        trained=trained,
+        counted=counted,
+    )
+    state.close()
+    manager.shutdown(wait=False)
+    line._file.close()
+    os._exit(0)  # nothing of torchft's servers has to be waited for
+
+
+def faults(replica: Replica, state: Any) -> None:
+    """Let something go wrong in this replica."""
+    if replica.fault == "damaged":  # whatever it sends of its moves, from now on
+        exchanged = state.session.go_over_to
+
+        def damage(*given: Any) -> None:
+            exchanged(*given)
+            pack = state.session.engine.messages.make
+
+            def make(*args: Any, **named: Any) -> list[Tensor]:
+                messages: list[Tensor] = pack(*args, **named)
+                for message in messages:
+                    message[-1] ^= 1
+                return messages
+
+            state.session.engine.messages.make = make
+
+        state.session.go_over_to = damage
+
+
+@contextmanager
+def lighthouse(
+    port: int = 0, join_ms: int = 500, heartbeat_ms: int = 1500, least: int = 1
+) -> Iterator[Any]:
+    """Lend a lighthouse in a process of its own; it has ``url`` and ``kill``."""
+    from tests import forked
+
+    here, there = forked.context().Pipe()
+    process = forked.context().Process(
+        target=_shine, args=(there, port, join_ms, heartbeat_ms, least), daemon=True
+    )
+    process.start()
+    there.close()
+    if not here.poll(60):
+        raise TimeoutError("the lighthouse has not begun")
+    found = here.recv()
+    try:
+        yield Lighthouse(process, found)
+    finally:
+        process.kill()
+        process.join()
+
+
+@dataclass
+class Lighthouse:
+    process: Any
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def _shine(pipe: Any, port: int, join_ms: int, heartbeat_ms: int, least: int) -> None:
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(
+        bind=f"127.0.0.1:{port}",
+        min_replicas=least,
+        join_timeout_ms=join_ms,
+        quorum_tick_ms=20,
+        heartbeat_timeout_ms=heartbeat_ms,
+    )
+    pipe.send(int(server.address().rpartition(":")[2]))
+    signal.pause()
+
+
+def local_sgd_alone(
+    rank: int, world: int, steps: int, sync_every: int, given: dict[str, Any]
+) -> list[str]:
+    """Return the hash of the replica after each exchange of ``hooks.local_sgd``."""
+    import lc3
+    from lc3.hooks import local_sgd
+
+    replica = Replica("", "", "", number=rank)
+    codes = text()
+    model = make_model(replica.seed + 100 * rank, replica.width)
+    optimizer = make_optimizer(model, replica.lr)
+    direct = lc3.Config(density=0.12, tuning=lc3.Tuning(topology="direct"))
+    found = []
+    with local_sgd.attach(
+        model, optimizer, direct, sync_every=sync_every, **given
+    ) as state:
+        data = batches(codes, replica.seed, rank)
+        for step in range(1, steps + 1):
+            inputs, labels = next(data)
+            optimizer.zero_grad()
+            loss_of(model(inputs), labels).backward()
+            optimizer.step()
+            if step % sync_every == 0:
+                found.append(hash_of(state.owners.replica))
+    return found
+
+
+if __name__ == "__main__":
+    main()
