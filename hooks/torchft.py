@@ -257,6 +257,7 @@ class State(local_sgd.State):
         tokens: trained on since the last exchange that succeeded; for the loop to add
             to. The rank's weight in the mean; 0: its steps count.
         world: ranks in the last exchange.
+        counted: those of them whose moves counted.
     """
 
     form = "torchft"
@@ -289,7 +290,7 @@ class State(local_sgd.State):
         self._held: Held | None = None
         self._since, self._weight = 0, 0.0
         self.committed = False
-        self.failed = self.world = 0
+        self.failed = self.world = self.counted = 0
         self.tokens: float = 0
         try:
             manager.register_state_dict_fn(_KEY, lambda _: None, dict)
@@ -406,6 +407,7 @@ class State(local_sgd.State):
             return torch.empty(0)
         self._commit(exchanged)
         self._exchanged = exchanged
+        self.counted = exchanged.finite
         return exchanged.averaged
 
     def _ask_for_quorum(self) -> None:
@@ -527,8 +529,8 @@ class State(local_sgd.State):
         assert isinstance(engine, Direct)
         assert isinstance(owners, Everybody)
         members = meeting.members
-        said = [meeting.present[member].says for member in members]
-        mine = meeting.present[rank].says
+        said = [_of_weight(meeting.present[m].says, meeting) for m in members]
+        mine = _of_weight(meeting.present[rank].says, meeting)
         for name, flat in self._model.flats().items() if self._from else ():
             torch.sub(self._from[name], flat, out=self._moved[name])
         share = share_of(mine, said) if mine.finite else 0.0
@@ -723,6 +725,17 @@ class State(local_sgd.State):
             self._seed.close()
             self._seed = None
         super().close()
+
+
+def _of_weight(said: Says, meeting: Meeting) -> Says:
+    """Return what a rank says; without weight, among others, it says no move.
+
+    So that the others' moves are not made larger for its sake, and then their mean
+    smaller: what is left of them would be too large.
+    """
+    if said.weight or not any(p.says.weight for p in meeting.present.values()):
+        return said
+    return replace(said, finite=False)
 
 
 class _StopError(Exception):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import forked, torchft_cases
 from tests.ranks import Ranks
@@ -148,3 +149,199 @@ def test_without_failures_it_is_local_sgd_bit_for_bit(
         assert [row["hash"] for row in run.committed(name)] == found[0]
     assert len(found[0]) == 20
     assert found[1:] == found[:-1]
+
+
+def test_a_rank_is_killed_and_joins_again(training: Callable[..., Training]) -> None:
+    run = training(pause_s=0.03)
+    run.shine(least=2)
+    a, b, _ = (run.start(number) for number in range(3))
+    run.wait(lambda: len(run.committed(a)) > 4)
+    run.signal(b, signal.SIGKILL)
+    before = run.committed(a)[-1]["exchanges"]
+    run.wait(lambda: run.committed(a)[-1]["exchanges"] > before + 4, 30)
+    assert run.committed(a)[-1]["world"] == 2
+    again = run.start(1, "r1-again")
+    (joined,) = run.wait(lambda: run.lines(again, "joined"))
+    assert joined["exchanges"] > before
+    run.wait(lambda: len(run.committed(again)) > 3)
+    assert run.committed(again)[-1]["world"] == 3
+    run.jobs.pop(b).kill()
+    for row in run.end().values():
+        assert row["error"] == ""
+        assert row["counted"] > 0.8 * row["trained"]
+    assert run.check_alike() > 10
+
+
+def test_a_rank_that_sleeps_keeps_what_it_has_moved(
+    training: Callable[..., Training],
+) -> None:
+    run = training(pause_s=0.03, timeout_s=4)
+    run.shine(least=2)
+    a, b, _ = (run.start(number) for number in range(3))
+    run.wait(lambda: len(run.committed(a)) > 4)
+    run.signal(b, signal.SIGSTOP)
+    before = run.committed(a)[-1]["exchanges"]
+    run.wait(lambda: run.committed(a)[-1]["exchanges"] > before + 4, 30)
+    run.signal(b, signal.SIGCONT)
+    slept = run.committed(b)[-1]["exchanges"]
+    run.wait(lambda: run.committed(b)[-1]["exchanges"] > slept + 4, 40)
+    ended = run.end()
+    assert run.check_alike() > 10
+    for row in ended.values():
+        assert row["counted"] > 0.8 * row["trained"]
+
+
+def test_the_lighthouse_is_killed_and_comes_again(
+    training: Callable[..., Training],
+) -> None:
+    run = training(pause_s=0.03, quorum_s=4)
+    light = run.shine(least=3)
+    a, _, _ = (run.start(number) for number in range(3))
+    run.wait(lambda: len(run.committed(a)) > 3)
+    light.process.kill()
+    light.process.join()
+    failed = run.lines(a)[-1]["failed"]
+    step = run.lines(a)[-1]["step"]
+    run.wait(lambda: run.lines(a)[-1]["failed"] > failed, 30)
+    run.shine()
+    before = run.lines(a)[-1]["exchanges"]
+    run.wait(lambda: run.lines(a)[-1]["exchanges"] > before + 4, 60)
+    assert run.lines(a)[-1]["step"] > step
+    for row in run.end().values():
+        assert row["counted"] > 0.8 * row["trained"]
+    assert run.check_alike() > 5
+
+
+def test_what_a_rank_damages_is_left_out_and_named(
+    training: Callable[..., Training],
+) -> None:
+    run = training(pause_s=0.03)
+    run.shine(least=2)
+    a, _ = run.start(0), run.start(1)
+    bad = run.start(2, fault="damaged")
+    run.wait(lambda: len(run.committed(a)) > 5)
+    assert run.committed(a)[-1]["world"] == 3
+    assert not run.committed(bad)
+    assert f"lc3: {bad}" in run.log(a)
+    assert "is left out of this exchange" in run.log(a)
+    assert "CRC" in run.log(a)
+    ended = run.end()
+    assert ended[bad]["counted"] == 0
+    assert ended[a]["counted"] > 0.8 * ended[a]["trained"]
+    assert run.check_alike() > 5
+
+
+def test_a_rank_with_nan_is_left_out_once(training: Callable[..., Training]) -> None:
+    run = training(pause_s=0.03)
+    run.shine(least=3)
+    a, b, c = run.start(0), run.start(1), run.start(2, fault="nan at 10")
+    run.wait(lambda: run.committed(c) and run.committed(c)[-1]["exchanges"] > 6)
+    ended = run.end()
+    assert [ended[name]["left_out"] for name in (a, b, c)] == [0, 0, 1]
+    assert "is not finite" in run.log(c)
+    assert run.check_alike() > 5
+
+
+def test_another_configuration_is_refused_and_the_others_go_on(
+    training: Callable[..., Training],
+) -> None:
+    run = training(pause_s=0.03)
+    run.shine(least=2)
+    a, b = run.start(0), run.start(1)
+    run.wait(lambda: len(run.committed(a)) > 3)
+    bad = run.start(2, given={"outer_lr": 1.0})
+    assert run.jobs[bad].wait(60) != 0
+    (said,) = run.lines(bad, "end")
+    assert said["error"].startswith("PlanMismatch: ranks differ: outer_lr is 1.5 on r")
+    run.jobs.pop(bad).kill()
+    before = run.committed(a)[-1]["exchanges"]
+    run.wait(lambda: run.committed(a)[-1]["exchanges"] > before + 3, 30)
+    run.end()
+    assert f"{'r2'} is left out: its configuration is another" in run.log(a) + run.log(
+        b
+    )
+
+
+NEUTRAL = {"outer_lr": 1.0, "residual_decay": 1.0, "inner_momentum_scale": 1.0}
+
+
+def mass_lost(run: Training, names: list[str]) -> float:
+    """Return how much of what ranks have walked went nowhere, of all they walked.
+
+    What has reached the model is, of each exchange, the mean times the ranks in it.
+    """
+    arrived = torch.zeros(3, dtype=torch.float64)
+    entries: dict[int, Row] = {}
+    walked = torch.zeros(3, dtype=torch.float64)
+    owed = torch.zeros(3, dtype=torch.float64)
+    far = torch.zeros(3, dtype=torch.float64)
+    for name in names:
+        rows = [row for row in run.lines(name) if not row["behind"]]
+        entries |= {row["exchanges"]: row for row in rows if row["committed"]}
+        walked += torch.tensor(rows[-1]["walked"])
+        far += torch.tensor(rows[-1]["walked"]).abs()
+        owed += torch.tensor(rows[-1]["owed"])
+    (first,) = {tuple(run.lines(name, "joined")[0]["model"]) for name in names[:1]}
+    before = torch.tensor(first)
+    assert sorted(entries) == list(range(1, len(entries) + 1))
+    for number in sorted(entries):
+        after = torch.tensor(entries[number]["model"])
+        arrived += (before - after) * entries[number]["ranks"]
+        before = after
+    return float(((walked - owed - arrived) / far).abs().max())
+
+
+def test_mass_is_kept_where_ranks_come_and_leave_in_order(
+    training: Callable[..., Training],
+) -> None:
+    run = training(
+        mass=True, pause_s=0.02, given={**NEUTRAL, "sync_every": "manual"}, timeout_s=4
+    )
+    run.shine(least=2)
+    a, b = run.start(0), run.start(1)
+    run.wait(lambda: len(run.committed(a)) > 3)
+    c = run.start(2, steps=24)  # and leaves
+    run.wait(lambda: run.lines(c, "end"))
+    d = run.start(3)
+    run.wait(lambda: run.committed(d))
+    run.signal(b, signal.SIGSTOP)
+    before = run.committed(a)[-1]["exchanges"]
+    run.wait(lambda: run.committed(a)[-1]["exchanges"] > before + 3)
+    run.signal(b, signal.SIGCONT)
+    run.wait(lambda: run.committed(b)[-1]["exchanges"] > before + 5)
+    run.end()
+    assert mass_lost(run, [a, b, c, d]) < 1e-6
+
+
+def test_what_a_killed_rank_takes_along_is_what_it_owed(
+    training: Callable[..., Training],
+) -> None:
+    run = training(mass=True, pause_s=0.02, given={**NEUTRAL, "sync_every": "manual"})
+    run.shine(least=2)
+    a, b = run.start(0), run.start(1)
+    c = run.start(2, fault="killed at 26")
+    assert run.jobs[c].wait(60) == -signal.SIGKILL
+    before = run.committed(a)[-1]["exchanges"]
+    run.wait(lambda: run.committed(a)[-1]["exchanges"] > before + 3)
+    run.jobs.pop(c).kill()
+    run.end()
+    assert run.committed(c)
+    assert mass_lost(run, [a, b, c]) < 1e-6
+
+
+def test_a_slow_rank_does_not_hold_up_the_others(
+    training: Callable[..., Training],
+) -> None:
+    run = training(pause_s=0.1, quorum_s=30)
+    run.shine(join_ms=150, least=2)
+    a, b = run.start(0), run.start(1)
+    run.wait(lambda: len(run.committed(a)) > 2)
+    slow = run.start(2, pause_s=1.0)
+    run.wait(lambda: len(run.committed(slow)) > 2)
+    rows = {name: run.committed(name) for name in (a, b, slow)}
+    run.end()
+    since = [row for row in rows[a] if row["time"] > rows[slow][0]["time"]]
+    steps = since[-1]["step"] - since[0]["step"]
+    assert steps / (since[-1]["time"] - since[0]["time"]) > 5  # of 10 without it
+    assert rows[slow][-1]["counted"] == rows[slow][-1]["trained"]
+    assert run.check_alike() > 10

@@ -53,7 +53,8 @@ class Replica:
         fault: what goes wrong in it, see ``Faults``.
         host: address under which the others reach it.
         width: of the transformer.
-        taken: whether the learning rate stays, for long runs of any length.
+        lr: of AdamW.
+        mass: whether to write, at each exchange, where the mass is: see ``Mass``.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Replica:
     host: str = "127.0.0.1"
     width: int = 32
     lr: float = 4e-3
+    mass: bool = False
 
 
 def text() -> Tensor:
@@ -143,13 +145,35 @@ def hash_of(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def owed(state: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Return what this rank has moved and not sent, as a move of the model."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        moved = state.owners.replica[name] - parameter.detach().reshape(-1)
-        found[name] = moved + state._residuals.sent.get(name, torch.zeros(()))
-    return found
+class Mass:
+    """Follows how far a rank has walked, and how far it has brought the others.
+
+    As numbers: the products of moves with random vectors, in float64.
+    """
+
+    def __init__(self, state: Any, model: nn.Module) -> None:
+        self._state, self._model = state, model
+        generator = torch.Generator().manual_seed(7)
+        self._vectors = {
+            name: torch.randn(3, p.numel(), generator=generator, dtype=torch.float64)
+            for name, p in model.named_parameters()
+        }
+        self.walked = torch.zeros(3, dtype=torch.float64)
+
+    def of(self, tensors: dict[str, Tensor]) -> Tensor:
+        return sum(  # type: ignore[return-value]  # there are some
+            self._vectors[name] @ tensor.detach().reshape(-1).double()
+            for name, tensor in tensors.items()
+        )
+
+    def held(self) -> Tensor:
+        return self.of(dict(self._model.named_parameters()))
+
+    def owed(self) -> Tensor:
+        """Return what this rank has moved and not sent, while it is in step."""
+        residuals = self._state._residuals.sent
+        shared = self.of(self._state.owners.replica)
+        return shared - self.held() + self.of(residuals)
 
 
 class Line:
@@ -195,8 +219,10 @@ def train(replica: Replica, line: Line) -> None:
             **replica.given,
         },
     )
+    mass = Mass(state, model) if replica.mass else None
     line.write(
         event="joined",
+        model=None if mass is None else mass.of(state.owners.replica).tolist(),
         seconds=time.monotonic() - began,
         exchanges=state.exchanges,
         hash=hash_of(state.owners.replica),
@@ -210,6 +236,9 @@ def train(replica: Replica, line: Line) -> None:
         batches(codes, replica.seed, replica.number), start=1
     ):
         before = state.exchanges, state.failed
+        if mass is not None:
+            held = mass.held()
+            state.tokens = 1  # all weigh the same
         optimizer.zero_grad()
         loss = loss_of(model(inputs), labels)
         loss.backward()
@@ -219,10 +248,23 @@ def train(replica: Replica, line: Line) -> None:
             for parameter in model.parameters():
                 assert parameter.grad is not None
                 parameter.grad.fill_(torch.nan)
+        if replica.fault == f"killed at {step}":
+            os.kill(os.getpid(), signal.SIGKILL)
         trained += inputs.numel()
         since += inputs.numel()
         started = time.monotonic()
         optimizer.step()
+        walked: dict[str, Any] = {}
+        if mass is not None:
+            mass.walked += held - mass.held()
+            if step % replica.sync_every == 0:
+                state.exchange(weight=1)
+            walked = {
+                "walked": mass.walked.tolist(),
+                "owed": mass.owed().tolist(),
+                "model": mass.of(state.owners.replica).tolist(),
+                "behind": bool(state._from or state._open),
+            }
         if (state.exchanges, state.failed) != before:
             if state.committed:
                 counted += since
@@ -235,12 +277,14 @@ def train(replica: Replica, line: Line) -> None:
                 committed=state.committed,
                 failed=state.failed,
                 world=state.world,
+                ranks=state.counted,
                 hash=hash_of(state.owners.replica),
                 loss=float(loss),
                 trained=trained,
                 counted=counted,
                 seconds=time.monotonic() - started,
                 sent=state.meter.sent_bytes,
+                **walked,
             )
         if step == replica.steps or (not replica.steps and stop.exists()):
             break
@@ -263,21 +307,26 @@ def train(replica: Replica, line: Line) -> None:
 def faults(replica: Replica, state: Any) -> None:
     """Let something go wrong in this replica."""
     if replica.fault == "damaged":  # whatever it sends of its moves, from now on
-        exchanged = state.session.go_over_to
+        go_over_to = state.session.go_over_to
 
-        def damage(*given: Any) -> None:
-            exchanged(*given)
-            pack = state.session.engine.messages.make
+        def damaged(*given: Any) -> None:
+            go_over_to(*given)
+            damage()
 
-            def make(*args: Any, **named: Any) -> list[Tensor]:
-                messages: list[Tensor] = pack(*args, **named)
-                for message in messages:
+        def damage() -> None:
+            messages = state.session.engine.messages
+            make = messages.make
+
+            def make_damaged(*args: Any, **named: Any) -> list[Tensor]:
+                made: list[Tensor] = make(*args, **named)
+                for message in made:
                     message[-1] ^= 1
-                return messages
+                return made
 
-            state.session.engine.messages.make = make
+            messages.make = make_damaged
 
-        state.session.go_over_to = damage
+        state.session.go_over_to = damaged
+        damage()
 
 
 @contextmanager
@@ -315,6 +364,8 @@ class Lighthouse:
 
 def _shine(pipe: Any, port: int, join_ms: int, heartbeat_ms: int, least: int) -> None:
     from torchft.coordination import LighthouseServer
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a line for each request
 
     server = LighthouseServer(
         bind=f"127.0.0.1:{port}",

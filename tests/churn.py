@@ -1,0 +1,404 @@
+"""Machines that come and go, for as long as one likes: kills, stops, cut links, joins.
+
+    make churn
+    python -m tests.churn --minutes 30 --rate 100mbit --out churn.json
+
+Every 20 to 60 seconds a random replica is killed (-9), stopped or cut off for 5 to 40
+seconds, or a new one joins; 2 to 6 are there. With ``--rate`` each has a network
+namespace of its own (root), without it all share the loopback and no link is cut. A
+replica that ends by itself is started again, as a launcher would. Then the same number
+of tokens is trained by four replicas that nobody disturbs.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.lab import netlab
+from tests.torchft_cases import BATCH, CONTEXT, Replica
+
+HOSTS, LEAST, AT_FIRST = 6, 2, 4
+GRACE_S = 5.0
+LIGHTHOUSE, PORT = "10.77.0.254", 29_511
+Row = dict[str, Any]
+
+
+@dataclass
+class Live:
+    """One replica that runs.
+
+    Attributes:
+        name: unique.
+        host: its number of a host.
+        process: it.
+        until: when it is let go on, or connected again; 0: nothing is wrong.
+        cut: whether that is its link.
+    """
+
+    name: str
+    host: int
+    process: subprocess.Popen[bytes]
+    until: float = 0.0
+    cut: bool = False
+
+
+@dataclass
+class Event:
+    """Something that was done to a replica."""
+
+    kind: str
+    name: str
+    time: float
+    seconds: float = 0.0
+
+
+@dataclass
+class Campaign:
+    """A training under churn, and what was done to it.
+
+    Attributes:
+        folder: for what replicas write.
+        given: see ``Replica``.
+        lab: hosts of their own, or ``None``.
+        seed: of what happens, and of the data.
+        every_s: bounds of the time between two events.
+        events: what happened.
+        sent_bytes: by all hosts.
+    """
+
+    folder: Path
+    given: dict[str, Any]
+    lab: netlab.Lab | None
+    seed: int
+    every_s: tuple[float, float] = (20.0, 60.0)
+    heartbeat_ms: int = 2000
+    grace_ms: int = 1000
+    events: list[Event] = field(default_factory=list)
+    live: list[Live] = field(default_factory=list)
+    started: int = 0
+    sent_bytes: int = 0
+
+    def run(self, seconds: float, *, churn: bool, tokens: int = 0) -> None:
+        """Train for some time, or until so many tokens have counted."""
+        chance = random.Random(self.seed)
+        light = self._shine()
+        try:
+            for _ in range(AT_FIRST):
+                self.join()
+            self._until_joined(AT_FIRST)
+            end = time.monotonic() + seconds
+            due = time.monotonic() + chance.uniform(*self.every_s)
+            while time.monotonic() < end:
+                time.sleep(0.2)
+                self._look_after()
+                if churn and time.monotonic() > due:
+                    self.disturb(chance)
+                    due = time.monotonic() + chance.uniform(*self.every_s)
+                if tokens and self.counted() >= tokens:
+                    break
+            for one in self.live:
+                self._heal(one)
+            (self.folder / "stop").touch()
+            deadline = time.monotonic() + 90
+            for one in self.live:
+                left = max(1.0, deadline - time.monotonic())
+                try:
+                    one.process.wait(left)
+                except subprocess.TimeoutExpired:
+                    self.events.append(Event("hung", one.name, time.monotonic()))
+            if self.lab is not None:
+                self.sent_bytes = sum(t.sent_bytes for t in self.lab.traffic())
+        finally:
+            for one in self.live:
+                one.process.kill()
+                one.process.wait()
+            light.kill()
+            light.wait()
+
+    def _shine(self) -> subprocess.Popen[bytes]:
+        address = "127.0.0.1" if self.lab is None else LIGHTHOUSE
+        if self.lab is not None:
+            subprocess.run(
+                ["ip", "addr", "replace", f"{LIGHTHOUSE}/24", "dev", "switch"],
+                check=True,
+            )
+        self.url = f"http://{address}:{PORT}"
+        command = [
+            *(str(Path(sys.executable).with_name("torchft_lighthouse")),),
+            *("--bind", f"{address}:{PORT}", "--min_replicas", "1"),
+            *("--join_timeout_ms", str(self.grace_ms), "--quorum_tick_ms", "20"),
+            *("--heartbeat_timeout_ms", str(self.heartbeat_ms)),
+        ]
+        with (self.folder / "lighthouse.log").open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    def join(self) -> None:
+        """Start a replica on a free host."""
+        taken = {one.host for one in self.live}
+        host = next(h for h in range(HOSTS) if h not in taken)
+        name = f"r{self.started}"
+        address = "127.0.0.1" if self.lab is None else netlab.address(host)
+        replica = Replica(
+            name=name,
+            lighthouse=self.url,
+            folder=str(self.folder),
+            number=self.started,
+            host=address,
+            seed=self.seed,
+            **self.given,
+        )
+        command = [sys.executable, "-m", "tests.torchft_cases"]
+        command.append(json.dumps(asdict(replica)))
+        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if self.lab is not None:  # torchft names a host by what it calls itself
+            script = f'hostname {address}; exec "$@"'
+            command = ["unshare", "--uts", "sh", "-c", script, "sh", *command]
+            command = self.lab.on(host, *command)
+            variables["GLOO_SOCKET_IFNAME"] = "eth0"
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=variables, start_new_session=True
+            )
+        self.live.append(Live(name, host, process))
+        self.events.append(Event("join", name, time.monotonic()))
+        self.started += 1
+
+    def disturb(self, chance: random.Random) -> None:
+        """Do something to some replica."""
+        well = [one for one in self.live if not one.until]
+        kinds = ["join"] if len(self.live) < HOSTS else []
+        if len(well) > LEAST:
+            kinds += ["kill", "stop"] + ["cut"] * (self.lab is not None)
+        if not kinds:
+            return
+        kind = chance.choice(kinds)
+        if kind == "join":
+            self.join()
+            return
+        one = chance.choice(well)
+        seconds = 0.0 if kind == "kill" else chance.uniform(5, 40)
+        now = time.monotonic()
+        self.events.append(Event(kind, one.name, now, seconds))
+        if kind == "kill":
+            self._signal(one, signal.SIGKILL)
+            one.process.wait()
+            self.live.remove(one)
+            return
+        one.until, one.cut = now + seconds, kind == "cut"
+        if one.cut:
+            subprocess.run(["ip", "link", "set", f"port{one.host}", "down"], check=True)
+        else:
+            self._signal(one, signal.SIGSTOP)
+
+    def _heal(self, one: Live) -> None:
+        if one.until:
+            one.until = 0.0
+            if one.cut:
+                port = f"port{one.host}"
+                subprocess.run(["ip", "link", "set", port, "up"], check=True)
+            else:
+                self._signal(one, signal.SIGCONT)
+
+    def _look_after(self) -> None:
+        """Let go on what has waited, and start what has ended anew."""
+        for one in list(self.live):
+            if one.until and time.monotonic() > one.until:
+                self._heal(one)
+            if one.process.poll() is not None:
+                self._heal(one)
+                self.live.remove(one)
+                self.events.append(Event("ended", one.name, time.monotonic()))
+                self.join()
+
+    def _signal(self, one: Live, number: int) -> None:
+        os.killpg(one.process.pid, number)
+
+    def _until_joined(self, count: int) -> None:
+        end = time.monotonic() + 120
+        while sum(bool(self.rows(one.name, "joined")) for one in self.live) < count:
+            time.sleep(0.2)
+            if time.monotonic() > end or any(
+                one.process.poll() is not None for one in self.live
+            ):
+                logs = [(self.folder / f"{o.name}.log").read_text() for o in self.live]
+                raise TimeoutError("\n".join(log[-2000:] for log in logs))
+
+    def rows(self, name: str, event: str) -> list[Row]:
+        """Return what a replica has written of some kind."""
+        path = self.folder / f"{name}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return [row for row in rows if row["event"] == event]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all replicas that there ever were."""
+        return [f"r{number}" for number in range(self.started)]
+
+    def counted(self) -> int:
+        """Return the tokens in exchanges that have succeeded."""
+        last = [self.rows(name, "exchange")[-1:] for name in self.names]
+        return sum(row["counted"] for rows in last for row in rows)
+
+    def report(self) -> Row:
+        """Return the figures."""
+        rows = {name: self.rows(name, "exchange") for name in self.names}
+        good = {n: [r for r in some if r["committed"]] for n, some in rows.items()}
+        models: dict[Any, set[str]] = {}
+        for some in good.values():
+            for row in some:
+                models.setdefault((row["exchanges"], row["entry"]), set()).add(
+                    row["hash"]
+                )
+        killed = [e for e in self.events if e.kind == "kill"]
+        trained = sum(some[-1]["trained"] for some in rows.values() if some)
+        # What a killed replica had trained since its last line is not known: the most.
+        trained += len(killed) * self.given["sync_every"] * BATCH * CONTEXT
+        limit = self.given["timeout_s"] + self.given["quorum_s"] + GRACE_S
+        waits = [
+            (row["seconds"] - self._away(name, row), name, row["exchanges"])
+            for name, some in rows.items()
+            for row in some
+        ]
+        joined = []
+        for name in self.names[AT_FIRST:]:
+            begun = self.rows(name, "joined")
+            if begun and good[name]:
+                joined.append(good[name][0]["time"] - begun[0]["time"])
+        losses = [row["loss"] for n in self.names for row in self.rows(n, "end")]
+        losses = [loss for loss in losses if loss is not None]
+        kinds = [event.kind for event in self.events]
+        return {
+            "events": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            "exchanges": max(
+                (row["exchanges"] for some in good.values() for row in some), default=0
+            ),
+            "failed attempts": sum(
+                some[-1]["failed"] for some in rows.values() if some
+            ),
+            "models alike": all(len(found) == 1 for found in models.values()),
+            "models compared": len(models),
+            "hangs": [w for w in waits if w[0] > limit] + self._hung(),
+            "longest wait s": round(max(waits)[0], 2),
+            "tokens trained": trained,
+            "tokens counted": self.counted(),
+            "goodput": round(self.counted() / trained, 4),
+            "loss": round(statistics.mean(losses), 4) if losses else None,
+            "kill to next exchange s": _spread(
+                [self._next_after(event, good) for event in killed]
+            ),
+            "joined to first exchange s": _spread(joined),
+            "bytes": self.sent_bytes,
+            "ends by itself": self._reasons(),
+        }
+
+    def _hung(self) -> list[Any]:
+        return [(e.name, "did not end") for e in self.events if e.kind == "hung"]
+
+    def _reasons(self) -> list[str]:
+        ended = {event.name for event in self.events if event.kind == "ended"}
+        said = []
+        for name in sorted(ended):
+            rows = self.rows(name, "end")
+            said.append(f"{name}: {rows[-1]['error'][:200] if rows else 'no word'}")
+        return said
+
+    def _away(self, name: str, row: Row) -> float:
+        """Return for how long of an exchange a replica was stopped itself."""
+        start, end = row["time"] - row["seconds"], row["time"]
+        away = 0.0
+        for event in self.events:
+            if event.name == name and event.kind == "stop":
+                both = min(end, event.time + event.seconds) - max(start, event.time)
+                away += max(0.0, both)
+        return away
+
+    def _next_after(self, event: Event, good: dict[str, list[Row]]) -> float:
+        later = [
+            row["time"]
+            for some in good.values()
+            for row in some
+            if row["time"] > event.time
+        ]
+        return min(later, default=float("nan")) - event.time
+
+
+def _spread(seconds: Sequence[float]) -> Row:
+    found = [s for s in seconds if s == s]
+    if not found:
+        return {"count": 0}
+    return {
+        "count": len(found),
+        "median": round(statistics.median(found), 2),
+        "most": round(max(found), 2),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tests.churn", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--rate", help="of each link, like 100mbit; as root")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--method", choices=("lc3", "local_sgd", "diloco"), default="lc3"
+    )
+    parser.add_argument("--sync-every", type=int, default=8)
+    parser.add_argument("--pause", type=float, default=0.1, help="s, that a step takes")
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--alone", action="store_true", help="no undisturbed training")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the campaign, print its figures, and return whether they are good."""
+    options = parse()
+    if options.rate and not options.inside:
+        if reason := netlab.missing():
+            print(f"tests.churn: {reason}", file=sys.stderr)
+            return 2
+        apart = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        again = [sys.executable, "-m", "tests.churn", "--inside", *sys.argv[1:]]
+        return subprocess.run([*apart, *again], check=False).returncode
+    given = {
+        "sync_every": options.sync_every,
+        "pause_s": options.pause,
+        "timeout_s": 10.0,
+        "quorum_s": 15.0,
+        "method": options.method,
+        "width": options.width,
+    }
+    lab = None
+    if options.rate:
+        lab = netlab.Lab(HOSTS, netlab.rate_bits(options.rate))
+    reports = {}
+    tokens = 0
+    for kind in ("churn",) if options.alone else ("churn", "undisturbed"):
+        folder = Path(tempfile.mkdtemp(prefix=f"lc3-{kind}-"))
+        one = Campaign(folder, given, lab, options.seed)
+        one.run(options.minutes * 60, churn=kind == "churn", tokens=tokens)
+        reports[kind] = one.report()
+        tokens = reports["churn"]["tokens counted"]
+        print(kind, json.dumps(reports[kind], indent=1), flush=True)
+    if lab is not None:
+        lab.close()
+    if options.out:
+        options.out.write_text(json.dumps(reports, indent=1))
+    churn = reports["churn"]
+    return int(bool(churn["hangs"]) or not churn["models alike"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
