@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: demo docs links quick release test check bench ship-bench evaluate fuzz test-install test-horovod test-launch test-cuda \
-	test-adapters test-oldest test-torchft gpu-check gpu-bench soak faults clean
+	test-adapters test-oldest test-torchft churn gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -118,6 +118,12 @@ test-adapters: .venv-adapters/ready
 # Machines that come and go, on torchft's membership, in an environment of its own.
 test-torchft: .venv-torchft/ready
 	.venv-torchft/bin/python -m pytest tests/test_torchft.py
+
+# Half an hour of kills, stops, cut links and joins, as root between hosts of the lab, and
+# then the same number of tokens undisturbed. METHOD: lc3, local_sgd or diloco.
+METHOD := lc3
+churn: .venv-torchft/ready
+	.venv-torchft/bin/python -m tests.churn --minutes 30 --rate 100mbit --method $(METHOD)
 
 .venv-torchft/ready: $(READY)
 	$(call beside,.venv-torchft)
