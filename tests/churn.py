@@ -225,7 +225,7 @@ class Campaign:
         os.killpg(one.process.pid, number)
 
     def _until_joined(self, count: int) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 400
         while sum(bool(self.rows(one.name, "joined")) for one in self.live) < count:
             time.sleep(0.2)
             if time.monotonic() > end or any(

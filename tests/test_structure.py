@@ -131,7 +131,7 @@ def test_private_names_of_torch_are_used_in_one_file() -> None:
             *("manager._pg", "manager._quorum_id", "manager._quorum_future"),
             *("manager._timeout", "manager._quorum_timeout"),
             *("manager._use_async_quorum", "manager._group_world_size"),
-            *("manager._replica_world_size_mode", "self._manager._replica_id"),
+            *("manager._replica_world_size_mode", "manager._replica_id"),
         },
         "horovod.py": {"horovod.torch.optimizer._DistributedOptimizer"},
     }

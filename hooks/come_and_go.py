@@ -1,0 +1,608 @@
+"""Local steps of ranks that come and go, whoever says who is there.
+
+In one hop (``Tuning(topology="direct")``) all ranks hold the same model, so whoever is
+left can give it to whoever joins. An exchange has three rounds: who is there and what
+it has, what everybody has moved, and whose moves all could read. Nothing is applied
+before the last; then each rank does so by itself. One that is not sure whether the
+others did keeps both outcomes, and takes the right one when they meet again. What the
+framework is that brings ranks together: see ``Membership``, and ``hooks.torchft``.
+"""
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lc3.channel import Channel
+from lc3.checkpoint import from_bytes, to_bytes
+from lc3.config import Settings
+from lc3.direct import Direct
+from lc3.errors import ExchangeError, Lc3Error, PlanMismatch, StateError
+from lc3.format import ASIDE_BUCKET
+from lc3.handshake import alike
+from lc3.hooks import local_sgd
+from lc3.hooks.local_sgd import Choose
+from lc3.meeting import KEPT, Meeting, Present, meet
+from lc3.model import together
+from lc3.outer import Outer
+from lc3.owners import Everybody, owners_of
+from lc3.residual import Residuals
+from lc3.says import Says, share_of
+from lc3.seed import FACTS, Held, Seed, fetch
+from lc3.session import Session, nobody
+from lc3.steps import Written
+from lc3.transport import Pairwise
+from lc3.version import __version__
+
+log = logging.getLogger(__name__)
+
+_TRIES = 5  # to join, or to end, before it is an error
+_NOBODY = -1
+_PAST = (Lc3Error, RuntimeError, TimeoutError, OSError)  # what an exchange may fail of
+
+
+class SendsAndReceives(Protocol):
+    """A process group, as far as it is needed: any that moves CPU tensors."""
+
+    def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> Any:
+        """Begin to send; the result has ``wait``."""
+
+    def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> Any:
+        """Begin to receive; the result has ``wait``."""
+
+
+class Quorum(NamedTuple):
+    """Those that are there for an exchange.
+
+    Attributes:
+        group: connects them, and nobody else uses it.
+        rank: this rank's number.
+        world: how many there are.
+        number: another one whenever they were connected anew.
+    """
+
+    group: SendsAndReceives
+    rank: int
+    world: int
+    number: int
+
+
+class Membership(Protocol):
+    """Says who is there.
+
+    Attributes:
+        name: of this rank, for the others' logs.
+    """
+
+    name: str
+
+    def meet(self) -> Quorum:
+        """Wait for the others, and connect to them.
+
+        Raises:
+            StopError: this process cannot go on.
+            Exception: it has failed this time.
+        """
+        ...
+
+    def commit(self, error: Exception | None) -> bool:
+        """Return whether an exchange counts; once after each ``meet``.
+
+        Args:
+            error: why it has failed here; ranks have to be connected anew.
+        """
+        ...
+
+
+class StopError(Exception):
+    """What ends this rank, and not the others."""
+
+    def __init__(self, error: Lc3Error) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Between(Pairwise):
+    """A ``Transport`` over what connects a quorum."""
+
+    def __init__(
+        self, group: SendsAndReceives, members: Sequence[int], me: int
+    ) -> None:
+        super().__init__(members, me)
+        self._group = group
+
+    def among(self, members: Sequence[int]) -> "_Between":
+        """See ``Divisible.among``."""
+        ranks = [self._members[member] for member in members]
+        return _Between(self._group, ranks, self._members[self.rank])
+
+    def _send(self, data: Tensor, peer: int) -> Any:
+        return self._group.send([data], self._members[peer], 0)
+
+    def _receive(self, buffer: Tensor, peer: int) -> Any:
+        return self._group.recv([buffer], self._members[peer], 0)
+
+    def all_reduce(self, tensor: Tensor) -> NoReturn:  # noqa: ARG002  # nothing asks
+        """See ``Transport.all_reduce``: none."""
+        raise ExchangeError("there is no dense all-reduce between ranks that come")
+
+    def leave_word(self, reason: str) -> None:
+        """See ``Transport.leave_word``: no place, and those that come go on."""
+
+
+@dataclass(frozen=True)
+class _Exchanged:
+    """What ranks have sent each other, and nothing of it is applied yet.
+
+    Attributes:
+        meeting: who has met.
+        rank: this rank's number there.
+        taken: members whose moves count.
+        finite: how many of these had finite moves.
+        averaged: mean of the buffers, see ``Statistics.mean``.
+    """
+
+    meeting: Meeting
+    rank: int
+    taken: Sequence[int]
+    finite: int
+    averaged: Tensor
+
+
+class State(local_sgd.State):
+    """Everything lc3 keeps for one model on machines that come and go.
+
+    See ``lc3.hooks.local_sgd.State``. There is no ``state_dict``: what a rank owes is
+    kept as long as it lives, and the others have the model.
+
+    Attributes:
+        committed: whether the last exchange has succeeded, with this rank's moves.
+        failed: exchanges that have not, so far.
+        tokens: trained on since the last exchange that succeeded; for the loop to add
+            to. The rank's weight in the mean; 0: its steps count.
+        world: ranks in the last exchange.
+        counted: those of them whose moves counted.
+    """
+
+    form = "come_and_go"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        settings: Settings,
+        choose: Choose,
+        membership: Membership,
+        *,
+        wants: bool,
+    ) -> None:
+        self._membership = membership
+        self._exchanged: _Exchanged | None = None
+        super().__init__(model, optimizers, settings, choose, None)
+        coder = self.session.flat_engine.messages.coder
+        self._residuals = Residuals(self.engine.plan, _NOBODY, coder.device)
+        self._residuals.hold()
+        self._wants = wants
+        self._seed: Seed | None = None
+        self._connected: object = None
+        self._history: list[int] = []
+        self._joined = False
+        self._open = 0  # the entry of an exchange that others may have ended well
+        self._open_at: dict[str, Tensor] = {}
+        self._from: dict[str, Tensor] = {}  # in place of the replica, if it is behind
+        self._kept: dict[str, Tensor] = {}
+        self._held: Held | None = None
+        self._since, self._weight = 0, 0.0
+        self.committed = False
+        self.failed = self.world = self.counted = 0
+        self.tokens: float = 0
+
+    def _session_of(
+        self,
+        trained: list[tuple[str, Tensor]],
+        facts: dict[str, object],
+        group: dist.ProcessGroup | None,  # noqa: ARG002  # the manager's
+    ) -> Session:
+        shapes = [(name, list(p.shape)) for name, p in trained]
+        self._facts = alike(__version__, self.settings, shapes, facts)
+        self._digest = sha256(json.dumps(self._facts).encode()).digest()[:8]
+        return Session(trained, self.settings, *nobody(), facts=facts)
+
+    @property
+    def _never_exchanges(self) -> bool:
+        return False
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._exchanged is None else self._exchanged.rank
+
+    def join(self, host: str, bind: str, timeout_s: float) -> None:
+        """Meet the others, and take their model; once, by ``attach``.
+
+        Raises:
+            ExchangeError: it did not come to that.
+            PlanMismatch: they have another configuration.
+        """
+        self._timeout_s = timeout_s
+        self._seed = Seed(host, bind, timeout_s, self._facts)
+        for _ in range(_TRIES):
+            self._start()
+            self._finish()
+            if self._joined:
+                return
+        raise ExchangeError(
+            f"this rank has tried {_TRIES} times to join, see the log for why it could "
+            "not; can the machines reach each other?"
+        )
+
+    def _before(self, *, new: bool) -> None:
+        """See ``local_sgd.State``: whatever changes parameters has moved them."""
+
+    def _exchange_if_due(self, sync_every: int) -> None:
+        self._since += 1
+        if self._since >= sync_every:
+            self._start()
+            self._finish()
+
+    def _start(
+        self, *, with_buffers: bool = False, weight: float | None = None
+    ) -> None:
+        if weight is None and self.tokens:
+            weight = self.tokens
+        self._since = 0
+        self._weight = 0.0 if weight is None else weight
+        super()._start(with_buffers=with_buffers, weight=weight)
+
+    def sync(self) -> None:
+        """Exchange now, and go on from the model that all ranks share.
+
+        For the end of training; ranks that come for it within the quorum's time share
+        it.
+
+        Raises:
+            ExchangeError: no exchange has succeeded.
+        """
+        for _ in range(_TRIES):
+            self._start(with_buffers=True)
+            self._finish()
+            if self.committed:
+                return
+        raise ExchangeError(
+            f"no exchange has succeeded in {_TRIES} tries, see the log; the model is "
+            "this rank's own"
+        )
+
+    def _exchange(self, mine: Says, written: Written) -> Tensor:  # noqa: ARG002  # see _before
+        """Meet the others and exchange. Runs on the lane.
+
+        What fails has changed nothing, and says so in the log.
+        """
+        self._exchanged = self._held = None
+        self._kept = {}
+        exchanged, failure = None, None
+        try:
+            exchanged = self._met(mine)
+        except StopError as stop:
+            raise stop.error from stop
+        except _PAST as error:
+            failure = error
+            log.warning(
+                "lc3: an exchange has failed (%s: %s); what this rank has moved is "
+                "kept for the next one",
+                type(error).__name__,
+                error,
+            )
+        if not self._membership.commit(failure) or exchanged is None:
+            self.failed += 1
+            self._connected = None
+            if self._open and not self._open_at:
+                flats = self._model.flats().items()
+                self._open_at = {name: flat.clone() for name, flat in flats}
+            return torch.empty(0)
+        self._commit(exchanged)
+        self._exchanged = exchanged
+        self.counted = exchanged.finite
+        return exchanged.averaged
+
+    def _met(self, mine: Says) -> _Exchanged:
+        """Exchange with those that are there; nothing is applied yet."""
+        quorum = self._membership.meet()
+        rank = quorum.rank
+        everybody = _Between(quorum.group, range(quorum.world), rank)
+        meeting = self._meet(everybody, rank, mine)
+        lead = meeting.present[meeting.lead]
+        members = list(meeting.members)
+        if self._open:  # was it counted?
+            ended_well = self._open in lead.history
+            self._residuals.settle_all(float(ended_well))
+            if ended_well:
+                self._outer.forget(self.knobs)
+                self._from = self._open_at
+            self._open, self._open_at = 0, {}
+        self.world = len(members)
+        if meeting.begins or len(members) == 1:
+            nothing = torch.empty(0)
+            return _Exchanged(meeting, rank, members, int(mine.finite), nothing)
+        connected = quorum.number, members
+        if self._connected != connected:
+            between = everybody.among(members)
+            self.session.go_over_to(between, self._residuals)
+            self.engine = self.session.engine
+            self.owners = owners_of(self.session.flat_engine, self.owners.replica)
+            self._outer = Outer(self.owners, self.knobs)
+            self._statistics.channel = self.engine.channel
+            self._connected = connected
+        return self._sent(meeting, rank, lead.exchanges)
+
+    def _meet(self, everybody: _Between, rank: int, mine: Says) -> Meeting:
+        """Say who this rank is, hear who the others are."""
+        assert self._seed is not None
+        replica = self.owners.replica if self._joined else self._model.tensors()
+        hello = Present(
+            name=self._membership.name,
+            address=self._seed.address,
+            config=self._digest,
+            exchanges=self.exchanges if self._joined else -1,
+            held=together(replica),
+            history=tuple(self._history),
+            nonce=secrets.randbits(64),
+            wants=self._wants and not self._joined,
+            says=mine,
+        )
+        channel = Channel(everybody, self.meter, 0)
+        tag = 0, ASIDE_BUCKET
+        with channel.exchanging(0, *tag):
+            meeting = meet(channel.all_gather_readable(hello.to_bytes(), *tag))
+        for other, why in meeting.unheard.items():
+            log.warning("lc3: rank %d is left out of this exchange: %s", other, why)
+        for other in meeting.strangers:
+            log.warning(
+                "lc3: %s is left out: its configuration is another",
+                meeting.present[other].name,
+            )
+        if rank in meeting.strangers:
+            raise StopError(self._mismatch(meeting.present[meeting.lead]))
+        if rank in meeting.unheard:
+            raise ExchangeError("nobody could read what this rank has said")
+        return meeting
+
+    def _mismatch(self, lead: Present) -> PlanMismatch:
+        """Return how this rank's configuration differs from the others'."""
+        try:
+            theirs, _ = fetch(lead.address, FACTS, self._timeout_s)
+        except Lc3Error as error:
+            return PlanMismatch(f"this rank's configuration is another ({error})")
+        mine = json.loads(json.dumps(self._facts))
+        for key in [*theirs, *mine]:
+            there, here = theirs.get(key, "missing"), mine.get(key, "missing")
+            if there != here:
+                return PlanMismatch(
+                    f"ranks differ: {key} is {there!r} on {lead.name} and {here!r} on "
+                    "this one, which is left out; start every rank with the same "
+                    "model, Config, arguments and lc3 version"
+                )
+        return PlanMismatch("ranks list the same parameters in another order")
+
+    def _sent(self, meeting: Meeting, rank: int, step: int) -> _Exchanged:
+        """Send what this rank has moved, and agree whose moves could be read."""
+        engine, owners, channel = self.engine, self.owners, self.engine.channel
+        assert isinstance(engine, Direct)
+        assert isinstance(owners, Everybody)
+        members = meeting.members
+        said = [_of_weight(meeting.present[m].says, meeting) for m in members]
+        mine = _of_weight(meeting.present[rank].says, meeting)
+        for name, flat in self._model.flats().items() if self._from else ():
+            torch.sub(self._from[name], flat, out=self._moved[name])
+        share = share_of(mine, said) if mine.finite else 0.0
+        for moved in self._moved.values() if share != 1 else ():
+            if share:
+                moved.mul_(share)
+            else:
+                moved.zero_()  # says nothing, and keeps its residual
+        elements = sum(moved.numel() for moved in self._moved.values())
+        pieces = engine.pieces(self._moved)
+        self.meter.buckets += 1
+        with channel.exchanging(elements, step, 0):
+            self._open = meeting.entry
+            arrived = engine.exchanged(pieces, self._moved, step, 0)
+            by_sender = engine.messages.readable(arrived, pieces[0], step, 0)
+            lost = [isinstance(one, Lc3Error) for one in by_sender]
+            lost = channel.any_rank(lost, step, 2)
+            taken = [m for m, gone in zip(members, lost, strict=True) if not gone]
+            heard = [
+                one
+                if member in taken
+                else replace(one, finite=False, buffers_finite=False)
+                for member, one in zip(members, said, strict=True)
+            ]
+            place = members.index(rank)
+            averaged = self._statistics.mean(heard, heard[place], step)
+            for member, one in zip(members, by_sender, strict=True):
+                if member not in taken:
+                    log.warning(
+                        "lc3: %s is left out of this exchange: %s",
+                        meeting.present[member].name,
+                        one if isinstance(one, Lc3Error) else "others cannot read it",
+                    )
+        finite = sum(one.finite for one in heard)
+        if not finite:
+            raise ExchangeError("nobody's moves could be read, or were finite")
+        with self.meter.stage("decode"):
+            used = [
+                one
+                for member, one in zip(members, by_sender, strict=True)
+                if member in taken and not isinstance(one, Lc3Error)
+            ]
+            engine.average(pieces, self._moved, used)
+            owners.take(self._moved)
+        self._count_dense(elements)
+        return _Exchanged(meeting, rank, taken, finite, averaged)
+
+    def _commit(self, exchanged: _Exchanged) -> None:
+        """Apply an exchange, or fetch the model of those that could."""
+        meeting, rank = exchanged.meeting, exchanged.rank
+        lead = meeting.present[meeting.lead]
+        counts = rank in exchanged.taken
+        behind = rank in meeting.behind
+        if not counts:  # what this rank has moved is moved still
+            since = self._from or self.owners.replica
+            for name, flat in self._model.flats().items():
+                self._kept[name] = flat - since[name]
+        self._residuals.settle_all(float(counts))
+        self._open = 0
+        history = [*lead.history, meeting.entry][-KEPT:]
+        if not behind:
+            self._advance(exchanged)
+            self.exchanges = lead.exchanges + 1
+            self._history, self._joined = history, True
+            if rank == meeting.lead and meeting.behind:
+                self._offer(meeting)
+        elif (held := self._fetched(lead, meeting.entry)) is not None:
+            self._held = held
+        elif counts:  # it is counted up to here, and still behind
+            flats = self._model.flats().items()
+            self._from = {name: flat.clone() for name, flat in flats}
+        if counts:
+            self._outer.forget(self.knobs)
+
+    def _advance(self, exchanged: _Exchanged) -> None:
+        """Let the replica be what all have made of it."""
+        meeting = exchanged.meeting
+        if not exchanged.finite:
+            return
+        if meeting.begins or len(meeting.members) == 1:
+            for name, flat in self._model.flats().items():
+                self.owners.replica[name].copy_(flat)
+        else:
+            world = len(meeting.members)
+            self._outer.step(self.knobs, world / exchanged.finite)
+
+    def _offer(self, meeting: Meeting) -> None:
+        """Serve the model to those that are behind."""
+        assert self._seed is not None
+        fresh = [r for r in meeting.behind if meeting.present[r].exchanges < 0]
+        held = {f"replica {n}": t for n, t in self.owners.replica.items()}
+        if fresh:
+            others = self._model.tensors().items()
+            held |= {f"model {n}": t for n, t in others if n not in self.owners.replica}
+        copies = {n: t.detach().to("cpu", copy=True) for n, t in held.items()}
+        if any(meeting.present[r].wants for r in fresh):
+            saved = [o.state_dict() for o in self._counting.optimizers]
+            copies["optimizers"] = to_bytes({"all": saved})
+        head = {
+            "exchanges": self.exchanges,
+            "history": self._history,
+            "steps": self.steps,
+            "budget": self.engine.budget.counters(),
+        }
+        self._seed.offer(meeting.entry, head, copies)
+
+    def _fetched(self, lead: Present, entry: int) -> Held | None:
+        """Return the ranks' model, if it can be had."""
+        try:
+            return fetch(lead.address, entry, self._timeout_s)
+        except Lc3Error as error:
+            log.warning("lc3: %s; this rank tries again at the next exchange", error)
+            return None
+
+    def _load(self, held: Held) -> None:
+        """Go on from what another rank has offered."""
+        head, tensors = held
+        for name, flat in self.owners.replica.items():
+            flat.copy_(tensors[f"replica {name}"].view(flat.shape))
+        if not self._joined:
+            self.steps = int(head["steps"])
+            for name, tensor in self._model.tensors().items():
+                if (found := tensors.get(f"model {name}")) is not None:
+                    tensor.data.copy_(found)
+            if self._wants and "optimizers" in tensors:
+                saved = from_bytes(
+                    tensors["optimizers"], "the rank that gave the model"
+                )
+                for one, state in zip(
+                    self._counting.optimizers, saved["all"], strict=True
+                ):
+                    one.load_state_dict(state)
+        self.engine.budget.load(head["budget"])
+        self.exchanges = int(head["exchanges"])
+        self._history = list(map(int, head["history"]))
+        self._joined = True
+
+    def _finish(self) -> None:
+        """Take over what an exchange has brought, if it has brought something."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        with self.meter.stage("wait"):
+            averaged = pending.wait()
+        exchanged = self._exchanged
+        self.committed = exchanged is not None and exchanged.rank in exchanged.taken
+        if self.committed:
+            self.tokens = max(0, self.tokens - self._weight)
+        else:
+            self._unsent += self._unsent_then
+        if exchanged is None:
+            return
+        behind = exchanged.rank in exchanged.meeting.behind
+        if self._held is not None:
+            self._load(self._held)
+        elif behind:
+            self.committed = False
+            return
+        self._held, self._from = None, {}
+        said = [exchanged.meeting.present[m].says for m in exchanged.meeting.members]
+        mine = exchanged.meeting.present[exchanged.rank].says
+        if averaged.numel() or any(mine.buffers):
+            self._statistics.take(averaged, said, mine, late=False)
+        self._copy_replica()
+        for name, flat in self._model.flats().items() if self._kept else ():
+            flat += self._kept[name].to(flat.dtype)
+        self._kept = {}
+        self._settle_down(finite=mine.finite)
+        self._look_anew()
+
+    def _tell(self, error: Exception) -> None:
+        """See ``local_sgd.State``: the others go on."""
+
+    def check_replicas(self) -> None:
+        """Do nothing: ranks compare their models whenever they meet."""
+
+    def state_dict(self) -> NoReturn:
+        """Raise ``StateError``: other ranks have the model.
+
+        For a training that ends on all of them, save the model, in ``shared_model``,
+        and the optimizer; load both before ``attach``.
+        """
+        raise StateError(
+            f"hooks.{self.form} has no state_dict: save the model in "
+            "state.shared_model(), and the optimizer; load both before attach"
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> NoReturn:  # noqa: ARG002
+        """Raise ``StateError``; see ``state_dict``."""
+        self.state_dict()
+
+    def close(self) -> None:
+        """See ``local_sgd.State.close``; the manager stays."""
+        if self._seed is not None:
+            self._seed.close()
+            self._seed = None
+        super().close()
+
+
+def _of_weight(said: Says, meeting: Meeting) -> Says:
+    """Return what a rank says; without weight, among others, it says no move.
+
+    So that the others' moves are not made larger for its sake, and then their mean
+    smaller: what is left of them would be too large.
+    """
+    if said.weight or not any(p.says.weight for p in meeting.present.values()):
+        return said
+    return replace(said, finite=False)
