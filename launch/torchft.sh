@@ -34,8 +34,9 @@ replica)
     if [ $# -eq 0 ]; then
         set -- -m experiments.examples.with_torchft
     fi
-    # A job of one rank: torchrun keeps its store, and starts it again when it ends badly.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # A job of one rank: torchrun keeps the store that the manager needs, and starts the
+    # rank again when it ends badly. So that store has to be shared.
+    unset TORCH_DISABLE_SHARE_RDZV_TCP_STORE
     exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node 1 \
         --max-restarts "${RESTARTS:-1000}" "$@"
     ;;

@@ -1,7 +1,7 @@
 """A model for whoever joins: served beside training, lossless, one tensor at a time.
 
 The rank that serves goes on training meanwhile: it keeps a copy of what is asked for,
-and codes each tensor (``lc3.ship``'s planes) while the one before it is on its way.
+and codes tensors (``lc3.ship``'s planes) while those before them are on their way.
 """
 
 import json
@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -59,6 +60,7 @@ class Seed:
     def __init__(
         self, host: str, bind: str, timeout_s: float, facts: Mapping[str, Any]
     ) -> None:
+        warm_up()
         self._facts = facts
         self._offers: dict[int, tuple[float, Held]] = {}
         self._changed = threading.Condition()
@@ -148,11 +150,22 @@ def _parts_of(held: Held) -> Iterator[bytes]:
     listed = [[n, str(t.dtype), list(t.shape)] for n, t in tensors.items()]
     text = json.dumps({"head": head, "tensors": listed}).encode()
     crc = 0
-    sections = (planes.encode(t, None) for t in tensors.values())
-    for data in chain([text], sections):
-        crc = zlib.crc32(data, crc)
-        yield _SIZE.pack(len(data)) + data
+    with ThreadPoolExecutor(1, "lc3-codes") as coding:
+        sections = coding.map(_encoded, tensors.values())
+        for data in chain([text], sections):
+            crc = zlib.crc32(data, crc)
+            yield _SIZE.pack(len(data)) + data
     yield _SIZE.pack(crc)
+
+
+def _encoded(tensor: Tensor) -> bytes:
+    return planes.encode(tensor, None)
+
+
+def warm_up() -> None:
+    """Compile what codes and decodes float32, once."""
+    some = torch.zeros(1)
+    planes.decode(_encoded(some), some.dtype, (1,), None)
 
 
 def _read(connection: socket.socket) -> Held:
@@ -170,11 +183,14 @@ def _read(connection: socket.socket) -> Held:
     try:
         said = json.loads(section(_MOST_HEAD))
         head = dict(said["head"])
-        tensors = {}
-        for name, dtype, shape in said["tensors"]:
-            whole = torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
-            data = section(whole.nbytes + whole.nbytes // 16 + 1024)
-            tensors[str(name)] = planes.decode(data, whole.dtype, tuple(shape), None)
+        coming: dict[str, Future[Tensor]] = {}
+        with ThreadPoolExecutor(1, "lc3-decodes") as decoding:
+            for name, dtype, shape in said["tensors"]:
+                whole = torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+                data = section(whole.nbytes + whole.nbytes // 16 + 1024)
+                given = data, whole.dtype, tuple(shape), None
+                coming[str(name)] = decoding.submit(planes.decode, *given)
+            tensors = {name: future.result() for name, future in coming.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise FormatError(f"what came is no model ({error})") from error
     if _SIZE.unpack(_exactly(connection, _SIZE.size))[0] != crc:

@@ -3,9 +3,12 @@
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from experiments.lab import netlab
 from lc3 import ExchangeError, FormatError
 from lc3.meeting import Present, meet
 from lc3.says import Says
@@ -188,3 +192,17 @@ def test_what_cannot_be_fetched_says_where_from(seed: Seed) -> None:
         fetch("127.0.0.1:1", 1, 5.0)
     with pytest.raises(ExchangeError, match="has closed the connection"):
         fetch(served(sections(HEAD)), 1, 5.0)
+
+
+@pytest.mark.skipif(netlab.missing() is not None, reason=str(netlab.missing()))
+@pytest.mark.timeout(200)
+def test_a_model_loads_sooner_than_float32_over_a_thin_link(tmp_path: Path) -> None:
+    out = tmp_path / "join.json"
+    command = [
+        *(sys.executable, "-m", "experiments.lab.netlab", "--hosts", "2"),
+        *("--rate", "10mbit", "--each", "--", sys.executable, "-m", "tests.join_lab"),
+    ]
+    subprocess.run([*command, "2000000", str(out)], check=True, timeout=180)
+    said = json.loads(out.read_text())
+    assert said["float32 s"] > 4
+    assert said["share"] < 0.95  # of 10 million 0.83: what is not coding is less then

@@ -5,11 +5,15 @@ Real managers and a real lighthouse, each replica a process of its own.
 
 import importlib.util
 import json
+import os
+import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from tests import forked, torchft_cases
 from tests.ranks import Ranks
 from tests.torchft_cases import Replica
 
+ROOT = Path(__file__).parents[1]
 HAVE = importlib.util.find_spec("torchft") is not None
 pytestmark = [
     pytest.mark.timeout(240),
@@ -345,3 +350,58 @@ def test_a_slow_rank_does_not_hold_up_the_others(
     assert steps / (since[-1]["time"] - since[0]["time"]) > 5  # of 10 without it
     assert rows[slow][-1]["counted"] == rows[slow][-1]["trained"]
     assert run.check_alike() > 10
+
+
+def launched(folder: Path, name: str, **variables: str) -> subprocess.Popen[bytes]:
+    """Start launch/torchft.sh as one of its two kinds."""
+    beside = str(Path(sys.executable).parent)
+    given = {"PATH": f"{beside}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    kind = "lighthouse" if name == "lighthouse" else "replica"
+    with (folder / name).open("wb") as log:
+        return subprocess.Popen(
+            [str(ROOT / "launch/torchft.sh"), kind],
+            env={**os.environ, **given, "OMP_NUM_THREADS": "1", **variables},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def processes(log: Path) -> list[int]:
+    """Return the processes that a replica's script has had so far."""
+    return [
+        int(found) for found in re.findall(r"joined: process (\d+)", log.read_text())
+    ]
+
+
+def test_the_launcher_starts_a_lighthouse_and_replicas_anew(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    given = {"PORT": port, "TIMEOUT_S": "8", "EPOCHS": "20", "GRACE_MS": "500"}
+    jobs = {name: launched(tmp_path, name, **given) for name in ("lighthouse",)}
+    logs = {name: tmp_path / name for name in "ab"}
+
+    def wait_for(ready: Callable[[], bool]) -> None:
+        end = time.monotonic() + 100
+        while not ready():
+            said = "".join(log.read_text()[-2000:] for log in logs.values())
+            assert time.monotonic() < end, said
+            time.sleep(0.1)
+
+    try:
+        for name in logs:
+            jobs[name] = launched(tmp_path, name, REPLICA=name, **given)
+        wait_for(lambda: all(map(processes, logs.values())))
+        os.kill(processes(logs["b"])[0], signal.SIGKILL)
+        wait_for(lambda: len(processes(logs["b"])) == 2)
+        for name, log in logs.items():
+            assert jobs[name].wait(100) == 0, log.read_text()[-3000:]
+            assert re.search(r"accuracy 0\.\d+ after \d+ exchanges", log.read_text())
+    finally:
+        for job in jobs.values():
+            job.terminate()  # torchrun ends its workers
+        for job in jobs.values():
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(20)
+            job.kill()
+            job.wait()

@@ -196,7 +196,7 @@ def main() -> None:
     line = Line(Path(replica.folder) / f"{replica.name}.jsonl")
     line.write(event="start", pid=os.getpid())
     try:
-        train(replica, line)
+        (train if replica.method == "lc3" else train_as_torchft_does)(replica, line)
     except BaseException as error:
         line.write(event="end", error=f"{type(error).__name__}: {error}")
         raise
@@ -302,6 +302,73 @@ def train(replica: Replica, line: Line) -> None:
     manager.shutdown(wait=False)
     line._file.close()
     os._exit(0)  # nothing of torchft's servers has to be waited for
+
+
+def train_as_torchft_does(replica: Replica, line: Line) -> None:
+    """Train by torchft's own ``LocalSGD`` or ``DiLoCo``, with its defaults."""
+    from torchft.local_sgd import DiLoCo, LocalSGD
+
+    codes = text()
+    model = make_model(replica.seed, replica.width)
+    optimizer = make_optimizer(model, replica.lr)
+    manager, _store = make_manager(replica)
+    healed: list[int] = []
+
+    def load(state: dict[str, Any]) -> None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        healed.append(1)
+
+    manager.register_state_dict_fn(
+        *("training", load),
+        lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+    )
+    if replica.method == "diloco":
+        outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+        given = manager, [model], optimizer, outer, replica.sync_every
+        method: Any = DiLoCo(*given)
+    else:
+        method = LocalSGD(manager, model, optimizer, replica.sync_every)
+    line.write(event="joined", seconds=0.0)
+    stop = Path(replica.folder) / "stop"
+    trained = counted = since = failed = 0
+    with method:
+        for step, (inputs, labels) in enumerate(
+            batches(codes, replica.seed, replica.number), start=1
+        ):
+            optimizer.zero_grad()
+            loss = loss_of(model(inputs), labels)
+            loss.backward()
+            time.sleep(replica.pause_s)
+            trained += inputs.numel()
+            since += inputs.numel()
+            before, started = manager.current_step(), time.monotonic()
+            optimizer.step()
+            if step % replica.sync_every == 0:
+                committed = manager.current_step() != before
+                if healed or (not committed and replica.method == "diloco"):
+                    since = 0  # what it had moved is overwritten
+                    healed.clear()
+                failed += not committed
+                counted, since = counted + committed * since, since * (not committed)
+                line.write(
+                    event="exchange",
+                    step=step,
+                    exchanges=manager.current_step(),
+                    entry=0,
+                    committed=committed,
+                    failed=failed,
+                    world=manager.num_participants(),
+                    hash=hash_of(dict(model.named_parameters())),
+                    loss=float(loss),
+                    trained=trained,
+                    counted=counted,
+                    seconds=time.monotonic() - started,
+                )
+            if step == replica.steps or (not replica.steps and stop.exists()):
+                break
+    line.write(event="end", error="", loss=test_loss(model, codes), trained=trained)
+    os._exit(0)
 
 
 def faults(replica: Replica, state: Any) -> None:

@@ -37,6 +37,7 @@ def main() -> None:
     state = lc3_torchft.attach(
         model, optimizer, manager, hostname=os.environ["ADDRESS"]
     )
+    print(f"joined: process {os.getpid()}, {state.world} ranks", flush=True)
     for _ in range(int(os.environ.get("EPOCHS", "8"))):
         for images, labels in DataLoader(train, batch_size=32, shuffle=True):
             optimizer.zero_grad()
