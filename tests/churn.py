@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from tests.torchft_cases import BATCH, CONTEXT, Replica
 
 HOSTS, LEAST, AT_FIRST = 6, 2, 4
 GRACE_S = 5.0
-LIGHTHOUSE, PORT = "10.77.0.254", 29_511
+LIGHTHOUSE = "10.77.0.254"
 Row = dict[str, Any]
 
 
@@ -73,6 +74,9 @@ class Campaign:
         lab: hosts of their own, or ``None``.
         seed: of what happens, and of the data.
         every_s: bounds of the time between two events.
+        away_s: the longest time that a replica is stopped or cut off.
+        heartbeat_ms: see the lighthouse.
+        grace_ms: see the lighthouse.
         events: what happened.
         sent_bytes: by all hosts.
     """
@@ -82,6 +86,7 @@ class Campaign:
     lab: netlab.Lab | None
     seed: int
     every_s: tuple[float, float] = (20.0, 60.0)
+    away_s: float = 40.0
     heartbeat_ms: int = 2000
     grace_ms: int = 1000
     events: list[Event] = field(default_factory=list)
@@ -133,10 +138,12 @@ class Campaign:
                 ["ip", "addr", "replace", f"{LIGHTHOUSE}/24", "dev", "switch"],
                 check=True,
             )
-        self.url = f"http://{address}:{PORT}"
+        with socket.create_server((address, 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://{address}:{port}"
         command = [
-            *(str(Path(sys.executable).with_name("torchft_lighthouse")),),
-            *("--bind", f"{address}:{PORT}", "--min_replicas", "1"),
+            str(Path(sys.executable).with_name("torchft_lighthouse")),
+            *("--bind", f"{address}:{port}", "--min_replicas", "1"),
             *("--join_timeout_ms", str(self.grace_ms), "--quorum_tick_ms", "20"),
             *("--heartbeat_timeout_ms", str(self.heartbeat_ms)),
         ]
@@ -187,7 +194,7 @@ class Campaign:
             self.join()
             return
         one = chance.choice(well)
-        seconds = 0.0 if kind == "kill" else chance.uniform(5, 40)
+        seconds = 0.0 if kind == "kill" else chance.uniform(5, self.away_s)
         now = time.monotonic()
         self.events.append(Event(kind, one.name, now, seconds))
         if kind == "kill":

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import forked, torchft_cases
+from tests import churn, forked, torchft_cases
 from tests.ranks import Ranks
 from tests.torchft_cases import Replica
 
@@ -318,6 +318,26 @@ def test_mass_is_kept_where_ranks_come_and_leave_in_order(
     assert mass_lost(run, [a, b, c, d]) < 1e-6
 
 
+@pytest.mark.parametrize("unsure", [(1,), (0, 1, 2)], ids=["one", "all"])
+def test_who_is_not_sure_of_an_exchange_sends_nothing_twice(
+    training: Callable[..., Training], unsure: tuple[int, ...]
+) -> None:
+    """One rank does not hear that the others count it; or nobody counts it."""
+    run = training(mass=True, pause_s=0.02, given={**NEUTRAL, "sync_every": "manual"})
+    run.shine(least=3)
+    names = [
+        run.start(number, fault="unsure of 5" if number in unsure else "")
+        for number in range(3)
+    ]
+    run.wait(lambda: all(len(run.committed(name)) > 8 for name in names))
+    run.end()
+    for number, name in enumerate(names):
+        assert run.lines(name)[4]["committed"] == (number not in unsure)
+        assert run.lines(name)[-1]["failed"] == (number in unsure)
+    assert run.check_alike() > 8
+    assert mass_lost(run, names) < 1e-6
+
+
 def test_what_a_killed_rank_takes_along_is_what_it_owed(
     training: Callable[..., Training],
 ) -> None:
@@ -405,3 +425,16 @@ def test_the_launcher_starts_a_lighthouse_and_replicas_anew(tmp_path: Path) -> N
                 job.wait(20)
             job.kill()
             job.wait()
+
+
+def test_a_short_churn(tmp_path: Path) -> None:
+    given = {"sync_every": 4, "pause_s": 0.05, "timeout_s": 6.0, "quorum_s": 10.0}
+    one = churn.Campaign(tmp_path, given, None, seed=3, every_s=(3.0, 7.0), away_s=6.0)
+    one.run(45, churn=True)
+    report = one.report()
+    assert report["hangs"] == []
+    assert report["models alike"], report
+    assert report["models compared"] > 20
+    assert sum(report["events"].values()) > churn.AT_FIRST + 3
+    assert report["goodput"] > 0.9, report
+    assert report["ends by itself"] == []

@@ -373,6 +373,17 @@ def train_as_torchft_does(replica: Replica, line: Line) -> None:
 
 def faults(replica: Replica, state: Any) -> None:
     """Let something go wrong in this replica."""
+    if replica.fault.startswith("unsure of "):  # whether that exchange counts
+        number = int(replica.fault.split()[-1])
+        commit = state._membership.commit
+        times: list[int] = []
+
+        def unsure(error: Exception | None) -> bool:
+            said: bool = commit(error)
+            times.append(1)
+            return said and len(times) != number
+
+        state._membership.commit = unsure
     if replica.fault == "damaged":  # whatever it sends of its moves, from now on
         go_over_to = state.session.go_over_to
 
