@@ -574,6 +574,13 @@ class State(local_sgd.State):
     def check_replicas(self) -> None:
         """Do nothing: ranks compare their models whenever they meet."""
 
+    def rebase(self) -> NoReturn:
+        """Raise ``StateError``: whoever joins takes the ranks' model, not they its."""
+        raise StateError(
+            f"hooks.{self.form} cannot go on from one rank's parameters while others "
+            "come and go; load them before attach, on all"
+        )
+
     def state_dict(self) -> NoReturn:
         """Raise ``StateError``: other ranks have the model.
 

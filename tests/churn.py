@@ -97,11 +97,11 @@ class Campaign:
     def run(self, seconds: float, *, churn: bool, tokens: int = 0) -> None:
         """Train for some time, or until so many tokens have counted."""
         chance = random.Random(self.seed)
-        light = self._shine()
+        light = self.shine()
         try:
             for _ in range(AT_FIRST):
                 self.join()
-            self._until_joined(AT_FIRST)
+            self.wait_until_joined(AT_FIRST)
             end = time.monotonic() + seconds
             due = time.monotonic() + chance.uniform(*self.every_s)
             while time.monotonic() < end:
@@ -131,7 +131,8 @@ class Campaign:
             light.kill()
             light.wait()
 
-    def _shine(self) -> subprocess.Popen[bytes]:
+    def shine(self) -> subprocess.Popen[bytes]:
+        """Start a lighthouse."""
         address = "127.0.0.1" if self.lab is None else LIGHTHOUSE
         if self.lab is not None:
             subprocess.run(
@@ -231,7 +232,8 @@ class Campaign:
     def _signal(self, one: Live, number: int) -> None:
         os.killpg(one.process.pid, number)
 
-    def _until_joined(self, count: int) -> None:
+    def wait_until_joined(self, count: int) -> None:
+        """Wait for that many replicas to have joined."""
         end = time.monotonic() + 400
         while sum(bool(self.rows(one.name, "joined")) for one in self.live) < count:
             time.sleep(0.2)
@@ -341,6 +343,46 @@ class Campaign:
         return min(later, default=float("nan")) - event.time
 
 
+def speeds(one: Campaign, seconds: float) -> Row:
+    """Return the steps per second of three replicas, without and with a slow fourth.
+
+    It is ten times slower. Each for so many seconds.
+    """
+    light = one.shine()
+    found = {}
+    try:
+        for _ in range(3):
+            one.join()
+        one.wait_until_joined(3)
+        slow = {**one.given, "pause_s": 10 * one.given["pause_s"]}
+        for kind in ("without", "with"):
+            if kind == "with":
+                one.given = slow
+                one.join()
+                one.wait_until_joined(4)
+            begun = time.monotonic()
+            time.sleep(seconds)
+            rates = []
+            for live in one.live[:3]:
+                rows = one.rows(live.name, "exchange")
+                some = [row for row in rows if row["time"] > begun]
+                steps = some[-1]["step"] - some[0]["step"]
+                rates.append(steps / (some[-1]["time"] - some[0]["time"]))
+            found[kind] = round(statistics.mean(rates), 4)
+        late = one.rows(one.live[3].name, "exchange")
+        return {
+            **found,
+            "share": round(found["with"] / found["without"], 4),
+            "exchanges of the slow one": sum(row["committed"] for row in late),
+        }
+    finally:
+        for live in one.live:
+            live.process.kill()
+            live.process.wait()
+        light.kill()
+        light.wait()
+
+
 def _spread(seconds: Sequence[float]) -> Row:
     found = [s for s in seconds if s == s]
     if not found:
@@ -363,6 +405,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sync-every", type=int, default=8)
     parser.add_argument("--pause", type=float, default=0.1, help="s, that a step takes")
     parser.add_argument("--width", type=int, default=32)
+    parser.add_argument(
+        "--speeds", action="store_true", help="only three ranks and one that is slow"
+    )
+    parser.add_argument("--grace-ms", type=int, default=1000)
     parser.add_argument("--alone", action="store_true", help="no undisturbed training")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -390,11 +436,16 @@ def main() -> int:
     lab = None
     if options.rate:
         lab = netlab.Lab(HOSTS, netlab.rate_bits(options.rate))
+    if options.speeds:
+        folder = Path(tempfile.mkdtemp(prefix="lc3-speeds-"))
+        one = Campaign(folder, given, lab, options.seed, grace_ms=options.grace_ms)
+        print(json.dumps(speeds(one, options.minutes * 60)))
+        return 0
     reports = {}
     tokens = 0
     for kind in ("churn",) if options.alone else ("churn", "undisturbed"):
         folder = Path(tempfile.mkdtemp(prefix=f"lc3-{kind}-"))
-        one = Campaign(folder, given, lab, options.seed)
+        one = Campaign(folder, given, lab, options.seed, grace_ms=options.grace_ms)
         one.run(options.minutes * 60, churn=kind == "churn", tokens=tokens)
         given = {**given, "pause_s": 0.0}
         reports[kind] = one.report()
