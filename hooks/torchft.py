@@ -52,7 +52,7 @@ def attach(
     optimizer_state: Literal["own", "taken"] = "own",
     hostname: str | None = None,
     bind: str = "",
-    fetch_timeout_s: float = 60.0,
+    fetch_timeout_s: float | None = None,
 ) -> "State":
     """Let ranks that come and go train ``model`` by local steps.
 
@@ -85,6 +85,7 @@ def attach(
             the machine's name.
         bind: address to serve the model on to those that join. Default: all.
         fetch_timeout_s: how long a rank that sends or gets a model may be silent.
+            Default: the manager's timeout.
 
     Returns:
         The state.
@@ -139,7 +140,8 @@ def attach(
     state = State(model, optimizers, settings, choose, _Managed(manager), wants=wants)
     try:
         host = socket.gethostname() if hostname is None else hostname
-        state.join(host, bind, fetch_timeout_s)
+        silent = manager._timeout.total_seconds()
+        state.join(host, bind, silent if fetch_timeout_s is None else fetch_timeout_s)
     except BaseException:
         state.close()
         raise

@@ -274,7 +274,8 @@ class Campaign:
         trained = sum(some[-1]["trained"] for some in rows.values() if some)
         # What a killed replica had trained since its last line is not known: the most.
         trained += len(killed) * self.given["sync_every"] * BATCH * CONTEXT
-        limit = self.given["timeout_s"] + self.given["quorum_s"] + GRACE_S
+        # For a quorum, then to connect, and then for those who are connected.
+        limit = self.given["quorum_s"] + 2 * self.given["timeout_s"] + GRACE_S
         waits = [
             (row["seconds"] - self._away(name, row), name, row["exchanges"])
             for name, some in rows.items()
@@ -285,14 +286,18 @@ class Campaign:
             begun = self.rows(name, "joined")
             if begun and good[name]:
                 joined.append(good[name][0]["time"] - begun[0]["time"])
-        losses = [row["loss"] for n in self.names for row in self.rows(n, "end")]
+        last = max(
+            (row["exchanges"] for some in good.values() for row in some), default=0
+        )
+        there = [
+            n for n, some in good.items() if some and some[-1]["exchanges"] >= last - 2
+        ]
+        losses = [row["loss"] for n in there for row in self.rows(n, "end")]
         losses = [loss for loss in losses if loss is not None]
         kinds = [event.kind for event in self.events]
         return {
             "events": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-            "exchanges": max(
-                (row["exchanges"] for some in good.values() for row in some), default=0
-            ),
+            "exchanges": last,
             "failed attempts": sum(
                 some[-1]["failed"] for some in rows.values() if some
             ),
