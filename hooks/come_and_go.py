@@ -27,6 +27,7 @@ from lc3.config import Settings
 from lc3.direct import Direct
 from lc3.errors import ExchangeError, Lc3Error, PlanMismatch, StateError
 from lc3.format import ASIDE_BUCKET
+from lc3.fragments import UnderWay
 from lc3.handshake import alike
 from lc3.hooks import local_sgd
 from lc3.hooks.local_sgd import Choose
@@ -186,7 +187,7 @@ class State(local_sgd.State):
     ) -> None:
         self._membership = membership
         self._exchanged: _Exchanged | None = None
-        super().__init__(model, optimizers, settings, choose, None)
+        super().__init__(model, optimizers, settings, choose, None, steps_alone=True)
         coder = self.session.flat_engine.messages.coder
         self._residuals = Residuals(self.engine.plan, _NOBODY, coder.device)
         self._residuals.hold()
@@ -217,10 +218,6 @@ class State(local_sgd.State):
         return Session(trained, self.settings, *nobody(), facts=facts)
 
     @property
-    def _never_exchanges(self) -> bool:
-        return False
-
-    @property
     def _rank(self) -> int:
         return 0 if self._exchanged is None else self._exchanged.rank
 
@@ -246,20 +243,24 @@ class State(local_sgd.State):
     def _before(self, *, new: bool) -> None:
         """See ``local_sgd.State``: whatever changes parameters has moved them."""
 
-    def _exchange_if_due(self, sync_every: int) -> None:
+    def _exchange_if_due(self, every: int) -> None:
         self._since += 1
-        if self._since >= sync_every:
+        if self._since >= every:
             self._start()
             self._finish()
 
     def _start(
-        self, *, with_buffers: bool = False, weight: float | None = None
+        self,
+        fragments: Sequence[int] | None = None,
+        *,
+        with_buffers: bool = False,
+        weight: float | None = None,
     ) -> None:
         if weight is None and self.tokens:
             weight = self.tokens
         self._since = 0
         self._weight = 0.0 if weight is None else weight
-        super()._start(with_buffers=with_buffers, weight=weight)
+        super()._start(fragments, with_buffers=with_buffers, weight=weight)
 
     def sync(self) -> None:
         """Exchange now, and go on from the model that all ranks share.
@@ -280,13 +281,14 @@ class State(local_sgd.State):
             "this rank's own"
         )
 
-    def _exchange(self, mine: Says, written: Written) -> Tensor:  # noqa: ARG002  # see _before
+    def _exchange(self, one: UnderWay, mine: Says, written: Written) -> Tensor:  # noqa: ARG002  # see _before
         """Meet the others and exchange. Runs on the lane.
 
         What fails has changed nothing, and says so in the log.
         """
         self._exchanged = self._held = None
         self._kept = {}
+        self.exchanges = one.number  # until this one counts
         exchanged, failure = None, None
         try:
             exchanged = self._met(mine)
@@ -324,7 +326,7 @@ class State(local_sgd.State):
             ended_well = self._open in lead.history
             self._residuals.settle_all(float(ended_well))
             if ended_well:
-                self._outer.forget(self.knobs)
+                self._outer.forget(self.knobs, self._moved)
                 self._from = self._open_at
             self._open, self._open_at = 0, {}
         self.world = len(members)
@@ -443,7 +445,6 @@ class State(local_sgd.State):
             ]
             engine.average(pieces, self._moved, used)
             owners.take(self._moved)
-        self._count_dense(elements)
         return _Exchanged(meeting, rank, taken, finite, averaged)
 
     def _commit(self, exchanged: _Exchanged) -> None:
@@ -471,7 +472,7 @@ class State(local_sgd.State):
             flats = self._model.flats().items()
             self._from = {name: flat.clone() for name, flat in flats}
         if counts:
-            self._outer.forget(self.knobs)
+            self._outer.forget(self.knobs, self._moved)
 
     def _advance(self, exchanged: _Exchanged) -> None:
         """Let the replica be what all have made of it."""
@@ -483,7 +484,7 @@ class State(local_sgd.State):
                 self.owners.replica[name].copy_(flat)
         else:
             world = len(meeting.members)
-            self._outer.step(self.knobs, world / exchanged.finite)
+            self._outer.step(self.knobs, world / exchanged.finite, self._moved)
 
     def _offer(self, meeting: Meeting) -> None:
         """Serve the model to those that are behind."""
@@ -538,18 +539,18 @@ class State(local_sgd.State):
 
     def _finish(self) -> None:
         """Take over what an exchange has brought, if it has brought something."""
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
+        one = self._under_way.popleft()
         with self.meter.stage("wait"):
-            averaged = pending.wait()
+            averaged = one.future.wait()
         exchanged = self._exchanged
         self.committed = exchanged is not None and exchanged.rank in exchanged.taken
         if self.committed:
             self.tokens = max(0, self.tokens - self._weight)
         else:
-            self._unsent += self._unsent_then
+            self._unsent[0] += max(one.steps.values())
         if exchanged is None:
             return
+        self._count_dense(one)
         behind = exchanged.rank in exchanged.meeting.behind
         if self._held is not None:
             self._load(self._held)
@@ -565,7 +566,7 @@ class State(local_sgd.State):
         for name, flat in self._model.flats().items() if self._kept else ():
             flat += self._kept[name].to(flat.dtype)
         self._kept = {}
-        self._settle_down(finite=mine.finite)
+        self._settle_down(one, finite=mine.finite)
         self._look_anew()
 
     def _tell(self, error: Exception) -> None:

@@ -369,9 +369,7 @@ class State(FormState):
             )
         if alone():
             return Session(trained, self.settings, *nobody(), facts=facts)
-        return session_beside(
-            trained, self.settings, world_group(), group, facts=facts
-        )
+        return session_beside(trained, self.settings, world_group(), group, facts=facts)
 
     def _before(self, *, new: bool) -> None:
         """Look at the parameters that an optimizer is about to step."""

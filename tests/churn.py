@@ -292,7 +292,7 @@ class Campaign:
         there = [
             n for n, some in good.items() if some and some[-1]["exchanges"] >= last - 2
         ]
-        losses = [row["loss"] for n in there for row in self.rows(n, "end")]
+        losses = [row.get("loss") for n in there for row in self.rows(n, "end")]
         losses = [loss for loss in losses if loss is not None]
         kinds = [event.kind for event in self.events]
         return {
