@@ -293,7 +293,7 @@ def mass_lost(run: Training, names: list[str]) -> float:
         after = torch.tensor(entries[number]["model"])
         arrived += (before - after) * entries[number]["ranks"]
         before = after
-    return float(((walked - owed - arrived) / far).abs().max())
+    return float((walked - owed - arrived).abs().max() / far.max())
 
 
 def test_mass_is_kept_where_ranks_come_and_leave_in_order(
