@@ -292,8 +292,8 @@ class Campaign:
         there = [
             n for n, some in good.items() if some and some[-1]["exchanges"] >= last - 2
         ]
-        losses = [row.get("loss") for n in there for row in self.rows(n, "end")]
-        losses = [loss for loss in losses if loss is not None]
+        ends = [row for n in there for row in self.rows(n, "end")]
+        losses = [float(row["loss"]) for row in ends if row.get("loss") is not None]
         kinds = [event.kind for event in self.events]
         return {
             "events": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
