@@ -2,7 +2,8 @@
 
     python -m experiments.memory --ranks 2 --million 16
 
-Every form trains the same stack of linear layers for a few steps in processes of its
+FSDP2 and sites shard the model over two ranks: of four ranks there are two sites. Every
+form trains the same stack of linear layers for a few steps in processes of its
 own, and tells how much memory the process holds then, and at most, more than plain DDP
 with the same optimizer does. Buckets and messages of a step are a part of the most.
 """
@@ -10,6 +11,7 @@ with the same optimizer does. Buckets and messages of a step are a part of the m
 import argparse
 import ctypes
 import gc
+import itertools
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +25,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.record import RESULTS, stamped, write_csv
 from experiments.tables import insert
-from lc3.hooks import ddp, local_sgd, push_pull
+from lc3.hooks import ddp, fsdp2, local_sgd, push_pull
 
 STEPS, WIDTH = 4, 1024
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
@@ -60,12 +64,61 @@ def with_local_sgd(net: nn.Module, make: Callable[..., Any]) -> Made:
     return net, optimizer, local_sgd.attach(net, optimizer, sync_every=2)
 
 
+def mesh_of() -> DeviceMesh:
+    """Return sites of two ranks."""
+    shape = dist.get_world_size() // 2, 2
+    return init_device_mesh("cpu", shape, mesh_dim_names=("between", "inside"))
+
+
+def sharded(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Return a module that FSDP2 shards inside of a site, layer by layer."""
+    shard: Any = fully_shard
+    for layer in net.children():
+        shard(layer, mesh=mesh["inside"])
+    shard(net, mesh=mesh["inside"])
+    return net
+
+
+def fsdp2_alone(net: nn.Module, make: Callable[..., Any]) -> Made:
+    """Return FSDP2 without lc3."""
+    model = sharded(net, mesh_of())
+    return model, make(model.parameters()), None
+
+
+def with_fsdp2(net: nn.Module, make: Callable[..., Any]) -> Made:
+    """Return FSDP2 whose shards are averaged in every step."""
+    mesh = mesh_of()
+    model = sharded(net, mesh)
+    return model, make(model.parameters()), fsdp2.attach(model, mesh)
+
+
+def with_sites(net: nn.Module, make: Callable[..., Any]) -> Made:
+    """Return FSDP2 inside of sites that make local steps."""
+    mesh = mesh_of()
+    model = sharded(net, mesh)
+    optimizer = make(model.parameters())
+    return model, optimizer, local_sgd.attach(model, optimizer, mesh=mesh, sync_every=2)
+
+
+def with_sites_of_ddp(net: nn.Module, make: Callable[..., Any]) -> Made:
+    """Return DDP inside of sites that make local steps."""
+    mesh = mesh_of()
+    model = DistributedDataParallel(net, process_group=mesh.get_group("inside"))
+    optimizer = make(net.parameters())
+    return model, optimizer, local_sgd.attach(model, optimizer, mesh=mesh, sync_every=2)
+
+
 FORMS = {
     "DDP": plain,
     "hooks.ddp": with_ddp,
     "hooks.push_pull": with_push_pull,
     "hooks.local_sgd": with_local_sgd,
+    "hooks.local_sgd, DDP inside": with_sites_of_ddp,
+    "FSDP2": fsdp2_alone,
+    "hooks.fsdp2": with_fsdp2,
+    "hooks.local_sgd, FSDP2 inside": with_sites,
 }
+SHARDED = "FSDP2", "hooks.fsdp2", "hooks.local_sgd, FSDP2 inside"
 
 
 def measure(
@@ -125,23 +178,25 @@ def of(form: str, kind: str, world: int, layers: int) -> tuple[float, float]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return what rows say, as a Markdown table."""
     lines = [
-        "| form | optimizer | ranks | bytes a parameter | beside DDP | at most "
-        "| beside DDP |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| form | optimizer | ranks | million parameters | bytes a parameter "
+        "| beside plain | at most | beside plain |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    keys = ("optimizer", "ranks", "parameters")
     for row in rows:
+        plain_form = "FSDP2" if row["form"] in SHARDED else "DDP"
         (base,) = (
             r
             for r in rows
-            if (r["form"], r["optimizer"], r["ranks"])
-            == ("DDP", row["optimizer"], row["ranks"])
+            if r["form"] == plain_form and all(str(r[k]) == str(row[k]) for k in keys)
         )
         figures = ""
         for column in ("held", "most"):
             value = float(row[column])
             figures += f"| {value:.1f} | {value - float(base[column]):+.1f} "
         lines.append(
-            f"| {row['form']} | {row['optimizer']} | {row['ranks']} {figures}|"
+            f"| {row['form']} | {row['optimizer']} | {row['ranks']} "
+            f"| {int(row['parameters']) / 1e6:.0f} {figures}|"
         )
     return "\n".join(lines) + "\n"
 
@@ -150,20 +205,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every form, write rows, print the table."""
     parser = argparse.ArgumentParser(prog="experiments.memory", description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="processes")
-    parser.add_argument("--million", type=int, default=16, help="parameters")
+    parser.add_argument(
+        "--million", type=int, nargs="+", default=[16], help="parameters"
+    )
+    parser.add_argument("--optimizers", nargs="+", default=["SGD", "AdamW"])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.csv")
     parser.add_argument("--docs", type=Path, help="a page with a block for the table")
     options = parser.parse_args(arguments)
-    layers = max(1, round(options.million * 1e6 / WIDTH**2))
     rows: list[dict[str, Any]] = []
-    for world in options.ranks:
-        for kind in ("SGD", "AdamW"):
-            for form in options.forms:
-                held, most = of(form, kind, world, layers)
-                values = form, kind, world, layers * WIDTH**2, held, most
-                rows += stamped([dict(zip(COLUMNS, values, strict=True))])
-                write_csv(options.out, rows)
+    for million, world, kind, form in itertools.product(
+        options.million, options.ranks, options.optimizers, options.forms
+    ):
+        layers = max(1, round(million * 1e6 / WIDTH**2))
+        held, most = of(form, kind, world, layers)
+        values = form, kind, world, layers * WIDTH**2, held, most
+        rows += stamped([dict(zip(COLUMNS, values, strict=True))])
+        write_csv(options.out, rows)
     print(table(rows))
     if options.docs is not None:
         page = options.docs.read_text()

@@ -23,7 +23,8 @@ from experiments.lab import netlab
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci/run"]
+BATCHES = sorted(LAUNCH.glob("*.sbatch"))
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), *BATCHES, ROOT / ".ci/run"]
 TRAIN = ("--steps", "32", "--method", "3lc", "--save-every", "16")
 pytestmark = pytest.mark.timeout(280)
 
@@ -122,6 +123,44 @@ def test_torchrun_on_two_hosts_of_two_ranks(tmp_path: Path, static: bool) -> Non
         assert "torchrun: 4 ranks, from step 0" in said
     saved = list((tmp_path / "checkpoints/step-32").glob("*.pt"))
     assert len(saved) == 4
+
+
+@pytest.mark.skipif(netlab.missing() is not None, reason=str(netlab.missing()))
+def test_torchrun_in_each_of_two_sites(tmp_path: Path) -> None:
+    """Stopped after 16 steps, and started again."""
+    lab = [sys.executable, "-m", "experiments.lab.netlab", "--rate", "100mbit"]
+    for steps, first in (("16", 0), ("32", 16)):
+        job = f"SITE=$HOST exec {LAUNCH}/sites_torchrun.sh {tmp_path} {steps}"
+        said = run(*lab, "--each", "--", "sh", "-c", job)
+        assert f"from step {first}: loss " in said
+    for site in "01":
+        assert (tmp_path / f"site-{site}/32/.metadata").exists()
+
+
+@needs_module("kubernetes")
+def test_the_jobs_of_sites_fit_the_published_api() -> None:
+    import yaml
+    from kubernetes import client  # type: ignore[import-not-found,unused-ignore]
+
+    text = (LAUNCH / "sites_kubernetes.yaml").read_text()
+    service, *jobs = yaml.safe_load_all(text)
+    api = client.ApiClient()
+    for given, kind in ((service, "V1Service"), *((job, "V1Job") for job in jobs)):
+        # What is public wants a response in one version, and its text in another.
+        read = api._ApiClient__deserialize(given, kind)
+        assert api.sanitize_for_serialization(read) == given
+    said = []
+    for site, job in enumerate(jobs):
+        pod = job["spec"]["template"]
+        assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+        assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+        (node,) = pod["spec"]["containers"]
+        said.append({one["name"]: one["value"] for one in node["env"]})
+        assert said[-1].pop("SITE") == str(site)
+        assert said[-1]["MACHINES"] == str(job["spec"]["completions"])
+    assert said[0] == said[1]
+    first = f"{jobs[0]['metadata']['name']}-0.{service['metadata']['name']}"
+    assert (said[0]["HEAD"], said[0]["SITES"]) == (first, str(len(jobs)))
 
 
 @needs_program("mpirun")
@@ -280,3 +319,40 @@ def test_slurm(slurm: dict[str, str], tmp_path: Path) -> None:
         CHECKPOINTS=str(tmp_path / "checkpoints"),
     )
     assert "torchrun: 2 ranks, from step 0" in log.read_text()
+
+
+@needs_program("munged")
+@needs_program("slurmctld")
+@needs_program("slurmd")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may start slurmd")
+def test_slurm_takes_a_component_for_each_site(slurm: dict[str, str]) -> None:
+    """It has one node, and each component wants its own, so nothing starts."""
+    said = run("sbatch", "--test-only", str(LAUNCH / "sites_slurm.sbatch"), **slurm)
+    assert "allocation failure" not in said
+
+
+def test_a_slurm_of_two_sites_starts_them(tmp_path: Path) -> None:
+    """With programs in Slurm's place that do what it does for two components."""
+    tools = {
+        "scontrol": "echo 127.0.0.1",
+        "srun": """
+            while [[ $1 == -* ]]; do shift; done
+            for task in 0 1; do SLURM_PROCID=$task "$@" & tasks+=($!); done
+            for task in "${tasks[@]}"; do wait "$task"; done
+        """,
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{text}")
+        (tmp_path / name).chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        job = free.getsockname()[1] - 20_000
+    said = run(
+        *("bash", "-c", f'PATH={tmp_path}:$PATH exec "$@"', "_"),
+        *(str(LAUNCH / "sites_slurm.sbatch"), str(tmp_path / "kept"), "16"),
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_ID=str(job % 20_000),
+        **{f"SLURM_JOB_NUM_NODES_HET_GROUP_{site}": "1" for site in "01"},
+        **{f"SLURM_JOB_NODELIST_HET_GROUP_{site}": "here" for site in "01"},
+    )
+    assert "from step 0: loss " in said
+    assert len(list((tmp_path / "kept").glob("site-*/16/.metadata"))) == 2
