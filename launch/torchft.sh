@@ -7,8 +7,8 @@
 #
 #     LIGHTHOUSE=http://10.0.0.1:29510 ADDRESS=10.0.0.7 launch/torchft.sh replica -m my_training
 #
-# Default: lc3's example. GRACE_MS is how long ranks wait for one that is late, at each
-# exchange. BIND is in a VPN or a private network: whoever reaches it can join.
+# Default: lc3's example. GRACE_MS is how long ranks wait for one that is late: as long as
+# from one exchange to the next, or equally fast ones may miss each other. BIND is in a VPN or a private network: whoever reaches it can join.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
