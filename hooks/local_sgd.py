@@ -732,7 +732,7 @@ class State(FormState):
             self._watch.told(written, alike=alike)
             if alike:
                 self._go_on_from_written(written, far=mine.far)
-            counted = sum(said.finite for said in everybody)
+            counted = sum([said.finite for said in everybody])
             share = share_of(mine, everybody) if mine.finite else 0.0
             for moved in some.values() if share != 1 else ():
                 if share:

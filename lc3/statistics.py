@@ -68,11 +68,12 @@ class Statistics:
             float64[*], or float32 if no buffer is float64: one after the other. Of no
             elements if there is nothing to take over.
         """
-        then = {**self._model.float_buffers(), **self._then}  # where others begin it
-        flat = [then[name].reshape(-1) for name in self._due(everybody)]
-        counted = sum(said.buffers_finite for said in everybody)
-        if not flat or not counted:
+        due = self._due(everybody)
+        counted = sum([said.buffers_finite for said in everybody])
+        if not due or not counted:
             return torch.empty(0, dtype=torch.float32)
+        then = {**self._model.float_buffers(), **self._then}  # where others begin it
+        flat = [then[name].reshape(-1) for name in due]
         wide = any(part.dtype == torch.float64 for part in flat)
         dtype = torch.float64 if wide else torch.float32
         values = torch.cat([part.to(dtype) for part in flat])
@@ -122,7 +123,7 @@ class Statistics:
 
     def _due(self, everybody: Sequence[Says]) -> list[str]:
         """Return the names of buffers that have changed on some rank."""
-        changed = zip(*(said.buffers for said in everybody), strict=True)
+        changed = zip(*[said.buffers for said in everybody], strict=True)
         names = self._model.float_buffers()
         return [n for n, some in zip(names, changed, strict=True) if any(some)]
 
