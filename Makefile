@@ -21,17 +21,20 @@ endef
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
 
+# How many test files run at a time. Most tests start two to four ranks, so more than half
+# of the cores do not help.
+JOBS := 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 # The path of a gradient, in less than two minutes.
 quick: $(READY)
-	$(BIN)/python -m pytest tests/test_format.py tests/test_plan.py tests/test_structure.py tests/test_workers.py \
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/test_format.py tests/test_plan.py tests/test_structure.py tests/test_workers.py \
 		tests/test_entropy.py tests/test_rans.py tests/test_engine.py tests/test_coder.py tests/test_calls.py
 
-# TESTS says which, as pytest does; JOBS, how many files run at a time. Most tests start
-# two to four ranks, so more jobs than half of the cores do not help.
+# TESTS says which, as pytest does.
 TESTS :=
-JOBS := 2
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
