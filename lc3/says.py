@@ -55,9 +55,14 @@ class Says:
         """Return what a rank with as many buffers has said.
 
         Raises:
-            FormatError: it weighs less than nothing, or no finite number.
+            FormatError: it is of another length, or the rank weighs less than nothing,
+                or no finite number.
         """
         raw = data.clone().numpy()
+        if raw.size != _HEAD.size + (buffers + 7) // 8:  # before there is room for it
+            raise FormatError(
+                f"a rank says {raw.size} bytes of itself and of {buffers} buffers"
+            )
         bits, base, weight = _HEAD.unpack(raw[: _HEAD.size].tobytes())
         if not 0 <= weight < math.inf:
             raise FormatError(f"a rank says that it weighs {weight}")

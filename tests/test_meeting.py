@@ -58,6 +58,15 @@ def test_what_a_rank_says_arrives(
     assert Present.from_bytes(said.to_bytes()) == said
 
 
+@pytest.mark.parametrize("buffers", [9, 1 << 20, (1 << 32) - 1])
+def test_buffers_that_are_announced_and_do_not_come_take_no_memory(
+    buffers: int,
+) -> None:
+    data = Says(True, False, False, 0, 1.0, True, (True,) * 8).to_bytes()
+    with pytest.raises(FormatError, match=f"of itself and of {buffers} buffers"):
+        Says.from_bytes(data, buffers)
+
+
 @given(data=st.binary(max_size=120))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     said = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
