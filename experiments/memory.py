@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -49,6 +50,18 @@ def with_ddp(net: nn.Module, make: Callable[..., Any]) -> Made:
     """Return DDP with lc3's lines."""
     model, optimizer = DistributedDataParallel(net), make(net.parameters())
     return model, optimizer, ddp.attach(model, optimizer)
+
+
+def with_ddp_alone(net: nn.Module, make: Callable[..., Any]) -> Made:
+    """Return DDP with lc3's hook, which knows no optimizer."""
+    model, optimizer = DistributedDataParallel(net), make(net.parameters())
+    return model, optimizer, ddp.attach(model)
+
+
+def with_ddp_and_scaler(net: nn.Module, make: Callable[..., Any]) -> Made:
+    """Return DDP with lc3's hook, which can undo a step that a scaler skips."""
+    model, optimizer = DistributedDataParallel(net), make(net.parameters())
+    return model, optimizer, ddp.attach(model, scaler=GradScaler("cpu"))
 
 
 def with_push_pull(net: nn.Module, make: Callable[..., Any]) -> Made:
@@ -111,6 +124,8 @@ def with_sites_of_ddp(net: nn.Module, make: Callable[..., Any]) -> Made:
 FORMS = {
     "DDP": plain,
     "hooks.ddp": with_ddp,
+    "hooks.ddp, no optimizer given": with_ddp_alone,
+    "hooks.ddp, a GradScaler given": with_ddp_and_scaler,
     "hooks.push_pull": with_push_pull,
     "hooks.local_sgd": with_local_sgd,
     "hooks.local_sgd, DDP inside": with_sites_of_ddp,

@@ -115,7 +115,9 @@ class PushPull(FormState, Optimizer):
     its norm is that of the mean gradient. What multiplies it (``clip_grad_norm_``, a
     GradScaler, a scale) multiplies the gradients at their owners, by parameter;
     changing single elements is an error. It is nan on every rank if a gradient was not
-    finite. What no ``step()`` follows leaves nothing behind.
+    finite. What no ``step()`` follows leaves nothing behind. After ``step()`` there is
+    no ``.grad``. Gradients lie in DDP's buckets until then; with
+    ``gradient_as_bucket_view``, or in half precision, in memory of 4 bytes each more.
 
     See ``FormState``, too: a state is what there is beside the model, and another
     number of ranks gets masters and the optimizer's state exactly.
@@ -160,7 +162,16 @@ class PushPull(FormState, Optimizer):
         self.inner = self._sharded.inner
         self.session.agree_on({"max_norm": max_norm, **self._sharded.facts()})
         super().__init__(groups, self.inner.defaults)
-        self._values = arena_like(replica)
+        # DDP's buckets hold float32 gradients, and what a push leaves of them, until
+        # the pull. Where .grad is the bucket, or narrower, memory of ours does.
+        in_place = not (model.gradient_as_bucket_view or model.mixed_precision)
+        copied = {
+            name: replica[name]
+            for name, flat in flats.items()
+            if not (in_place and flat.dtype == torch.float32)
+        }
+        self._copies = arena_like(copied) if copied else {}
+        self._values: dict[str, Tensor] = {}
         self._pushed: set[str] = set()
         self._norm = MeanNorm(self.engine)
         self._stand_in = StandIn(self._parameters)
@@ -184,6 +195,8 @@ class PushPull(FormState, Optimizer):
                 f"the gradient of {names[0]!r} is sparse; push_pull needs dense ones: "
                 "make the embedding with sparse=False"
             )
+        if self._skipped_in_a_row:
+            self._bad = self._bad or not bool(buffer.isfinite().all())
         if self._pushed.intersection(names):
             self._pushed.clear()  # a step that was not made: residuals are as before
         if not self._pushed:
@@ -191,12 +204,9 @@ class PushPull(FormState, Optimizer):
             self._norm.begin()
             if self._scaler is not None:
                 self._follow(self._scaler.get_scale())
-        sizes = [self._values[name].numel() for name in names]
-        for name, gradient in zip(names, torch.split(buffer, sizes), strict=True):
-            self._values[name].copy_(gradient)
-        values = {
-            name: self._values[name] for name in names if self._values[name].numel()
-        }
+        values = self._floats(buffer, names)
+        self._values.update(values)
+        values = {name: value for name, value in values.items() if value.numel()}
         self._norm.add(values, step)
         self.meter.buckets += 1
         self.meter.at_step(step + 1)
@@ -208,19 +218,25 @@ class PushPull(FormState, Optimizer):
             with self.engine.channel.exchanging(elements, step, bucket, hops=1):
                 self.owners.push(values, step, bucket)
         self._pushed.update(names)
-        if self._skipped_in_a_row:
-            self._bad = self._bad or not bool(buffer.isfinite().all())
-        self._stand_in.add(buffer)
+        given = self._stand_in.instead_of(buffer, names[0] not in self._copies)
         if len(self._pushed) < len(self._parameters):
-            return buffer
+            return given
         self._find_norm()
         self._overflowed = not math.isfinite(self.grad_norm)
         if self._overflowed:
             self._skip(step, bucket)
-            return buffer.fill_(math.nan)
+            return given.fill_(math.nan)
         self._stand_in.fill(self.grad_norm * self._scale)
         self._skipped_in_a_row, self._bad = 0, False
-        return buffer
+        return given
+
+    def _floats(self, buffer: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Return a bucket's gradients by name, float32[numel], until the pull."""
+        sizes = [self._parameters[name].numel() for name in names]
+        values = dict(zip(names, torch.split(buffer, sizes), strict=True))
+        for name in self._copies.keys() & values.keys():
+            values[name] = self._copies[name].copy_(values[name])
+        return values
 
     def _skip(self, step: int, bucket: int) -> None:
         """Let a step never have been: pushes' residuals are kept by the pull only.
@@ -263,7 +279,7 @@ class PushPull(FormState, Optimizer):
                 loss = closure()
         if self._overflowed:
             self._overflowed = False
-            super().zero_grad(set_to_none=False)  # nan would stay in them
+            super().zero_grad()  # nan would stay in them
             return loss
         if not self._pushed:
             raise AttachError(
@@ -273,7 +289,7 @@ class PushPull(FormState, Optimizer):
             )
         self._pushed.clear()
         factors = self._stand_in.take_factors(self._scale)
-        super().zero_grad(set_to_none=False)  # what stood for gradients is no gradient
+        super().zero_grad()  # what stood for gradients is no gradient
         shrink = 1.0
         if self._max_norm is not None:
             whole = max(factors.values(), default=1.0) * self._scale
@@ -288,6 +304,7 @@ class PushPull(FormState, Optimizer):
         self._sharded.step(gradients, self.param_groups)
         with self.meter.stage("wait"):
             self.session.lane.call(self._pull)
+        self._values.clear()  # DDP may replace its buckets
         self._edits.copy_replica()
         return loss
 
@@ -322,9 +339,10 @@ class PushPull(FormState, Optimizer):
             for name, master in self.owners.masters.items():
                 self.owners.replica[name].copy_(master)
         else:
-            elements = sum(value.numel() for value in self._values.values())
+            values = {n: value for n, value in self._values.items() if value.numel()}
+            elements = sum(value.numel() for value in values.values())
             with self.engine.channel.exchanging(elements, step, bucket, hops=1):
-                self.owners.pull(self._values, step, bucket)
+                self.owners.pull(values, step, bucket)
 
     def export(self) -> dict[str, Tensor]:
         """Return every parameter's exact master, float32 of its shape; collective."""

@@ -404,4 +404,6 @@ def _narrowed(wide: Tensor, into: Tensor) -> Tensor:
 
 def _finite(values: Tensor) -> bool:
     dense = values.coalesce().values() if values.is_sparse else values
-    return bool(dense.isfinite().all())
+    if not dense.numel():
+        return True
+    return bool(torch.stack(dense.aminmax()).isfinite().all())  # nan is both ends

@@ -146,7 +146,12 @@ def pending(exchange: Exchange) -> dict[str, Tensor]:
     """
     plan, channel = exchange.plan, exchange.channel
     names = [name for name in plan.numel if name in plan.coded]
-    owed = gather(exchange, exchange.residuals.owned, names)
+    device = exchange.messages.coder.device
+    nothing = {  # where masters' lead is what pulls did not carry
+        slice_.name: torch.zeros(slice_.numel, device=device, dtype=torch.float32)
+        for slice_ in plan.slices_of(names, exchange.me)
+    }
+    owed = gather(exchange, nothing | exchange.residuals.owned, names)
     if not names:
         return owed
     step, bucket = channel.aside()

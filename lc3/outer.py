@@ -81,7 +81,7 @@ class Outer:
         if not forget:
             return
         residuals = self.owners.engine.residuals
-        for held in (residuals.sent, residuals.owned, self.velocity):
+        for held in (residuals.sent, self.velocity):
             for name, tensor in held.items():
                 if name in base:
                     tensor.zero_()

@@ -39,6 +39,7 @@ class Owners:
         self.engine = engine
         self.replica = replica
         self.pieces = engine.pieces(replica)
+        engine.residuals.leave_owned()
         mine = engine.plan.slices_of(engine.plan.numel, engine.me)
         views = {s.name: replica[s.name][s.start : s.stop] for s in mine}
         self._take(views)

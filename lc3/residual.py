@@ -40,6 +40,10 @@ class Residuals:
             owned = arena_like(self.owned) if self.owned else {}
             self._next = arena_like(self.sent), owned
 
+    def leave_owned(self) -> None:
+        """Have no owner side: masters that are ahead of their replica are one."""
+        self.owned = {}
+
     def of_sent(self, piece: Piece) -> Tensor:
         """Return the worker-side residual of a coded piece: a view, float32[piece]."""
         return self.sent[piece.name][piece.start : piece.stop]

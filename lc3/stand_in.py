@@ -24,17 +24,36 @@ class StandIn:
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
         self._buckets: list[Tensor] = []
+        self._before: list[int] = []
+        self._shared = torch.empty(0)
         self._number = 0.0
         self._first = smallest(parameters.values())
         self._watched = watch_accumulation(self._first, self._is_handed)
 
     def begin(self) -> None:
         """Take the buckets of another step."""
+        self._before = [bucket.numel() for bucket in self._buckets[:1]]
         self._buckets, self._number = [], 0.0
 
-    def add(self, bucket: Tensor) -> None:
-        """Take a bucket's gradients away: all zero until ``fill``."""
+    def instead_of(self, bucket: Tensor, keep: bool) -> Tensor:
+        """Return what DDP gets for a bucket: all zero until ``fill``.
+
+        Args:
+            bucket: of this step.
+            keep: whether it stays what it is; it is overwritten otherwise.
+
+        Returns:
+            The bucket, or memory that all kept ones share: they are all one number.
+        """
+        if keep:
+            numel = bucket.numel()
+            if not self._buckets and self._before != [numel]:
+                self._shared = bucket[:0]  # DDP has made other buckets
+            if self._shared.numel() < numel:
+                self._shared = torch.empty_like(bucket)
+            bucket = self._shared[:numel]
         self._buckets.append(bucket.zero_())
+        return bucket
 
     def fill(self, norm: float) -> None:
         """Let all buckets of this step have a norm together."""

@@ -1,6 +1,8 @@
 """What the ranks of ``test_push_pull`` do: each function runs on every rank."""
 
 import dataclasses
+import gc
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -225,6 +227,31 @@ def memory_of_the_share(rank: int, world: int) -> float:
     held = sum(s["exp_avg"].numel() for s in optimizer.inner.state.values())
     optimizer.close()
     return float(held / sum(p.numel() for p in net.parameters()))
+
+
+def bytes_beside_the_buckets(rank: int, world: int) -> float:
+    """Return bytes a parameter of lc3's and the optimizer's tensors after a step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(16)))
+    parameters = sum(p.numel() for p in net.parameters())
+    before = _bytes_of_tensors()
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=0.1)
+    optimizer = push_pull.attach(wrapped, KINDS["adamw"])
+    for _ in range(3):
+        wrapped(torch.randn(4, 512)).square().mean().backward()
+        optimizer.step()
+    held = _bytes_of_tensors() - before
+    optimizer.close()
+    return held / parameters
+
+
+def _bytes_of_tensors() -> int:
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some modules' attributes are deprecated
+        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_cpu]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
 
 def muon_on_whole_matrices(rank: int, world: int) -> str:

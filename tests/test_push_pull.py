@@ -92,6 +92,12 @@ def test_optimizer_memory_is_a_share(ranks: Pools) -> None:
     assert max(shares) < 1 / 4 + 0.05
 
 
+def test_gradients_lie_in_ddps_buckets(ranks: Pools) -> None:
+    """A residual, a bucket, and of two ranks masters, means, moments, a copy: half."""
+    for held in ranks(2).run(push_pull_cases.bytes_beside_the_buckets):
+        assert 8 + 5 * 4 / 2 < held < 8 + 5 * 4 / 2 + 1.5
+
+
 def test_muon_owns_whole_matrices(ranks: Pools) -> None:
     assert len(set(ranks(2).run(push_pull_cases.muon_on_whole_matrices))) == 1
 
