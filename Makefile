@@ -123,10 +123,14 @@ test-torchft: .venv-torchft/ready
 	.venv-torchft/bin/python -m pytest tests/test_torchft.py
 
 # Half an hour of kills, stops, cut links and joins, as root between hosts of the lab, and
-# then the same number of tokens undisturbed. METHOD: lc3, local_sgd or diloco.
-METHOD := lc3
+# then the same number of tokens undisturbed. METHODS: lc3, local_sgd and diloco, the last
+# two torchft's own.
+METHODS := lc3
+SEEDS := 0
+MINUTES := 30
 churn: .venv-torchft/ready
-	.venv-torchft/bin/python -m tests.churn --minutes 30 --rate 100mbit --method $(METHOD)
+	.venv-torchft/bin/python -m tests.churn --minutes $(MINUTES) --rate 100mbit --methods $(METHODS) --seeds $(SEEDS) \
+		--out $(RESULTS)/churn.csv
 
 .venv-torchft/ready: $(READY)
 	$(call beside,.venv-torchft)

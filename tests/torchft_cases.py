@@ -41,7 +41,6 @@ class Replica:
         folder: where its lines go, ``NAME.jsonl``, and where the file ``stop`` ends it.
         number: of the replica, for its own data.
         steps: after which it ends; 0: when there is a ``stop``.
-        tokens: of all replicas together after which it ends; 0: none.
         sync_every: steps between two exchanges.
         pause_s: that each step takes longer.
         seed: of the data and the model; replicas have other models before they join.
@@ -288,10 +287,12 @@ def train(replica: Replica, line: Line) -> None:
             )
         if step == replica.steps or (not replica.steps and stop.exists()):
             break
+    with state.shared_model():
+        loss_of_all = test_loss(model, codes)
     line.write(
         event="end",
         error="",
-        loss=test_loss(model, codes),
+        loss=loss_of_all,
         hash=hash_of(dict(model.named_parameters())),
         steps=state.steps,
         left_out=state.left_out,
@@ -365,8 +366,10 @@ def train_as_torchft_does(replica: Replica, line: Line) -> None:
                     counted=counted,
                     seconds=time.monotonic() - started,
                 )
-            if step == replica.steps or (not replica.steps and stop.exists()):
+            if step == replica.steps:
                 break
+            if not replica.steps and step % replica.sync_every == 0 and stop.exists():
+                break  # with the model that all share
     line.write(event="end", error="", loss=test_loss(model, codes), trained=trained)
     os._exit(0)
 
