@@ -120,7 +120,7 @@ test-adapters: .venv-adapters/ready
 
 # Machines that come and go, on torchft's membership, in an environment of its own.
 test-torchft: .venv-torchft/ready
-	.venv-torchft/bin/python -m pytest tests/test_torchft.py
+	.venv-torchft/bin/python -m pytest tests/test_torchft.py tests/test_launchers.py -k torchft
 
 # Half an hour of kills, stops, cut links and joins, as root between hosts of the lab, and
 # then the same number of tokens undisturbed. METHODS: lc3, local_sgd and diloco, the last
