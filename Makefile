@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: demo docs links quick release test check bench ship-bench evaluate fuzz test-install test-horovod test-launch test-cuda \
-	test-adapters test-oldest test-torchft churn gpu-check gpu-bench soak faults clean
+	test-adapters test-oldest test-torchft churn speeds gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -131,6 +131,10 @@ MINUTES := 30
 churn: .venv-torchft/ready
 	.venv-torchft/bin/python -m tests.churn --minutes $(MINUTES) --rate 100mbit --methods $(METHODS) --seeds $(SEEDS) \
 		--out $(RESULTS)/churn.csv
+
+# What a rank ten times slower costs three others: about ten minutes.
+speeds: .venv-torchft/ready
+	.venv-torchft/bin/python -m tests.speeds --out $(RESULTS)/speeds.csv
 
 .venv-torchft/ready: $(READY)
 	$(call beside,.venv-torchft)

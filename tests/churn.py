@@ -365,46 +365,6 @@ class Campaign:
         return min(later, default=float("nan")) - event.time
 
 
-def speeds(one: Campaign, seconds: float) -> Row:
-    """Return the steps per second of three replicas, without and with a slow fourth.
-
-    It is ten times slower. Each for so many seconds.
-    """
-    light = one.shine()
-    found = {}
-    try:
-        for _ in range(3):
-            one.join()
-        one.wait_until_joined(3)
-        slow = {**one.given, "pause_s": 10 * one.given["pause_s"]}
-        for kind in ("without", "with"):
-            if kind == "with":
-                one.given = slow
-                one.join()
-                one.wait_until_joined(4)
-            begun = time.monotonic()
-            time.sleep(seconds)
-            rates = []
-            for live in one.live[:3]:
-                rows = one.rows(live.name, "exchange")
-                some = [row for row in rows if row["time"] > begun]
-                steps = some[-1]["step"] - some[0]["step"]
-                rates.append(steps / (some[-1]["time"] - some[0]["time"]))
-            found[kind] = round(statistics.mean(rates), 4)
-        late = one.rows(one.live[3].name, "exchange")
-        return {
-            **found,
-            "share": round(found["with"] / found["without"], 4),
-            "exchanges of the slow one": sum(row["committed"] for row in late),
-        }
-    finally:
-        for live in one.live:
-            live.process.kill()
-            live.process.wait()
-        light.kill()
-        light.wait()
-
-
 def _spread(seconds: Sequence[float]) -> Row:
     found = [s for s in seconds if s == s]
     if not found:
@@ -504,9 +464,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="s between two events",
     )
     parser.add_argument("--away", type=float, default=40, help="s, the longest absence")
-    parser.add_argument(
-        "--speeds", action="store_true", help="only three ranks and one that is slow"
-    )
     parser.add_argument("--grace-ms", type=int, default=1000)
     parser.add_argument("--alone", action="store_true", help="no undisturbed training")
     parser.add_argument("--out", type=Path, help="CSV, that others' rows may be in")
@@ -571,19 +528,7 @@ def main() -> int:
     if options.rate:
         lab = netlab.Lab(HOSTS, netlab.rate_bits(options.rate))
     try:
-        if not options.speeds:
-            return int(not campaigns(options, lab))
-        folder = Path(tempfile.mkdtemp(prefix="lc3-speeds-"))
-        given = {
-            "sync_every": options.sync_every,
-            "pause_s": options.pause,
-            "timeout_s": 10.0,
-            "quorum_s": 15.0,
-            "width": options.width,
-        }
-        one = Campaign(folder, given, lab, options.seeds[0], grace_ms=options.grace_ms)
-        print(json.dumps(speeds(one, options.minutes * 60)))
-        return 0
+        return int(not campaigns(options, lab))
     finally:
         if lab is not None:
             lab.close()
