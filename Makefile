@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: demo docs links quick release test check bench ship-bench evaluate fuzz test-install test-horovod test-launch test-cuda \
-	test-adapters test-oldest test-torchft churn gpu-check gpu-bench soak faults clean
+	test-adapters test-oldest test-torchft churn speeds gpu-check gpu-bench soak faults clean
 
 EXPERIMENT := evaluate
 RESULTS := experiments/results/local
@@ -120,13 +120,21 @@ test-adapters: .venv-adapters/ready
 
 # Machines that come and go, on torchft's membership, in an environment of its own.
 test-torchft: .venv-torchft/ready
-	.venv-torchft/bin/python -m pytest tests/test_torchft.py
+	.venv-torchft/bin/python -m pytest tests/test_torchft.py tests/test_launchers.py -k torchft
 
 # Half an hour of kills, stops, cut links and joins, as root between hosts of the lab, and
-# then the same number of tokens undisturbed. METHOD: lc3, local_sgd or diloco.
-METHOD := lc3
+# then the same number of tokens undisturbed. METHODS: lc3, local_sgd and diloco, the last
+# two torchft's own.
+METHODS := lc3
+SEEDS := 0
+MINUTES := 30
 churn: .venv-torchft/ready
-	.venv-torchft/bin/python -m tests.churn --minutes 30 --rate 100mbit --method $(METHOD)
+	.venv-torchft/bin/python -m tests.churn --minutes $(MINUTES) --rate 100mbit --methods $(METHODS) --seeds $(SEEDS) \
+		--out $(RESULTS)/churn.csv
+
+# What a rank ten times slower costs three others: about ten minutes.
+speeds: .venv-torchft/ready
+	.venv-torchft/bin/python -m tests.speeds --out $(RESULTS)/speeds.csv
 
 .venv-torchft/ready: $(READY)
 	$(call beside,.venv-torchft)

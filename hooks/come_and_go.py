@@ -11,6 +11,7 @@ framework is that brings ranks together: see ``Membership``, and ``hooks.torchft
 import json
 import logging
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -184,8 +185,10 @@ class State(local_sgd.State):
         membership: Membership,
         *,
         wants: bool,
+        every_s: float | None = None,
     ) -> None:
         self._membership = membership
+        self._every_s = every_s
         self._exchanged: _Exchanged | None = None
         super().__init__(model, optimizers, settings, choose, None, steps_alone=True)
         coder = self.session.flat_engine.messages.coder
@@ -202,6 +205,8 @@ class State(local_sgd.State):
         self._kept: dict[str, Tensor] = {}
         self._held: Held | None = None
         self._since, self._weight = 0, 0.0
+        self._met_at = self._stepped_at = time.monotonic()
+        self._longest_step_s = 0.0
         self.committed = False
         self.failed = self.world = self.counted = 0
         self.tokens: float = 0
@@ -213,6 +218,8 @@ class State(local_sgd.State):
         group: dist.ProcessGroup | None,  # noqa: ARG002  # the manager's
     ) -> Session:
         shapes = [(name, list(p.shape)) for name, p in trained]
+        if self._every_s is not None:
+            facts = {**facts, "sync_every_s": float(self._every_s)}
         self._facts = alike(__version__, self.settings, shapes, facts)
         self._digest = sha256(json.dumps(self._facts).encode()).digest()[:8]
         return Session(trained, self.settings, *nobody(), facts=facts)
@@ -242,6 +249,23 @@ class State(local_sgd.State):
 
     def _before(self, *, new: bool) -> None:
         """See ``local_sgd.State``: whatever changes parameters has moved them."""
+
+    def _after(self, *, counts: bool, replaced: bool) -> None:
+        super()._after(counts=counts, replaced=replaced)
+        if counts and self._every_s is not None:
+            self._exchange_if_time(self._every_s)
+
+    def _exchange_if_time(self, every_s: float) -> None:
+        """Exchange if another step would end later than so long after the last one.
+
+        Ranks count from when they met, so their clocks need not agree.
+        """
+        now = time.monotonic()
+        self._longest_step_s = max(self._longest_step_s, now - self._stepped_at)
+        self._stepped_at = now
+        if now + self._longest_step_s > self._met_at + every_s:
+            self._start()
+            self._finish()
 
     def _exchange_if_due(self, every: int) -> None:
         self._since += 1
@@ -320,6 +344,7 @@ class State(local_sgd.State):
         rank = quorum.rank
         everybody = _Between(quorum.group, range(quorum.world), rank)
         meeting = self._meet(everybody, rank, mine)
+        self._met_at = time.monotonic()
         lead = meeting.present[meeting.lead]
         members = list(meeting.members)
         if self._open:  # was it counted?
@@ -542,6 +567,10 @@ class State(local_sgd.State):
         one = self._under_way.popleft()
         with self.meter.stage("wait"):
             averaged = one.future.wait()
+        self._stepped_at, self._longest_step_s = time.monotonic(), 0.0
+        if self._every_s is not None:  # who has missed meetings stays in time
+            missed = (self._stepped_at - self._met_at) // self._every_s
+            self._met_at += missed * self._every_s
         exchanged = self._exchanged
         self.committed = exchanged is not None and exchanged.rank in exchanged.taken
         if self.committed:

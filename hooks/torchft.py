@@ -46,6 +46,7 @@ def attach(
     *,
     preset: PresetName | None = None,
     sync_every: int | Literal["manual"] | None = None,
+    sync_every_s: float | None = None,
     outer_lr: float | None = None,
     residual_decay: float | None = None,
     inner_momentum_scale: float | None = None,
@@ -76,6 +77,11 @@ def attach(
             every rank holds all there is.
         preset: see ``lc3.hooks.local_sgd.attach``.
         sync_every: see ``lc3.hooks.local_sgd.attach``.
+        sync_every_s: seconds from one exchange to the next, in place of
+            ``sync_every``: each rank makes the steps that it can until then, and is
+            there in time. For ranks of different speeds; weights are the steps, or
+            ``state.tokens``. Several steps of the slowest, and less than the manager's
+            ``quorum_timeout``.
         outer_lr: see ``lc3.hooks.local_sgd.attach``.
         residual_decay: see ``lc3.hooks.local_sgd.attach``.
         inner_momentum_scale: see ``lc3.hooks.local_sgd.attach``.
@@ -115,11 +121,20 @@ def attach(
     given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
     if sync_every is not None:
         given["sync_every"] = None if sync_every == "manual" else sync_every
+    if sync_every_s is not None:
+        if sync_every is not None:
+            raise ConfigError(
+                f"sync_every={sync_every!r} and sync_every_s={sync_every_s!r} both say "
+                "when to exchange; leave one out"
+            )
+        given["sync_every"] = None
     if optimizer_state not in ("own", "taken"):
         raise ConfigError(
             f"optimizer_state={optimizer_state!r} must be 'own' or 'taken'"
         )
     _check_manager(manager)
+    if sync_every_s is not None:
+        _check_seconds(sync_every_s, manager._quorum_timeout.total_seconds())
     optimizers = unwrapped(optimizer)
     found = preset_of(preset)
     defaults = FOR_TWO if found is None else found.settings
@@ -136,8 +151,11 @@ def attach(
             "together, of which some may be missing; say a density"
         )
     choose = partial(knobs_for, settings=settings, given=given, preset=found)
-    wants = optimizer_state == "taken"
-    state = State(model, optimizers, settings, choose, _Managed(manager), wants=wants)
+    state = State(
+        *(model, optimizers, settings, choose, _Managed(manager)),
+        wants=optimizer_state == "taken",
+        every_s=sync_every_s,
+    )
     try:
         host = socket.gethostname() if hostname is None else hostname
         silent = manager._timeout.total_seconds()
@@ -146,6 +164,17 @@ def attach(
         state.close()
         raise
     return state
+
+
+def _check_seconds(every_s: object, quorum_s: float) -> None:
+    """Raise ``ConfigError`` if ranks cannot exchange after so many seconds."""
+    is_number = isinstance(every_s, int | float) and not isinstance(every_s, bool)
+    if not is_number or not 0 < every_s < quorum_s:  # type: ignore[operator]
+        raise ConfigError(
+            f"sync_every_s={every_s!r} must be a number of seconds above 0 and less "
+            f"than the manager's quorum_timeout, {quorum_s:g}: who has been away may "
+            "wait that long for the others"
+        )
 
 
 def _check_manager(manager: Manager) -> None:

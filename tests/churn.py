@@ -1,16 +1,18 @@
 """Machines that come and go, for as long as one likes: kills, stops, cut links, joins.
 
     make churn
-    python -m tests.churn --minutes 30 --rate 100mbit --out churn.json
+    python -m tests.churn --minutes 30 --rate 100mbit --seeds 0 1 2 --out churn.csv
 
 Every 20 to 60 seconds a random replica is killed (-9), stopped or cut off for 5 to 40
 seconds, or a new one joins; 2 to 6 are there. With ``--rate`` each has a network
 namespace of its own (root), without it all share the loopback and no link is cut. A
 replica that ends by itself is started again, as a launcher would. Then the same number
-of tokens is trained by four replicas that nobody disturbs.
+of tokens is trained by four replicas that nobody disturbs. The loss is that of the
+model that ranks share. Rows of a file that are of the same campaign are replaced.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -21,17 +23,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.lab import netlab
+from experiments.record import read_whole, stamped, write_csv
+from experiments.tables import grid, insert
 from tests.torchft_cases import BATCH, CONTEXT, Replica
 
 HOSTS, LEAST, AT_FIRST = 6, 2, 4
 GRACE_S = 5.0
 LIGHTHOUSE = "10.77.0.254"
+METHODS = {
+    "lc3": "`hooks.torchft`",
+    "local_sgd": "torchft's LocalSGD",
+    "diloco": "torchft's DiLoCo",
+}
+# What tells one campaign from another, in a file of several.
+CAMPAIGN = "method", "seed", "minutes", "event every s", "kind"
+EVENTS = "kill", "stop", "cut", "join", "ended", "hung"
 Row = dict[str, Any]
 
 
@@ -97,6 +109,7 @@ class Campaign:
     def run(self, seconds: float, *, churn: bool, tokens: int = 0) -> None:
         """Train for some time, or until so many tokens have counted."""
         chance = random.Random(self.seed)
+        sent_before = self._sent()
         light = self.shine()
         try:
             for _ in range(AT_FIRST):
@@ -122,14 +135,17 @@ class Campaign:
                     one.process.wait(left)
                 except subprocess.TimeoutExpired:
                     self.events.append(Event("hung", one.name, time.monotonic()))
-            if self.lab is not None:
-                self.sent_bytes = sum(t.sent_bytes for t in self.lab.traffic())
+            self.sent_bytes = self._sent() - sent_before
         finally:
             for one in self.live:
                 one.process.kill()
                 one.process.wait()
             light.kill()
             light.wait()
+
+    def _sent(self) -> int:
+        """Return the bytes that hosts of a lab have sent so far."""
+        return sum(t.sent_bytes for t in self.lab.traffic()) if self.lab else 0
 
     def shine(self) -> subprocess.Popen[bytes]:
         """Start a lighthouse."""
@@ -271,9 +287,10 @@ class Campaign:
                     row["hash"]
                 )
         killed = [e for e in self.events if e.kind == "kill"]
+        gone = [e for e in self.events if e.kind in ("kill", "ended", "hung")]
         trained = sum(some[-1]["trained"] for some in rows.values() if some)
-        # What a killed replica had trained since its last line is not known: the most.
-        trained += len(killed) * self.given["sync_every"] * BATCH * CONTEXT
+        # What one that is gone had trained since its last line is not known: the most.
+        trained += len(gone) * self.given["sync_every"] * BATCH * CONTEXT
         # For a quorum, then to connect, and then for those who are connected.
         limit = self.given["quorum_s"] + 2 * self.given["timeout_s"] + GRACE_S
         waits = [
@@ -348,46 +365,6 @@ class Campaign:
         return min(later, default=float("nan")) - event.time
 
 
-def speeds(one: Campaign, seconds: float) -> Row:
-    """Return the steps per second of three replicas, without and with a slow fourth.
-
-    It is ten times slower. Each for so many seconds.
-    """
-    light = one.shine()
-    found = {}
-    try:
-        for _ in range(3):
-            one.join()
-        one.wait_until_joined(3)
-        slow = {**one.given, "pause_s": 10 * one.given["pause_s"]}
-        for kind in ("without", "with"):
-            if kind == "with":
-                one.given = slow
-                one.join()
-                one.wait_until_joined(4)
-            begun = time.monotonic()
-            time.sleep(seconds)
-            rates = []
-            for live in one.live[:3]:
-                rows = one.rows(live.name, "exchange")
-                some = [row for row in rows if row["time"] > begun]
-                steps = some[-1]["step"] - some[0]["step"]
-                rates.append(steps / (some[-1]["time"] - some[0]["time"]))
-            found[kind] = round(statistics.mean(rates), 4)
-        late = one.rows(one.live[3].name, "exchange")
-        return {
-            **found,
-            "share": round(found["with"] / found["without"], 4),
-            "exchanges of the slow one": sum(row["committed"] for row in late),
-        }
-    finally:
-        for live in one.live:
-            live.process.kill()
-            live.process.wait()
-        light.kill()
-        light.wait()
-
-
 def _spread(seconds: Sequence[float]) -> Row:
     found = [s for s in seconds if s == s]
     if not found:
@@ -399,30 +376,147 @@ def _spread(seconds: Sequence[float]) -> Row:
     }
 
 
-def parse() -> argparse.Namespace:
+def flat(report: Mapping[str, Any]) -> Row:
+    """Return a report as columns of a result file."""
+    found = dict(report)
+    events = found.pop("events")
+    for kind in EVENTS:
+        found[f"events: {kind}"] = events.get(kind, 0)
+    for name in ("kill to next exchange s", "joined to first exchange s"):
+        spread = found.pop(name)
+        for of in ("count", "median", "most"):
+            found[f"{name}, {of}"] = spread.get(of, "")
+    found["hangs"] = len(found["hangs"])
+    found["ends by itself"] = "; ".join(found["ends by itself"])
+    return found
+
+
+def together(old: Sequence[Mapping[str, object]], new: Sequence[Row]) -> list[Row]:
+    """Return ``old`` rows and ``new`` ones, which replace those of their campaign."""
+
+    def of(row: Mapping[str, object]) -> list[str]:
+        return [str(row[name]) for name in CAMPAIGN]
+
+    replaced = [of(row) for row in new]
+    return [dict(row) for row in old if of(row) not in replaced] + list(new)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return what came of each campaign, as Markdown: means over its seeds."""
+    titles = [
+        *("method", "minutes", "events every", "seeds", "kills, stops, cuts, joins"),
+        *("goodput", "hangs", "loss", "undisturbed", "beside it"),
+        *("MB sent per million tokens", "ended with an error"),
+    ]
+    lines = []
+    campaigns = dict.fromkeys(
+        tuple(row[n] for n in CAMPAIGN if n != "seed") for row in rows
+    )
+    for method, minutes, every, kind in campaigns:
+        if kind != "churn":
+            continue
+        some = {}
+        for one in ("churn", "undisturbed"):
+            key = method, minutes, every, one
+            some[one] = [
+                row
+                for row in rows
+                if tuple(row[n] for n in CAMPAIGN if n != "seed") == key
+            ]
+        churn = some["churn"]
+
+        def mean(column: str, of: Sequence[Mapping[str, str]] = churn) -> float:
+            return statistics.mean(float(row[column]) for row in of)
+
+        def total(column: str, of: Sequence[Mapping[str, str]] = churn) -> int:
+            return sum(int(row[column]) for row in of)
+
+        beside = mean("loss") / mean("loss", some["undisturbed"]) - 1
+        lines.append(
+            [
+                *(METHODS[method], minutes, f"{every} s", str(len(churn))),
+                ", ".join(str(total(f"events: {kind}")) for kind in EVENTS[:4]),
+                *(f"{100 * mean('goodput'):.1f} %", str(total("hangs"))),
+                *(f"{mean('loss'):.4f}", f"{mean('loss', some['undisturbed']):.4f}"),
+                f"{100 * beside:+.1f} %",
+                f"{total('bytes') / total('tokens counted'):,.0f}",
+                str(total("events: ended")),
+            ]
+        )
+    return grid(titles, lines, words=(0,)) + "\n"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.churn", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--rate", help="of each link, like 100mbit; as root")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--method", choices=("lc3", "local_sgd", "diloco"), default="lc3"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lc3"])
     parser.add_argument("--sync-every", type=int, default=8)
     parser.add_argument("--pause", type=float, default=0.1, help="s, that a step takes")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument(
-        "--speeds", action="store_true", help="only three ranks and one that is slow"
+        "--every",
+        type=float,
+        nargs=2,
+        default=(20.0, 60.0),
+        metavar=("LEAST", "MOST"),
+        help="s between two events",
     )
+    parser.add_argument("--away", type=float, default=40, help="s, the longest absence")
     parser.add_argument("--grace-ms", type=int, default=1000)
     parser.add_argument("--alone", action="store_true", help="no undisturbed training")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="CSV, that others' rows may be in")
+    parser.add_argument("--docs", type=Path, help="a page with a block for the table")
+    parser.add_argument("--table", action="store_true", help="only that of --out")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def campaigns(options: argparse.Namespace, lab: netlab.Lab | None) -> bool:
+    """Run what the options ask for, and return whether all figures are good."""
+    good = True
+    for method, seed in itertools.product(options.methods, options.seeds):
+        tokens = 0
+        rows: list[Row] = []
+        for kind in ("churn",) if options.alone else ("churn", "undisturbed"):
+            given = {
+                "sync_every": options.sync_every,
+                "pause_s": options.pause if kind == "churn" else 0.0,
+                "timeout_s": 10.0,
+                "quorum_s": 15.0,
+                "method": method,
+                "width": options.width,
+            }
+            folder = Path(tempfile.mkdtemp(prefix=f"lc3-{kind}-"))
+            one = Campaign(
+                *(folder, given, lab, seed, tuple(options.every), options.away),
+                grace_ms=options.grace_ms,
+            )
+            one.run(options.minutes * 60, churn=kind == "churn", tokens=tokens)
+            report = one.report()
+            tokens = tokens or report["tokens counted"]
+            print(method, seed, kind, json.dumps(report, indent=1), flush=True)
+            every = "{:g} to {:g}".format(*options.every)
+            named = method, seed, f"{options.minutes:g}", every, kind
+            rows.append(dict(zip(CAMPAIGN, named, strict=True)) | flat(report))
+            good = good and not report["hangs"] and report["models alike"]
+        if options.out:
+            old = read_whole(options.out) if options.out.exists() else []
+            write_csv(options.out, together(old, stamped(rows)))
+    return good
 
 
 def main() -> int:
-    """Run the campaign, print its figures, and return whether they are good."""
+    """Run campaigns, print their figures, and return whether they are good."""
     options = parse()
+    if options.table:
+        said = table(read_whole(options.out))
+        print(said)
+        if options.docs:
+            page = insert(options.docs.read_text(), "churn", said)
+            options.docs.write_text(page)
+        return 0
     if options.rate and not options.inside:
         if reason := netlab.missing():
             print(f"tests.churn: {reason}", file=sys.stderr)
@@ -430,38 +524,14 @@ def main() -> int:
         apart = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
         again = [sys.executable, "-m", "tests.churn", "--inside", *sys.argv[1:]]
         return subprocess.run([*apart, *again], check=False).returncode
-    given = {
-        "sync_every": options.sync_every,
-        "pause_s": options.pause,
-        "timeout_s": 10.0,
-        "quorum_s": 15.0,
-        "method": options.method,
-        "width": options.width,
-    }
     lab = None
     if options.rate:
         lab = netlab.Lab(HOSTS, netlab.rate_bits(options.rate))
-    if options.speeds:
-        folder = Path(tempfile.mkdtemp(prefix="lc3-speeds-"))
-        one = Campaign(folder, given, lab, options.seed, grace_ms=options.grace_ms)
-        print(json.dumps(speeds(one, options.minutes * 60)))
-        return 0
-    reports = {}
-    tokens = 0
-    for kind in ("churn",) if options.alone else ("churn", "undisturbed"):
-        folder = Path(tempfile.mkdtemp(prefix=f"lc3-{kind}-"))
-        one = Campaign(folder, given, lab, options.seed, grace_ms=options.grace_ms)
-        one.run(options.minutes * 60, churn=kind == "churn", tokens=tokens)
-        given = {**given, "pause_s": 0.0}
-        reports[kind] = one.report()
-        tokens = reports["churn"]["tokens counted"]
-        print(kind, json.dumps(reports[kind], indent=1), flush=True)
-    if lab is not None:
-        lab.close()
-    if options.out:
-        options.out.write_text(json.dumps(reports, indent=1))
-    churn = reports["churn"]
-    return int(bool(churn["hangs"]) or not churn["models alike"])
+    try:
+        return int(not campaigns(options, lab))
+    finally:
+        if lab is not None:
+            lab.close()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ all end with the same bits. Muon needs whole matrices: ``OfWhole`` steps these.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -302,12 +302,90 @@ def in_sites(
     return found, sent
 
 
-def resumes(rank: int, world: int, folder: str) -> bool:
-    """Train twenty steps at once, and ten and ten from a file; compare the bits."""
+class Replay(torch.optim.Optimizer):
+    """Steps ``Shards`` to what ranks of a site held after theirs.
+
+    Args:
+        model: the model.
+        recorded: shards by name, of each place, after each step.
+    """
+
+    def __init__(
+        self, model: Shards, recorded: Sequence[Sequence[dict[str, Tensor]]]
+    ) -> None:
+        super().__init__(model.parameters(), {})
+        self.model, self.recorded = model, iter(recorded)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step to what comes next."""
+        assert closure is None
+        for place, shards in enumerate(next(self.recorded)):
+            for name, values in shards.items():
+                self.model.parts(name)[place].copy_(values)
+
+
+def torchs_muon_in_sites(
+    rank: int, world: int, steps: int, knobs: dict[str, Any]
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Train by torch's own Muon on FSDP2's shards.
+
+    Returns:
+        What this rank holds after each step of the optimizers, and after lc3's.
+    """
     mesh = mesh_of(world)
+    model = sharded(mesh)
+    several = Several(model.parameters())
+    stepped: list[dict[str, Tensor]] = []
+    several.all[-1].register_step_post_hook(lambda *_: stepped.append(locals_of(model)))
+    state = local_sgd.attach(model, several.all, CONFIG, mesh=mesh, **knobs)
+    found = []
+    for step in range(steps):
+        step_of_site(model, several, rank, step)
+        found.append(locals_of(model))
+    state.sync()
+    state.check_replicas()
+    state.close()
+    return list(zip(stepped, found, strict=True))
+
+
+def replayed_for_sites(
+    rank: int,
+    world: int,
+    recorded: Sequence[Sequence[Sequence[dict[str, Tensor]]]],
+    knobs: dict[str, Any],
+) -> list[list[dict[str, Tensor]]]:
+    """Exchange what each site held after its steps; return what places hold then."""
+    model = Shards(net())
+    optimizer = Replay(model, recorded[rank])
+    state = local_sgd.attach(model, optimizer, CONFIG, **knobs)
+    found = []
+    for _ in recorded[rank]:
+        optimizer.step()
+        found.append([shards_of(model, place) for place in range(INSIDE)])
+    state.close()
+    return found
+
+
+def muon_of_whole(rank: int, world: int) -> list[list[dict[str, Tensor]]]:
+    """Let Muon of whole matrices make a site's first step.
+
+    Returns:
+        What places hold before, and after it.
+    """
+    model = Shards(net())
+    optimizer, _ = make_optimizer("muon", model)
+    found = [[shards_of(model, place) for place in range(INSIDE)]]
+    step_for_site(model, optimizer, rank, 0)
+    found.append([shards_of(model, place) for place in range(INSIDE)])
+    return found
+
+
+def resumes(rank: int, world: int, form: str, folder: str) -> bool:
+    """Train twenty steps at once, and ten and ten from a file; compare the bits."""
     ends = []
     for stop in (None, 10):
-        model = sharded(mesh)
+        model, mesh = held(world, form)
         optimizer = OPTIMIZERS["adamw"](model.parameters())
         state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, sync_every=4)
         for step in range(20):
@@ -326,7 +404,7 @@ def resumes(rank: int, world: int, folder: str) -> bool:
                 path = Path(folder) / f"{rank}.pt"
                 torch.save(kept, path)
                 state.close()
-                model, optimizer, state = _loaded(mesh, path)
+                model, optimizer, state = _loaded(world, form, path)
             step_of_site(model, optimizer, rank, step)
         ends.append(locals_of(model))
         state.close()
@@ -370,25 +448,25 @@ def other_sites(rank: int, world: int, form: str, folder: str, before: int) -> A
     return masters
 
 
-def _loaded(mesh: DeviceMesh, path: Path) -> tuple[nn.Module, Any, Any]:
+def _loaded(world: int, form: str, path: Path) -> tuple[nn.Module, Any, Any]:
     saved = torch.load(path, weights_only=True)
-    model = sharded(mesh)
+    model, mesh = held(world, form)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     step_of_site(model, optimizer, 0, 0)  # makes the optimizer's state
-    parameters: Any = list(model.named_parameters())
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    parameters = {name: local(p) for name, p in inner.named_parameters()}
     with torch.no_grad():
-        for name, p in parameters:
-            p.to_local().copy_(saved["model"][name])
+        for name, p in parameters.items():
+            p.copy_(saved["model"][name])
         for mine, theirs in zip(
             optimizer.state.values(), saved["optimizer"], strict=True
         ):
             for key, value in mine.items():
-                held = value.to_local() if hasattr(value, "to_local") else value
-                held.copy_(theirs[key])
+                local(value).copy_(theirs[key])
     state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh, sync_every=4)
     with torch.no_grad():  # attach has copied the first site's
-        for name, p in parameters:
-            p.to_local().copy_(saved["model"][name])
+        for name, p in parameters.items():
+            p.copy_(saved["model"][name])
     state.load_state_dict(saved["lc3"])
     return model, optimizer, state
 

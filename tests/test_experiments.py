@@ -33,7 +33,7 @@ from experiments.average import Average
 from experiments.methods import DEMO
 from experiments.scripts.__main__ import page_block
 from lc3 import knobs
-from tests import forked
+from tests import churn, forked
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -150,6 +150,39 @@ def test_methods_are_data(tmp_path: Path) -> None:
     table.write_text('method = [{hook = "carrier pigeons"}]')
     with pytest.raises(ValueError, match="hook 'carrier pigeons' is unknown; there"):
         methods.read(table)
+
+
+def campaign(method: str, seed: int, kind: str, **said: object) -> dict[str, object]:
+    named = dict(zip(churn.CAMPAIGN, (method, seed, "5", "5 to 15", kind), strict=True))
+    events = {f"events: {kind}": 1 for kind in churn.EVENTS}
+    figures = {"goodput": 0.9, "hangs": 0, "bytes": 3_000_000, "tokens counted": 1000}
+    return {**named, **events, **figures, "loss": 2.0, **said}
+
+
+def test_rows_of_a_campaign_replace_those_that_it_had() -> None:
+    old = [campaign("lc3", seed, "churn", goodput=0.1) for seed in (0, 1)]
+    new = [campaign("lc3", 1, "churn")]
+    assert churn.together(old, new) == [old[0], *new]
+    assert churn.together([], new) == new
+
+
+def test_a_campaign_stands_beside_its_undisturbed_training() -> None:
+    rows = [
+        campaign("lc3", 0, "churn", goodput=0.8, loss=2.1),
+        campaign("lc3", 0, "undisturbed", goodput=1.0),
+        campaign("lc3", 1, "churn", goodput=1.0, loss=2.3),
+        campaign("lc3", 1, "undisturbed", goodput=1.0),
+        campaign("diloco", 0, "churn", hangs=3),
+        campaign("diloco", 0, "undisturbed", loss=4.0),
+    ]
+    said = churn.table([{k: str(v) for k, v in row.items()} for row in rows])
+    _, _, ours, theirs = (line.split(" | ") for line in said.splitlines())
+    assert ours[3:10] == (
+        ["2", "2, 2, 2, 2", "90.0 %", "0", "2.2000", "2.0000", "+10.0 %"]
+    )
+    assert ours[10:] == ["3,000", "2 |"]
+    assert theirs[0] == "| torchft's DiLoCo"
+    assert theirs[5:10] == ["90.0 %", "3", "2.0000", "4.0000", "-50.0 %"]
 
 
 def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:

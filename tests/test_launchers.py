@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,36 @@ def test_the_jobs_of_sites_fit_the_published_api() -> None:
     assert (said[0]["HEAD"], said[0]["SITES"]) == (first, str(len(jobs)))
 
 
+@needs_module("kubernetes")
+def test_what_comes_and_goes_fits_the_published_api() -> None:
+    import yaml
+    from kubernetes import client
+
+    text = (LAUNCH / "torchft_kubernetes.yaml").read_text()
+    kinds = "Service", "NetworkPolicy", "NetworkPolicy", "Deployment", "Job"
+    parts = list(yaml.safe_load_all(text))
+    api = client.ApiClient()
+    for given, kind in zip(parts, kinds, strict=True):
+        read = api._ApiClient__deserialize(given, f"V1{kind}")
+        assert api.sanitize_for_serialization(read) == given
+    service, guard, among, lighthouse, job = (one["spec"] for one in parts)
+    (light,) = lighthouse["template"]["spec"]["containers"]
+    (replica,) = job["template"]["spec"]["containers"]
+    said = {one["name"]: one.get("value") for one in (*light["env"], *replica["env"])}
+    labels = [one["template"]["metadata"]["labels"] for one in (lighthouse, job)]
+    port = service["ports"][0]["port"]
+    assert service["selector"] == lighthouse["selector"]["matchLabels"] == labels[0]
+    assert said["LIGHTHOUSE"] == f"http://{parts[0]['metadata']['name']}:{port}"
+    assert (
+        said["PORT"] == str(port) == str(light["readinessProbe"]["tcpSocket"]["port"])
+    )
+    for policy, label in ((guard, labels[0]), (among, labels[1])):
+        assert policy["podSelector"]["matchLabels"] == label
+        (rule,) = policy["ingress"]
+        assert rule["from"] == [{"podSelector": {"matchLabels": labels[1]}}]
+    assert guard["ingress"][0]["ports"] == [{"port": port, "protocol": "TCP"}]
+
+
 @needs_program("mpirun")
 def test_mpirun(tmp_path: Path) -> None:
     checkpoints = str(tmp_path / "checkpoints")
@@ -238,6 +269,7 @@ def test_the_dockerfile_copies_what_there_is() -> None:
 
 
 SLURM = """
+SlurmdParameters=config_overrides
 ClusterName=lc3
 SlurmctldHost={host}
 AuthType=auth/munge
@@ -255,6 +287,7 @@ SlurmdPort={ports[1]}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 ReturnToService=2
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
@@ -280,7 +313,7 @@ def slurm() -> Iterator[dict[str, str]]:
             host=socket.gethostname().split(".")[0],
             folder=folder,
             ports=[s.getsockname()[1] for s in sockets],
-            cpus=os.cpu_count(),
+            cpus=max(4, os.cpu_count() or 1),  # said to be more than there may be
         )
     )
     for held in sockets:
@@ -329,6 +362,58 @@ def test_slurm_takes_a_component_for_each_site(slurm: dict[str, str]) -> None:
     """It has one node, and each component wants its own, so nothing starts."""
     said = run("sbatch", "--test-only", str(LAUNCH / "sites_slurm.sbatch"), **slurm)
     assert "allocation failure" not in said
+
+
+@needs_module("torchft")
+@needs_program("munged")
+@needs_program("slurmctld")
+@needs_program("slurmd")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may start slurmd")
+def test_slurm_puts_replicas_of_torchft_into_the_queue_again(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    """A lighthouse and two replicas; one is taken back by Slurm and joins again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    node = socket.gethostname().split(".")[0]
+    given = {"PORT": str(port), "LIGHTHOUSE": f"http://{node}:{port}"}
+    given |= {"TIMEOUT_S": "8", "EPOCHS": "30", "GRACE_MS": "500"}
+
+    def submit(*arguments: str) -> str:
+        command = "sbatch", "--parsable", "--output", f"{tmp_path}/%a", *arguments
+        return run(*command, **slurm, **given).strip().splitlines()[-1]
+
+    def wait_for(ready: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not ready():
+            logs = [path.read_text()[-2000:] for path in tmp_path.iterdir()]
+            assert time.monotonic() < end, (logs, run("squeue", **slurm))
+            time.sleep(0.2)
+
+    def joined(replica: str) -> int:
+        log = tmp_path / replica
+        return log.read_text().count("joined: ") if log.exists() else 0
+
+    script = str(LAUNCH / "torchft.sbatch")
+    light = submit("--array", "9", script, "lighthouse")
+    replicas = submit("--array", "0-1", script, "replica")
+    try:
+        wait_for(lambda: joined("0") == joined("1") == 1)
+        run("scontrol", "requeue", f"{replicas}_1", **slurm)
+        end = time.monotonic() + 60
+        while "PENDING" not in run(
+            *("squeue", "--noheader", "--format", "%T", "--job", f"{replicas}_1"),
+            **slurm,
+        ):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        run("scontrol", "update", f"jobid={replicas}_1", "starttime=now", **slurm)
+        wait_for(lambda: joined("1") == 2)
+        logs = [tmp_path / replica for replica in "01"]
+        wait_for(lambda: all("accuracy 0." in log.read_text() for log in logs))
+        assert joined("0") == 1
+    finally:
+        run("scancel", light, replicas, **slurm)
 
 
 def test_a_slurm_of_two_sites_starts_them(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lc3.errors import ConfigError
 from tests import churn, forked, torchft_cases
 from tests.ranks import Ranks
 from tests.torchft_cases import Replica
@@ -148,12 +150,57 @@ def test_without_failures_it_is_local_sgd_bit_for_bit(
     run = training(steps=80)
     run.shine(least=4)
     names = [run.start(number) for number in range(4)]
-    found = ranks(4).run(torchft_cases.local_sgd_alone, 80, 4, {})
+    found = ranks(4).run(torchft_cases.local_sgd_alone, 80, 4)
     for name in names:
         assert run.jobs[name].wait(120) == 0, run.log(name)[-3000:]
         assert [row["hash"] for row in run.committed(name)] == found[0]
     assert len(found[0]) == 20
     assert found[1:] == found[:-1]
+
+
+def test_tokens_weigh_as_in_local_sgd_also_after_an_exchange_that_failed(
+    ranks: Pools, training: Callable[..., Training]
+) -> None:
+    """The third exchange fails on all: the fourth is of twice the steps and tokens."""
+    tokens = 1, 2, 5
+    run = training(steps=40, fault="unsure of 3")
+    run.shine(least=3)
+    names = [run.start(number, tokens=tokens[number]) for number in range(3)]
+    weighed, plain, without = (
+        ranks(3).run(torchft_cases.local_sgd_alone, 40, 4, *given)[0]
+        for given in ((tokens, 3), (tokens, 0), ((), 3))
+    )
+    for name in names:
+        assert run.jobs[name].wait(120) == 0, run.log(name)[-3000:]
+        committed = [row["committed"] for row in run.lines(name)]
+        assert committed == [True, True, False, *[True] * 7]
+        assert [row["hash"] for row in run.committed(name)] == weighed
+    assert weighed[:2] == plain[:2]
+    assert weighed[2] not in plain
+    assert not set(weighed) & set(without)
+
+
+@pytest.mark.parametrize("kind", ["own", "taken"])
+def test_who_joins_has_an_optimizer_of_its_own_or_takes_that_of_who_gives_the_model(
+    training: Callable[..., Training], kind: str
+) -> None:
+    run = training(pause_s=0.03)
+    run.shine(least=2)
+    a, b = run.start(0), run.start(1)
+    run.wait(lambda: len(run.committed(b)) > 3)
+    c = run.start(2, given={"optimizer_state": kind})
+    run.wait(lambda: run.committed(c))
+    run.end()
+    (joined,) = run.lines(c, "joined")
+    at = joined["exchanges"]
+    given, other = (
+        next(row for row in run.committed(name) if row["exchanges"] == at)
+        for name in (a, b)
+    )
+    nothing = torchft_cases.hash_of({})
+    assert joined["optimizer"] == (given["optimizer"] if kind == "taken" else nothing)
+    assert nothing != given["optimizer"] != other["optimizer"]
+    assert run.check_alike() > 3
 
 
 def test_a_rank_is_killed_and_joins_again(training: Callable[..., Training]) -> None:
@@ -370,6 +417,55 @@ def test_a_slow_rank_does_not_hold_up_the_others(
     assert steps / (since[-1]["time"] - since[0]["time"]) > 5  # of 10 without it
     assert rows[slow][-1]["counted"] == rows[slow][-1]["trained"]
     assert run.check_alike() > 10
+
+
+def test_ranks_of_any_speed_are_in_every_exchange_by_seconds(
+    training: Callable[..., Training],
+) -> None:
+    run = training(pause_s=0.05, quorum_s=30, given={"sync_every_s": 3.0})
+    run.shine(join_ms=3000, least=3)
+    a, b, slow = run.start(0), run.start(1), run.start(2, pause_s=0.5)
+    run.wait(lambda: len(run.committed(slow)) > 4, 100)
+    rows = {name: run.committed(name)[:5] for name in (a, b, slow)}
+    run.end()
+    for some in rows.values():
+        assert [row["exchanges"] for row in some] == [1, 2, 3, 4, 5]
+        assert {row["world"] for row in some} == {3}
+        assert some[-1]["time"] - some[0]["time"] == pytest.approx(12, abs=3)
+    for name in (a, b):
+        waited = max(row["seconds"] for row in rows[name][1:])
+        assert waited < 1.5  # of 30 with as many steps
+        steps = rows[name][-1]["step"] - rows[name][0]["step"]
+        late = rows[slow][-1]["step"] - rows[slow][0]["step"]
+        assert 4 < steps / late < 15
+    assert run.check_alike() >= 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sync_every": 8, "sync_every_s": 2.0}, "both say when to exchange"),
+        ({"sync_every_s": 0.0}, "a number of seconds above 0"),
+        ({"sync_every_s": True}, "a number of seconds above 0"),
+        ({"sync_every_s": 20.0}, "less than the manager's quorum_timeout, 20"),
+    ],
+)
+def test_seconds_that_ranks_cannot_keep_are_refused(
+    given: dict[str, Any], message: str
+) -> None:
+    from torchft.manager import Manager, WorldSizeMode
+
+    from lc3.hooks import torchft as hook
+
+    manager = Manager.__new__(Manager)
+    manager._use_async_quorum = False
+    manager._group_world_size = 1
+    manager._replica_world_size_mode = WorldSizeMode.DYNAMIC
+    manager._quorum_timeout = timedelta(seconds=20)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ConfigError, match=message):
+        hook.attach(model, optimizer, manager, **given)
 
 
 def launched(folder: Path, name: str, **variables: str) -> subprocess.Popen[bytes]:

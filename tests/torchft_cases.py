@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -41,7 +41,6 @@ class Replica:
         folder: where its lines go, ``NAME.jsonl``, and where the file ``stop`` ends it.
         number: of the replica, for its own data.
         steps: after which it ends; 0: when there is a ``stop``.
-        tokens: of all replicas together after which it ends; 0: none.
         sync_every: steps between two exchanges.
         pause_s: that each step takes longer.
         seed: of the data and the model; replicas have other models before they join.
@@ -54,6 +53,7 @@ class Replica:
         host: address under which the others reach it.
         width: of the transformer.
         lr: of AdamW.
+        tokens: what ``tokens_of`` steps is reckoned from; 0: nothing is said.
         mass: whether to write, at each exchange, where the mass is: see ``Mass``.
     """
 
@@ -74,6 +74,7 @@ class Replica:
     host: str = "127.0.0.1"
     width: int = 32
     lr: float = 4e-3
+    tokens: int = 0
     mass: bool = False
 
 
@@ -94,6 +95,11 @@ def batches(codes: Tensor, seed: int, number: int) -> Iterator[tuple[Tensor, Ten
             torch.stack([codes[s : s + CONTEXT] for s in starts]),
             torch.stack([codes[s + 1 : s + CONTEXT + 1] for s in starts]),
         )
+
+
+def tokens_of(tokens: int, step: int) -> int:
+    """Return what a step weighs, so that ranks differ, from one to the next too."""
+    return tokens * step % 11 + 1 if tokens else 0
 
 
 def test_loss(model: nn.Module, codes: Tensor) -> float:
@@ -136,6 +142,12 @@ def make_manager(replica: Replica) -> Any:
         replica_id=replica.name,
         hostname=replica.host,
     ), store
+
+
+def optimizer_hash(optimizer: torch.optim.Optimizer) -> str:
+    """Return a hash of all that an optimizer keeps; "" of nothing."""
+    states = optimizer.state_dict()["state"]
+    return hash_of({f"{i} {k}": v for i, s in states.items() for k, v in s.items()})
 
 
 def hash_of(tensors: dict[str, Tensor]) -> str:
@@ -210,10 +222,11 @@ def train(replica: Replica, line: Line) -> None:
     optimizer = make_optimizer(model, replica.lr)
     manager, _store = make_manager(replica)
     began = time.monotonic()
+    by_steps = "sync_every_s" not in replica.given
     state = hook.attach(
         *(model, optimizer, manager),
         **{
-            "sync_every": replica.sync_every,
+            **({"sync_every": replica.sync_every} if by_steps else {}),
             "hostname": replica.host,
             "bind": replica.host,
             **replica.given,
@@ -226,6 +239,7 @@ def train(replica: Replica, line: Line) -> None:
         seconds=time.monotonic() - began,
         exchanges=state.exchanges,
         hash=hash_of(state.owners.replica),
+        optimizer=optimizer_hash(optimizer),
         world=state.world,
     )
     faults(replica, state)
@@ -253,6 +267,7 @@ def train(replica: Replica, line: Line) -> None:
         trained += inputs.numel()
         since += inputs.numel()
         started = time.monotonic()
+        state.tokens += tokens_of(replica.tokens, step)
         optimizer.step()
         walked: dict[str, Any] = {}
         if mass is not None:
@@ -279,6 +294,7 @@ def train(replica: Replica, line: Line) -> None:
                 world=state.world,
                 ranks=state.counted,
                 hash=hash_of(state.owners.replica),
+                optimizer=optimizer_hash(optimizer),
                 loss=float(loss),
                 trained=trained,
                 counted=counted,
@@ -288,10 +304,12 @@ def train(replica: Replica, line: Line) -> None:
             )
         if step == replica.steps or (not replica.steps and stop.exists()):
             break
+    with state.shared_model():
+        loss_of_all = test_loss(model, codes)
     line.write(
         event="end",
         error="",
-        loss=test_loss(model, codes),
+        loss=loss_of_all,
         hash=hash_of(dict(model.named_parameters())),
         steps=state.steps,
         left_out=state.left_out,
@@ -365,8 +383,10 @@ def train_as_torchft_does(replica: Replica, line: Line) -> None:
                     counted=counted,
                     seconds=time.monotonic() - started,
                 )
-            if step == replica.steps or (not replica.steps and stop.exists()):
+            if step == replica.steps:
                 break
+            if not replica.steps and step % replica.sync_every == 0 and stop.exists():
+                break  # with the model that all share
     line.write(event="end", error="", loss=test_loss(model, codes), trained=trained)
     os._exit(0)
 
@@ -457,9 +477,23 @@ def _shine(pipe: Any, port: int, join_ms: int, heartbeat_ms: int, least: int) ->
 
 
 def local_sgd_alone(
-    rank: int, world: int, steps: int, sync_every: int, given: dict[str, Any]
+    rank: int,
+    world: int,
+    steps: int,
+    sync_every: int,
+    tokens: Sequence[int] = (),
+    skipped: int = 0,
 ) -> list[str]:
-    """Return the hash of the replica after each exchange of ``hooks.local_sgd``."""
+    """Return the hash of the replica after each exchange of ``hooks.local_sgd``.
+
+    Args:
+        rank: of this one.
+        world: how many there are.
+        steps: of each.
+        sync_every: steps between two exchanges.
+        tokens: see ``Replica``, of each rank; none: nothing is said.
+        skipped: number of an exchange, from 1, that there is none of.
+    """
     import lc3
     from lc3.hooks import local_sgd
 
@@ -469,16 +503,18 @@ def local_sgd_alone(
     optimizer = make_optimizer(model, replica.lr)
     direct = lc3.Config(density=0.12, tuning=lc3.Tuning(topology="direct"))
     found = []
-    with local_sgd.attach(
-        model, optimizer, direct, sync_every=sync_every, **given
-    ) as state:
+    since = 0
+    with local_sgd.attach(model, optimizer, direct, sync_every="manual") as state:
         data = batches(codes, replica.seed, rank)
         for step in range(1, steps + 1):
             inputs, labels = next(data)
             optimizer.zero_grad()
             loss_of(model(inputs), labels).backward()
             optimizer.step()
-            if step % sync_every == 0:
+            since += tokens_of(tokens[rank], step) if tokens else 0
+            if step % sync_every == 0 and step != skipped * sync_every:
+                state.exchange(weight=since if tokens else None)
+                since = 0
                 found.append(hash_of(state.owners.replica))
     return found
 
