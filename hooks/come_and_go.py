@@ -18,7 +18,6 @@ from hashlib import sha256
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,12 +25,12 @@ from lc3.channel import Channel
 from lc3.checkpoint import from_bytes, to_bytes
 from lc3.config import Settings
 from lc3.direct import Direct
+from lc3.ends import OneRank
 from lc3.errors import ExchangeError, Lc3Error, PlanMismatch, StateError
 from lc3.format import ASIDE_BUCKET
 from lc3.fragments import UnderWay
 from lc3.handshake import alike
-from lc3.hooks import local_sgd
-from lc3.hooks.local_sgd import Choose
+from lc3.local_steps import Choose, LocalSteps
 from lc3.meeting import KEPT, Meeting, Present, meet
 from lc3.model import together
 from lc3.outer import Outer
@@ -159,10 +158,10 @@ class _Exchanged:
     averaged: Tensor
 
 
-class State(local_sgd.State):
+class State(LocalSteps):
     """Everything lc3 keeps for one model on machines that come and go.
 
-    See ``lc3.hooks.local_sgd.State``. There is no ``state_dict``: what a rank owes is
+    See ``lc3.local_steps.LocalSteps``. There is no ``state_dict``: what a rank owes is
     kept as long as it lives, and the others have the model.
 
     Attributes:
@@ -190,7 +189,9 @@ class State(local_sgd.State):
         self._membership = membership
         self._every_s = every_s
         self._exchanged: _Exchanged | None = None
-        super().__init__(model, optimizers, settings, choose, None, steps_alone=True)
+        super().__init__(
+            model, optimizers, settings, choose, OneRank(), steps_alone=True
+        )
         coder = self.session.flat_engine.messages.coder
         self._residuals = Residuals(self.engine.plan, _NOBODY, coder.device)
         self._residuals.hold()
@@ -212,10 +213,7 @@ class State(local_sgd.State):
         self.tokens: float = 0
 
     def _session_of(
-        self,
-        trained: list[tuple[str, Tensor]],
-        facts: dict[str, object],
-        group: dist.ProcessGroup | None,  # noqa: ARG002  # the manager's
+        self, trained: list[tuple[str, Tensor]], facts: dict[str, object]
     ) -> Session:
         shapes = [(name, list(p.shape)) for name, p in trained]
         if self._every_s is not None:
@@ -246,9 +244,6 @@ class State(local_sgd.State):
             f"this rank has tried {_TRIES} times to join, see the log for why it could "
             "not; can the machines reach each other?"
         )
-
-    def _before(self, *, new: bool) -> None:
-        """See ``local_sgd.State``: whatever changes parameters has moved them."""
 
     def _after(self, *, counts: bool, replaced: bool) -> None:
         super()._after(counts=counts, replaced=replaced)
@@ -599,7 +594,7 @@ class State(local_sgd.State):
         self._look_anew()
 
     def _tell(self, error: Exception) -> None:
-        """See ``local_sgd.State``: the others go on."""
+        """See ``LocalSteps``: the others go on."""
 
     def check_replicas(self) -> None:
         """Do nothing: ranks compare their models whenever they meet."""
@@ -627,7 +622,7 @@ class State(local_sgd.State):
         self.state_dict()
 
     def close(self) -> None:
-        """See ``local_sgd.State.close``; the manager stays."""
+        """See ``FormState.close``; the manager stays."""
         if self._seed is not None:
             self._seed.close()
             self._seed = None

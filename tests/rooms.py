@@ -62,6 +62,15 @@ BELOW = {
     "held": {"errors", "handshake", "model", "private", "site", "transport"},
     "site": {"channel", "errors", "meter", "private", "says", "transport"},
     "statistics": {"channel", "model", "says"},
+    "ends": {
+        *("config", "errors", "held", "link", "model", "says", "session", "site"),
+        "steps",
+    },
+    "local_steps": {
+        *("config", "ends", "errors", "fragments", "held", "knobs", "link", "model"),
+        *("outer", "owners", "residual", "says", "session", "state", "statistics"),
+        "steps",
+    },
     "channel": {"budget", "errors", "format", "meter", "transport"},
     "messages": {
         *("budget", "coder", "config", "errors", "format", "message", "meter"),
