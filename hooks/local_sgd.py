@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lc3.applied import unwrapped
-from lc3.checkpoint import UNSENT, Parts
+from lc3.checkpoint import UNSENT, Parts, from_bytes, to_bytes
 from lc3.config import Config, Settings, settle
 from lc3.errors import (
     AttachError,
@@ -499,15 +499,41 @@ class State(FormState):
     def gather_state(self) -> list[dict[str, Any]]:
         """See ``FormState.gather_state``.
 
+        Of sites the states of all ranks, site after site, come to the first rank of the
+        mesh; their shards pass through the first site.
+        """
+        mine = super().gather_state()
+        if self._sites is None:
+            return mine
+        site, call = self._sites.site, self.session.lane.call
+        data = to_bytes({"sites": mine})  # this shard's, in the first site
+        sizes = call(lambda: site.everybody(torch.tensor([data.numel()])))
+        site.expect(max(int(one.clone().view(torch.int64)) for one in sizes))
+        parts = [data, *(data[:0] for _ in range(1, site.size))]
+        came = call(lambda: site.swap(parts))
+        if site.place:
+            return []
+        shards = [
+            from_bytes(one, f"rank {rank}")["sites"]
+            for one, rank in zip(came, site.ranks, strict=True)
+        ]
+        return [state for of_site in zip(*shards, strict=True) for state in of_site]
+
+    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """See ``FormState.load_gathered``; sites need ranks as many as they had each.
+
         Raises:
-            StateError: sites hold shards; every rank saves its own.
+            StateError: it does not fit; nothing was changed.
         """
         if self._sites is not None:
-            raise StateError(
-                "ranks of a site hold other shards, so no rank can have all states; "
-                "save lc3.PerRank(state) with torch.distributed.checkpoint"
-            )
-        return super().gather_state()
+            site = self._sites.site
+            if len(states) % site.size:
+                raise StateError(
+                    f"the states of {len(states)} ranks are not of sites of "
+                    f"{site.size}; give each site as many ranks as it had"
+                )
+            states = states[site.place :: site.size]
+        super().load_gathered(states)
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
