@@ -222,6 +222,7 @@ class Fields:
         residual_decay: see ``lc3.hooks.local_sgd.attach``.
         inner_momentum_scale: see there.
         outer_lr: see there.
+        outer_momentum: see there.
         overlap: see there.
         fragments: see there.
         alpha: see there.
@@ -246,6 +247,7 @@ class Fields:
     residual_decay: float | None = None
     inner_momentum_scale: float | None = None
     outer_lr: float | None = None
+    outer_momentum: float | None = None
     overlap: int | None = None
     fragments: int | None = None
     alpha: float | None = None
@@ -532,6 +534,7 @@ def label(fields: Fields) -> str:
         "rans": "" if fields.entropy == "rans" else None,
         "momentum": fields.inner_momentum_scale,
         "outer rate": fields.outer_lr and f"{fields.outer_lr:g}",
+        "outer momentum": fields.outer_momentum,
         "overlap": fields.overlap,
         "fragments": fields.fragments,
         "alpha": fields.alpha,
@@ -565,7 +568,7 @@ def _local_steps(fields: Fields) -> Method:
     if fields.density is None:
         config = Settings(exclude=("*",), entropy="none")
     knobs = fields.given("residual_decay", "inner_momentum_scale", "outer_lr")
-    knobs |= fields.given("overlap", "fragments", "alpha")
+    knobs |= fields.given("outer_momentum", "overlap", "fragments", "alpha")
     return _local(int(fields.sync_every or 0), config, **knobs)
 
 

@@ -148,7 +148,7 @@ def read_spec(path: Path) -> Spec:
             find(method)
         except KeyError as error:
             raise SpecError(f"{path}: {error.args[0]}") from error
-    lowest = {"steps": 1, "seeds": 1, "ranks": 2, "evaluate_every": 0}
+    lowest = {"steps": 1, "seeds": 1, "ranks": 1, "evaluate_every": 0}
     for key, low in lowest.items():
         if getattr(spec, key) < low:
             raise SpecError(

@@ -11,9 +11,12 @@ import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -28,6 +31,7 @@ from lc3.state import FormState
 
 try:
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 except ModuleNotFoundError as error:
     raise missing("accelerate", error) from error
 
@@ -39,6 +43,43 @@ FORMS: dict[str, Callable[..., FormState]] = {
     "local_sgd": local_sgd.attach,
 }
 _ATTACHED: WeakKeyDictionary[Accelerator, int] = WeakKeyDictionary()
+
+
+class _Inside:
+    """What ``prepare`` asks for DistributedDataParallel's arguments.
+
+    Args:
+        given: its own.
+        group: the ranks that share gradients.
+    """
+
+    def __init__(
+        self, given: DistributedDataParallelKwargs, group: dist.ProcessGroup
+    ) -> None:
+        self._given, self._group = given, group
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """See ``DistributedDataParallelKwargs``, which could not copy a group."""
+        return {**self._given.to_kwargs(), "process_group": self._group}
+
+    def register_comm_hook(self, model: nn.Module) -> None:
+        """See ``DistributedDataParallelKwargs``."""
+        self._given.register_comm_hook(model)
+
+
+def inside(accelerator: Accelerator, mesh: DeviceMesh) -> None:
+    """Let ``prepare`` wrap models in DDP over the ranks of a site, not of the job.
+
+    Before ``prepare``, or before a Trainer trains, with ``trainer.accelerator``. Then
+    ``attach=partial(lc3.hooks.local_sgd.attach, mesh=mesh, sync_every=8)`` lets sites
+    make local steps.
+
+    Args:
+        accelerator: the Accelerator that will prepare the model.
+        mesh: two dimensions, between sites and inside of them.
+    """
+    given = accelerator.ddp_handler or DistributedDataParallelKwargs()
+    accelerator.ddp_handler = _Inside(given, mesh.get_group(1))
 
 
 def attach(
@@ -86,7 +127,8 @@ def attach(
             itself, and ranks come together every so many steps. Default: "ddp".
         sync_every: steps between two exchanges of "local_sgd"; see its ``attach``.
         attach: ``attach`` of a form with more of its arguments, instead of both:
-            ``functools.partial(lc3.hooks.local_sgd.attach, overlap=2)``.
+            ``functools.partial(lc3.hooks.local_sgd.attach, overlap=2)``. With its
+            ``mesh`` sites make local steps; see ``inside``.
 
     Returns:
         What ``attach`` returns.

@@ -61,7 +61,8 @@ class LC3(Callback):
         attach: ``attach`` of a form with more of its arguments, instead of both:
             ``functools.partial(lc3.hooks.local_sgd.attach, overlap=2)``. Local
             steps are brought together before they are saved and at the end, and
-            validated as the model that all ranks share.
+            validated as the model that all ranks share. With its ``mesh`` sites make
+            local steps, under ``DDPStrategy(process_group=mesh.get_group(1))``.
 
     Attributes:
         state: the state that ``attach`` returned, while the Trainer fits.

@@ -319,15 +319,18 @@ class State(LocalSteps):
     def gather_state(self) -> list[dict[str, Any]]:
         """See ``FormState.gather_state``.
 
-        Raises:
-            StateError: sites hold shards; every rank saves its own.
+        Of sites the states of all ranks, site after site, come to the first rank of the
+        mesh; their shards pass through the first site.
         """
-        if self._end.shard:
-            raise StateError(
-                "ranks of a site hold other shards, so no rank can have all states; "
-                "save lc3.PerRank(state) with torch.distributed.checkpoint"
-            )
-        return super().gather_state()
+        return self._end.gathered(super().gather_state())
+
+    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """See ``FormState.load_gathered``; sites need ranks as many as they had each.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        super().load_gathered(self._end.mine_of(states))
 
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""

@@ -8,14 +8,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lc3.checkpoint import from_bytes, to_bytes
 from lc3.config import Settings
-from lc3.errors import PeerError
+from lc3.errors import PeerError, StateError
 from lc3.held import Shares, check_whole, inside_of
 from lc3.link import keep_apart, link_of
 from lc3.model import Model
@@ -25,6 +27,7 @@ from lc3.site import Sites
 from lc3.steps import Written
 
 Trained = Sequence[tuple[str, Tensor]]
+State = dict[str, Any]  # what a rank keeps
 
 
 class PushAndPull(Protocol):
@@ -128,6 +131,18 @@ class OneRank:
     def from_first(self, model: Model) -> None:
         """Let ranks that hold the same have what the first of them has."""
 
+    def gathered(self, states: list[State]) -> list[State]:
+        """Return what all ranks keep, on the first one.
+
+        Args:
+            states: of all sides, on the first one; elsewhere none.
+        """
+        return states
+
+    def mine_of(self, states: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+        """Return those of all ranks' states that are of this shard."""
+        return states
+
 
 class InSite(OneRank):
     """A rank of a site of several.
@@ -221,6 +236,36 @@ class InSite(OneRank):
         """See ``OneRank.from_first``."""
         bring = partial(self._shares.from_first, model.wholes())
         self._session.lane.call(bring)
+
+    def gathered(self, states: list[State]) -> list[State]:
+        """See ``OneRank.gathered``."""
+        site, call = self._site, self._session.lane.call
+        data = to_bytes({"sites": states})  # this shard's, in the first site
+        sizes = call(lambda: site.everybody(torch.tensor([data.numel()])))
+        site.expect(max(int(one.clone().view(torch.int64)) for one in sizes))
+        parts = [data, *(data[:0] for _ in range(1, site.size))]
+        came = call(lambda: site.swap(parts))
+        if site.place:
+            return []
+        shards = [
+            from_bytes(one, f"rank {rank}")["sites"]
+            for one, rank in zip(came, site.ranks, strict=True)
+        ]
+        return [state for of_site in zip(*shards, strict=True) for state in of_site]
+
+    def mine_of(self, states: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+        """See ``OneRank.mine_of``.
+
+        Raises:
+            StateError: they are not of sites as large as this one.
+        """
+        size = self._site.size
+        if len(states) % size:
+            raise StateError(
+                f"the states of {len(states)} ranks are not of sites of {size}; give "
+                "each site as many ranks as it had"
+            )
+        return states[self._site.place :: size]
 
     @contextmanager
     def _telling_sites(self) -> Iterator[None]:

@@ -7,7 +7,9 @@ Modes: ``straight`` and ``local``, all epochs; ``accumulate``, two batches a ste
 and ``local_rest`` the same with local steps, against ``local_plain_half``, which stops,
 and ``local_plain_rest``, which gives all ranks the first one's optimizer; ``plain``,
 ``local_plain`` and ``accumulate_plain``, the same without the framework, on the same
-batches. Every rank writes what came of it to ``FOLDER/FRAMEWORK-MODE-RANK.pt``.
+batches. Modes of sites are named ``sites`` in place of ``local``: of four ranks two
+are a site, with DDP inside. Every rank writes what came of it to
+``FOLDER/FRAMEWORK-MODE-RANK.pt``.
 
 Nothing is compared here: a collective just before the end of the process may abort it,
 where a framework still holds the process group (pytorch/pytorch#190489).
@@ -17,12 +19,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import (
     DataLoader,
@@ -58,8 +62,22 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01)
 
 
-def said_of(mode: str) -> dict[str, Any]:
+def makes_local_steps(mode: str) -> bool:
+    return mode.startswith(("local", "sites"))
+
+
+def mesh_of() -> DeviceMesh:
+    """Return two sites of two ranks; starts the process group."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("between", "inside"))
+
+
+def said_of(mode: str, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Return what a mode gives to an adapter."""
+    if mesh is not None:
+        sites = partial(local_sgd.attach, mesh=mesh, sync_every=EVERY)
+        return {"config": LOCAL, "attach": sites}
     if mode.startswith("local"):
         return {"config": LOCAL, "form": "local_sgd", "sync_every": EVERY}
     return {"config": CONFIG}
@@ -96,19 +114,21 @@ def batches(framework: str, rank: int, world: int) -> Iterator[tuple[Tensor, Ten
 
 def plain(framework: str, mode: str, folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    mesh = mesh_of() if mode.startswith("sites") else None
     net = network()
-    model = DistributedDataParallel(net)
+    inside = None if mesh is None else mesh.get_group("inside")
+    model = DistributedDataParallel(net, process_group=inside)
     optimizer = adamw(net.parameters())
     state: Any
-    if mode.startswith("local"):
-        state = local_sgd.attach(model, optimizer, LOCAL, sync_every=EVERY)
+    if makes_local_steps(mode):
+        state = local_sgd.attach(model, optimizer, LOCAL, sync_every=EVERY, mesh=mesh)
     else:
         state = ddp.attach(model, optimizer, CONFIG)
     passes = ACCUMULATE if mode == "accumulate_plain" else 1
     for epoch in range(EPOCHS):
-        if epoch == EPOCHS // 2 and mode == "local_plain_half":
+        if epoch == EPOCHS // 2 and mode.endswith("plain_half"):
             break
-        if epoch == EPOCHS // 2 and mode == "local_plain_rest":
+        if epoch == EPOCHS // 2 and mode.endswith("plain_rest"):
             for _ in range(1 + (framework == "lightning")):  # its end, and its saving
                 state.sync()
             said: list[Any] = [optimizer.state_dict()]
@@ -121,7 +141,7 @@ def plain(framework: str, mode: str, folder: Path) -> None:
                 (nn.functional.cross_entropy(model(x), y) / passes).backward()
             if last:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                assert norm > CLIP or mode.startswith("local")
+                assert norm > CLIP or makes_local_steps(mode)
                 optimizer.step()
                 optimizer.zero_grad()
     state.sync()
@@ -132,6 +152,7 @@ def plain(framework: str, mode: str, folder: Path) -> None:
 
 def with_lightning(mode: str, folder: Path) -> None:
     import lightning
+    from lightning.pytorch.strategies import DDPStrategy
 
     from lc3.hooks.lightning import LC3
 
@@ -157,12 +178,17 @@ def with_lightning(mode: str, folder: Path) -> None:
             meter = callback.state.meter
             report("lightning", mode, folder, self.net, meter, evaluated)
 
-    callback = LC3(**said_of(mode))
+    mesh = mesh_of() if mode.startswith("sites") else None
+    callback = LC3(**said_of(mode, mesh))
     half = mode.endswith("half")
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=2,
-        strategy="ddp",
+        devices=2 if mesh is None else mesh.size(),
+        strategy=(
+            "ddp"
+            if mesh is None
+            else DDPStrategy(process_group=mesh.get_group("inside"))
+        ),
         gradient_clip_val=CLIP,
         max_epochs=EPOCHS // 2 if half else EPOCHS,
         callbacks=[callback],
@@ -199,11 +225,14 @@ def with_accelerate(mode: str, folder: Path) -> None:
     from lc3.hooks import accelerate as adapter
 
     passes = ACCUMULATE if mode == "accumulate" else 1
+    mesh = mesh_of() if mode.startswith("sites") else None
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=passes)
+    if mesh is not None:
+        adapter.inside(accelerator, mesh)
     net = network()
     loader = DataLoader(dataset(accelerator.num_processes), batch_size=BATCH)
     model, optimizer, loader = accelerator.prepare(net, adamw(net.parameters()), loader)
-    state = adapter.attach(accelerator, model, optimizer, **said_of(mode))
+    state = adapter.attach(accelerator, model, optimizer, **said_of(mode, mesh))
     saved = str(folder / "accelerate")
     if mode.endswith("rest"):
         accelerator.load_state(saved)
@@ -228,8 +257,10 @@ def with_accelerate(mode: str, folder: Path) -> None:
 def with_transformers(mode: str, folder: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
+    from lc3.hooks import accelerate
     from lc3.hooks import transformers as adapter
 
+    mesh = mesh_of() if mode.startswith("sites") else None
     evaluated: list[Tensor] = []
 
     class Module(nn.Module):
@@ -278,7 +309,9 @@ def with_transformers(mode: str, folder: Path) -> None:
         dataset(world) if mode == "local" else None,
         optimizers=(optimizer, scheduler),
     )
-    callback = adapter.attach(trainer, **said_of(mode))
+    if mesh is not None:
+        accelerate.inside(trainer.accelerator, mesh)
+    callback = adapter.attach(trainer, **said_of(mode, mesh))
     trainer.train(resume_from_checkpoint=True if mode.endswith("rest") else None)
     assert callback.state is not None
     meter = callback.state.meter

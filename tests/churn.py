@@ -38,6 +38,7 @@ GRACE_S = 5.0
 LIGHTHOUSE = "10.77.0.254"
 METHODS = {
     "lc3": "`hooks.torchft`",
+    "lc3_taken": '`hooks.torchft`, `optimizer_state="taken"`',
     "local_sgd": "torchft's LocalSGD",
     "diloco": "torchft's DiLoCo",
 }
@@ -485,9 +486,11 @@ def campaigns(options: argparse.Namespace, lab: netlab.Lab | None) -> bool:
                 "pause_s": options.pause if kind == "churn" else 0.0,
                 "timeout_s": 10.0,
                 "quorum_s": 15.0,
-                "method": method,
+                "method": method.removesuffix("_taken"),
                 "width": options.width,
             }
+            if method.endswith("_taken"):
+                given["given"] = {"optimizer_state": "taken"}
             folder = Path(tempfile.mkdtemp(prefix=f"lc3-{kind}-"))
             one = Campaign(
                 *(folder, given, lab, seed, tuple(options.every), options.away),

@@ -63,8 +63,8 @@ BELOW = {
     "site": {"channel", "errors", "meter", "private", "says", "transport"},
     "statistics": {"channel", "model", "says"},
     "ends": {
-        *("config", "errors", "held", "link", "model", "says", "session", "site"),
-        "steps",
+        *("checkpoint", "config", "errors", "held", "link", "model", "says"),
+        *("session", "site", "steps"),
     },
     "local_steps": {
         *("config", "ends", "errors", "fragments", "held", "knobs", "link", "model"),

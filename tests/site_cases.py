@@ -620,7 +620,10 @@ def others_state(rank: int, world: int) -> str:
     states: list[Any] = [None] * world
     dist.all_gather_object(states, state.state_dict())
     said = said_by(lambda: state.load_state_dict(states[rank ^ 1]))
-    said += said_by(state.gather_state)
+    gathered: list[Any] = [state.gather_state()]
+    dist.broadcast_object_list(gathered)
+    said += said_by(lambda: state.load_gathered(gathered[0][:3]))
+    state.load_gathered(gathered[0])
     state.close()
     return said
 

@@ -32,12 +32,12 @@ def needs(framework: str) -> None:
         pytest.skip(f"needs the extra {framework}; make test-adapters installs it")
 
 
-def torchrun(folder: Path, *arguments: str) -> str:
+def torchrun(folder: Path, *arguments: str, world: int = 2) -> str:
     """Run in ``folder``, where frameworks leave their logs; return what it prints."""
     done = forked.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", *arguments),
+            *("--nproc-per-node", str(world), "-m", *arguments),
         ],
         cwd=folder,
         timeout=300,
@@ -52,13 +52,15 @@ def torchrun(folder: Path, *arguments: str) -> str:
 
 
 def trained(framework: str, mode: str, folder: Path) -> dict[str, Any]:
-    """Return what rank 0 found; the other rank's parameters are the same."""
-    torchrun(folder, "tests.adapter_cases", framework, mode, str(folder))
+    """Return what rank 0 found; the other ranks' parameters are the same."""
+    world = 4 if mode.startswith("sites") else 2
+    torchrun(folder, "tests.adapter_cases", framework, mode, str(folder), world=world)
     found: dict[str, Any]
-    found, other = (
-        torch.load(folder / f"{framework}-{mode}-{rank}.pt") for rank in range(2)
+    found, *others = (
+        torch.load(folder / f"{framework}-{mode}-{rank}.pt") for rank in range(world)
     )
-    assert torch.equal(found["parameters"], other["parameters"]), "replicas differ"
+    for other in others:
+        assert torch.equal(found["parameters"], other["parameters"]), "replicas differ"
     return found
 
 
@@ -111,6 +113,21 @@ def test_a_framework_resumes_local_steps(framework: str, tmp_path: Path) -> None
     assert torch.equal(half["parameters"], stopped["parameters"])
     plain = trained(framework, "local_plain_rest", tmp_path)
     rest = trained(framework, "local_rest", tmp_path)
+    assert torch.equal(rest["parameters"], plain["parameters"])
+    assert not torch.equal(rest["parameters"], half["parameters"])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_sites_in_a_framework_train_what_a_loop_of_sites_does_and_resume(
+    framework: str, tmp_path: Path
+) -> None:
+    """Two sites of two ranks, DDP inside: bit for bit, and on all ranks."""
+    needs(framework)
+    stopped = trained(framework, "sites_plain_half", tmp_path)
+    half = trained(framework, "sites_half", tmp_path)
+    assert torch.equal(half["parameters"], stopped["parameters"])
+    plain = trained(framework, "sites_plain_rest", tmp_path)
+    rest = trained(framework, "sites_rest", tmp_path)
     assert torch.equal(rest["parameters"], plain["parameters"])
     assert not torch.equal(rest["parameters"], half["parameters"])
 

@@ -49,7 +49,7 @@ def spec_of(tmp_path: Path, text: str) -> run.Spec:
         (GOOD.replace("20", "0"), "steps = 0 must be 1 or more"),
         (GOOD + "averaged = 1\n", "averaged = 1 is not a bool"),
         (GOOD + "ranks = true\n", "ranks = True is not a int"),
-        (GOOD + "ranks = 1\n", "ranks = 1 must be 2 or more"),
+        (GOOD + "ranks = 0\n", "ranks = 0 must be 1 or more"),
         (GOOD + "warm_up = 1.5\n", "warm_up = 1.5 must be 0 to 1"),
         (GOOD + "warm_up = nan\n", "warm_up = nan must be 0 to 1"),
         (GOOD + "evaluate_every = -1\n", "evaluate_every = -1 must be 0 or more"),
