@@ -8,7 +8,7 @@ DistributedDataParallel that takes any.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, FormName, attach_of, missing, require
-from lc3.hooks import ddp, local_sgd
+from lc3.hooks.frameworks import Attach, FormName, attach_of, missing, require
 from lc3.session import alone
 from lc3.state import FormState
 
@@ -38,10 +37,6 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 _LEAST = "0.30"
-FORMS: dict[str, Callable[..., FormState]] = {
-    "ddp": ddp.attach,
-    "local_sgd": local_sgd.attach,
-}
 _ATTACHED: WeakKeyDictionary[Accelerator, int] = WeakKeyDictionary()
 
 
@@ -139,7 +134,7 @@ def attach(
             DistributedDataParallel; and what ``ddp.attach`` raises.
     """
     require("accelerate", version("accelerate"), _LEAST)
-    make = attach_of(form, sync_every, attach, FORMS)
+    make = attach_of(form, sync_every, attach)
     inner = private.uncompiled(model)
     if not isinstance(inner, DistributedDataParallel) and not alone():
         raise AttachError(

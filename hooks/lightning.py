@@ -7,7 +7,7 @@ group; a callback can do so on any device, when the model is wrapped.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3 import private
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, FormName, attach_of, figures, missing, require
-from lc3.hooks import ddp, local_sgd
+from lc3.hooks.frameworks import Attach, FormName, attach_of, figures, missing, require
 from lc3.state import FormState
 
 try:
@@ -29,10 +28,6 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 _LEAST = "2.2"
-FORMS: dict[str, Callable[..., FormState]] = {
-    "ddp": ddp.attach,
-    "local_sgd": local_sgd.attach,
-}
 
 
 class LC3(Callback):
@@ -84,7 +79,7 @@ class LC3(Callback):
         require("lightning", version("lightning"), _LEAST)
         self.config = config
         self.state: FormState | None = None
-        self._attach = attach_of(form, sync_every, attach, FORMS)
+        self._attach = attach_of(form, sync_every, attach)
         self._shared = ExitStack()
         self._loaded: list[Mapping[str, Any]] = []
 

@@ -6,7 +6,6 @@ trainer.train()
 """
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,7 @@ from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.frameworks import Attach, FormName, attach_of, figures, missing, require
-from lc3.hooks import ddp, local_sgd
+from lc3.hooks.frameworks import Attach, FormName, attach_of, figures, missing, require
 from lc3.state import FormState
 
 try:
@@ -37,10 +35,6 @@ except ModuleNotFoundError as error:
 log = logging.getLogger(__name__)
 
 _LEAST = "4.46"
-FORMS: dict[str, Callable[..., FormState]] = {
-    "ddp": ddp.attach,
-    "local_sgd": local_sgd.attach,
-}
 
 
 def attach(
@@ -82,7 +76,7 @@ def attach(
             wrap its model in DistributedDataParallel.
     """
     require("transformers", version("transformers"), _LEAST)
-    make = attach_of(form, sync_every, attach, FORMS)
+    make = attach_of(form, sync_every, attach)
     callback = LC3Callback(trainer, config, make)
     trainer.add_callback(callback)
     # After the Trainer's own, which decides what is saved, and before those that print

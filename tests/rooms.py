@@ -17,7 +17,6 @@ BELOW = {
     "errors": set(),
     "version": set(),
     "private": {"errors"},
-    "frameworks": {"config", "errors", "meter", "state"},
     "choices": set(),
     "knobs": {"config", "errors"},
     "state": {"checkpoint", "config", "exchange", "meter", "session"},

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lc3 import AttachError, ConfigError
-from lc3.frameworks import attach_of, require
 from lc3.hooks import ddp, local_sgd
+from lc3.hooks.frameworks import attach_of, require
 from tests import forked
 from tests.test_surface import run_examples
 
@@ -133,10 +133,9 @@ def test_sites_in_a_framework_train_what_a_loop_of_sites_does_and_resume(
 
 
 def test_what_attaches_is_said_once() -> None:
-    forms: Any = {"ddp": ddp.attach, "local_sgd": local_sgd.attach}
-    assert attach_of(None, None, None, forms) is ddp.attach
-    assert attach_of("local_sgd", None, None, forms) is local_sgd.attach
-    made: Any = attach_of("local_sgd", 8, None, forms)
+    assert attach_of(None, None, None) is ddp.attach
+    assert attach_of("local_sgd", None, None) is local_sgd.attach
+    made: Any = attach_of("local_sgd", 8, None)
     assert (made.func, made.keywords) == (local_sgd.attach, {"sync_every": 8})
     bad: list[tuple[tuple[Any, Any, Any], str]] = [
         (("ring", None, None), "form='ring' must be one of 'ddp', 'local_sgd'"),
@@ -145,7 +144,7 @@ def test_what_attaches_is_said_once() -> None:
     ]
     for given, words in bad:
         with pytest.raises(ConfigError, match=words):
-            attach_of(*given, forms)
+            attach_of(*given)
 
 
 def test_accelerate_accumulates_as_ddp_does(tmp_path: Path) -> None:

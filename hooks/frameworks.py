@@ -1,7 +1,7 @@
 """What the adapters of training frameworks share."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lc3.config import Config, Settings
 from lc3.errors import AttachError, ConfigError
+from lc3.hooks import ddp, local_sgd
 from lc3.meter import Meter
 from lc3.state import FormState
 
@@ -27,13 +28,16 @@ class Attach(Protocol):
 
 
 FormName = Literal["ddp", "local_sgd"]
+FORMS: dict[str, Callable[..., FormState]] = {
+    "ddp": ddp.attach,
+    "local_sgd": local_sgd.attach,
+}
 
 
 def attach_of(
     form: FormName | None,
     sync_every: int | None,
     attach: Attach | None,
-    forms: Mapping[str, Callable[..., FormState]],
 ) -> Attach:
     """Return what attaches, from what a user has said of it.
 
@@ -41,7 +45,6 @@ def attach_of(
         form: name of the form. Default: "ddp".
         sync_every: local steps between two exchanges, of the form that has them.
         attach: ``attach`` of a form with its arguments, instead of both.
-        forms: ``attach`` of each form by its name.
 
     Raises:
         ConfigError: there is no such form, or two of these contradict each other.
@@ -54,16 +57,16 @@ def attach_of(
             )
         return attach
     name = form or "ddp"
-    if name not in forms:
-        raise ConfigError(f"form={form!r} must be one of {', '.join(map(repr, forms))}")
+    if name not in FORMS:
+        raise ConfigError(f"form={form!r} must be one of {', '.join(map(repr, FORMS))}")
     if sync_every is None:
-        return cast("Attach", forms[name])
+        return cast("Attach", FORMS[name])
     if name != "local_sgd":
         raise ConfigError(
             f"sync_every={sync_every!r} is for local steps, and form is {name!r}; say "
             "form='local_sgd', too"
         )
-    return partial(forms[name], sync_every=sync_every)
+    return partial(FORMS[name], sync_every=sync_every)
 
 
 def figures(meter: Meter) -> dict[str, float]:
