@@ -26,7 +26,7 @@ from lc3.checkpoint import UNSENT, Parts
 from lc3.config import Config, Settings, settle
 from lc3.ends import InSite, OneRank
 from lc3.errors import ConfigError, StateError
-from lc3.fragments import UnderWay, turns
+from lc3.fragments import UnderWay
 from lc3.handshake import agree, threads_for
 from lc3.held import Shares, holders_of, parts_of
 from lc3.knobs import ALONE, DEFAULT, FOR_TWO, PresetName, knobs_for, preset_of
@@ -223,40 +223,12 @@ def attach(
 class State(LocalSteps):
     """Everything lc3 keeps for one model that is trained by local steps.
 
-    See ``FormState``. The meter's dense bytes are those of a float32 all-reduce of
+    See ``LocalSteps``. The meter's dense bytes are those of a float32 all-reduce of
     every step's gradient.
-
-    Attributes:
-        owners: the masters of this rank's share.
-        knobs: of local steps, as given to ``attach`` or chosen by it.
-        steps: of the optimizer so far.
-        exchanges: so far.
-        left_out: exchanges so far without this rank, or its site, since what it had
-            moved was not finite.
     """
 
     form = "local_sgd"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: list[Optimizer],
-        settings: Settings,
-        choose: Choose,
-        end: OneRank,
-        *,
-        steps_alone: bool = False,
-        state_device: Literal["cpu"] | None = None,
-    ) -> None:
-        self._loaded = False
-        super().__init__(
-            *(model, optimizers, settings, choose, end),
-            steps_alone=steps_alone,
-            state_device=state_device,
-        )
-        self._turns = turns(self.knobs.sync_every or 1, self.knobs.fragments)
-        if end.shard:
-            self.form = f"local_sgd, {end.shard}"
+    _loaded = False  # a state, and the model may be loaded after it
 
     def _before(self, *, new: bool) -> None:
         """Look at the parameters that an optimizer is about to step."""

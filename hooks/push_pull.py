@@ -9,7 +9,6 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -24,13 +23,10 @@ from torch.optim import Optimizer
 from lc3 import private
 from lc3.checkpoint import Parts
 from lc3.config import Config, Settings, settle
-from lc3.edits import Edits
-from lc3.errors import AttachError, DivergedError
-from lc3.format import PULL_BUCKET
+from lc3.errors import AttachError
 from lc3.model import flat_view
-from lc3.norm import MeanNorm
 from lc3.owners import owners_of
-from lc3.residual import arena_like
+from lc3.pushes import Pushes
 from lc3.session import (
     alike_in,
     attaching_to,
@@ -41,10 +37,7 @@ from lc3.session import (
     session_for,
 )
 from lc3.sharded import Groups, Sharded, groups_of
-from lc3.stand_in import StandIn
 from lc3.state import FormState
-
-_MOST_IN_A_ROW = 20  # steps that are skipped; a GradScaler's begin with some
 
 
 def attach(
@@ -125,10 +118,6 @@ class PushPull(FormState, Optimizer):
     Attributes:
         owners: the masters of this rank's share.
         inner: the optimizer of this rank's share.
-        grad_norm: global norm of the last step's mean gradient, before clipping; of
-            what is coded an estimate with a standard error of 4.4 %: see
-            ``lc3.sketch``.
-        skipped: steps that were not made, on any rank, for a gradient was not finite.
     """
 
     form = "push_pull"
@@ -154,117 +143,31 @@ class PushPull(FormState, Optimizer):
         flats = {n: flat_view(p.detach()) for n, p in self._parameters.items()}
         replica = {n: f.float() for n, f in flats.items()}  # float32: the model's own
         self.owners = owners_of(self.session.flat_engine, replica)
-        self._means = self.session.flat_engine.means
-        self._edits = Edits(self._parameters, self.owners, self.engine)
         self._sharded = Sharded(
             make_optimizer, groups, self._parameters, self.owners.masters
         )
         self.inner = self._sharded.inner
         self.session.agree_on({"max_norm": max_norm, **self._sharded.facts()})
         super().__init__(groups, self.inner.defaults)
-        # DDP's buckets hold float32 gradients, and what a push leaves of them, until
-        # the pull. Where .grad is the bucket, or narrower, memory of ours does.
-        in_place = not (model.gradient_as_bucket_view or model.mixed_precision)
-        copied = {
-            name: replica[name]
-            for name, flat in flats.items()
-            if not (in_place and flat.dtype == torch.float32)
-        }
-        self._copies = arena_like(copied) if copied else {}
-        self._values: dict[str, Tensor] = {}
-        self._pushed: set[str] = set()
-        self._norm = MeanNorm(self.engine)
-        self._stand_in = StandIn(self._parameters)
+        self._pushes = Pushes(model, self._parameters, self.owners, self.engine, scaler)
         self._max_norm = max_norm
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
-        self._overflowed = False
-        self._loaded = False
-        self.grad_norm = math.nan
-        self._skipped_in_a_row, self._bad = 0, False
-        self.skipped = 0
 
     def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Push a bucket's gradients to their owners; DDP gets what stands for them."""
-        return self.session.on_bucket(bucket, self.push)
+        return self.session.on_bucket(bucket, self._pushes.push)
 
-    def push(self, buffer: Tensor, names: list[str], step: int, bucket: int) -> Tensor:
-        """Bring one bucket's gradients to their owners. Runs on the lane."""
-        if buffer.layout != torch.strided:
-            raise AttachError(
-                f"the gradient of {names[0]!r} is sparse; push_pull needs dense ones: "
-                "make the embedding with sparse=False"
-            )
-        if self._skipped_in_a_row:
-            self._bad = self._bad or not bool(buffer.isfinite().all())
-        if self._pushed.intersection(names):
-            self._pushed.clear()  # a step that was not made: residuals are as before
-        if not self._pushed:
-            self._stand_in.begin()
-            self._norm.begin()
-            if self._scaler is not None:
-                self._follow(self._scaler.get_scale())
-        values = self._floats(buffer, names)
-        self._values.update(values)
-        values = {name: value for name, value in values.items() if value.numel()}
-        self._norm.add(values, step)
-        self.meter.buckets += 1
-        self.meter.at_step(step + 1)
-        if self.engine.transport.world == 1:
-            for name, value in values.items():
-                self._means[name].copy_(value)
-        elif values:
-            elements = sum(value.numel() for value in values.values())
-            with self.engine.channel.exchanging(elements, step, bucket, hops=1):
-                self.owners.push(values, step, bucket)
-        self._pushed.update(names)
-        given = self._stand_in.instead_of(buffer, names[0] not in self._copies)
-        if len(self._pushed) < len(self._parameters):
-            return given
-        self._find_norm()
-        self._overflowed = not math.isfinite(self.grad_norm)
-        if self._overflowed:
-            self._skip(step, bucket)
-            return given.fill_(math.nan)
-        self._stand_in.fill(self.grad_norm * self._scale)
-        self._skipped_in_a_row, self._bad = 0, False
-        return given
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last step's mean gradient, before clipping.
 
-    def _floats(self, buffer: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """Return a bucket's gradients by name, float32[numel], until the pull."""
-        sizes = [self._parameters[name].numel() for name in names]
-        values = dict(zip(names, torch.split(buffer, sizes), strict=True))
-        for name in self._copies.keys() & values.keys():
-            values[name] = self._copies[name].copy_(values[name])
-        return values
-
-    def _skip(self, step: int, bucket: int) -> None:
-        """Let a step never have been: pushes' residuals are kept by the pull only.
-
-        Raises:
-            DivergedError: too many in a row were this rank's doing.
+        Of what is coded an estimate with a standard error of 4.4 %: see ``lc3.sketch``.
         """
-        self._pushed.clear()
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._bad and self._skipped_in_a_row >= _MOST_IN_A_ROW:
-            rank = self.engine.transport.rank
-            error = DivergedError(
-                f"after {step + 1} steps gradients of rank {rank} are not "
-                f"finite, in the {self._skipped_in_a_row}th step in a row that nobody "
-                "makes: look at this rank's parameters, data and learning rate, and "
-                "load a checkpoint from before"
-            )
-            self.engine.channel.tell(error, step, bucket)
-            raise error
-        self._bad = False
+        return self._pushes.norm
 
-    def _follow(self, scale: float) -> None:
-        """Bring the residuals into the units of gradients of a loss times ``scale``."""
-        if scale != self._scale:
-            for buffer in self.engine.residuals.sent.values():
-                buffer *= scale / self._scale
-            self._scale = scale
+    @property
+    def skipped(self) -> int:
+        """How many steps were not made, on any rank, for a gradient was not finite."""
+        return self._pushes.skipped
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -277,72 +180,38 @@ class PushPull(FormState, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._overflowed:
-            self._overflowed = False
+        pushes = self._pushes
+        if pushes.overflowed:
+            pushes.overflowed = False
             super().zero_grad()  # nan would stay in them
             return loss
-        if not self._pushed:
-            raise AttachError(
-                "step() without a synchronised backward pass since the last one; a "
-                "pass under no_sync() pushes nothing, and a model whose dtype was "
-                "changed after it was wrapped has to be wrapped again"
-            )
-        self._pushed.clear()
-        factors = self._stand_in.take_factors(self._scale)
+        factors = pushes.take_factors()
         super().zero_grad()  # what stood for gradients is no gradient
         shrink = 1.0
         if self._max_norm is not None:
-            whole = max(factors.values(), default=1.0) * self._scale
-            shrink = min(1.0, self._max_norm / (self.grad_norm * whole + 1e-6))
+            whole = max(factors.values(), default=1.0) * pushes.scale
+            shrink = min(1.0, self._max_norm / (pushes.norm * whole + 1e-6))
         gradients: dict[str, Tensor | None] = {}
         for name in self._sharded.masters:
-            mean = self._means[name]
+            mean = pushes.means[name]
             # Unused on every rank: no gradient, as DDP has it.
             used = name in factors and bool(mean.any())
             factor = shrink * factors.get(name, 1.0)
             gradients[name] = mean.mul_(factor) if used else None
         self._sharded.step(gradients, self.param_groups)
         with self.meter.stage("wait"):
-            self.session.lane.call(self._pull)
-        self._values.clear()  # DDP may replace its buckets
-        self._edits.copy_replica()
+            self.session.lane.call(pushes.pull)
+        pushes.edits.copy_replica()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: what is exchanged is agreed on when lc3 is attached."""
-        if hasattr(self, "_pushed"):
+        if hasattr(self, "_pushes"):
             raise AttachError(
                 "hooks.push_pull exchanges the parameters that the model had at "
                 "attach; to add some, close() this optimizer and wrap the model anew"
             )
         super().add_param_group(param_group)
-
-    def _find_norm(self) -> None:
-        """Let all ranks know the norm of the mean gradient, finite or not.
-
-        And whether parameters hold what the last pull has left: each rank looks at its
-        own share.
-        """
-        if self._loaded:  # a state that belongs to this model
-            self._loaded = False
-            self._edits.remember()
-        norm, written = self._norm.find(
-            self._means, self._edits.written(), self.meter.steps - 1
-        )
-        if written:
-            self._edits.take_over()
-        self.grad_norm = norm / self._scale
-
-    def _pull(self) -> None:
-        step, bucket = self.meter.steps - 1, PULL_BUCKET
-        if self.engine.transport.world == 1:
-            for name, master in self.owners.masters.items():
-                self.owners.replica[name].copy_(master)
-        else:
-            values = {n: value for n, value in self._values.items() if value.numel()}
-            elements = sum(value.numel() for value in values.values())
-            with self.engine.channel.exchanging(elements, step, bucket, hops=1):
-                self.owners.pull(values, step, bucket)
 
     def export(self) -> dict[str, Tensor]:
         """Return every parameter's exact master, float32 of its shape; collective."""
@@ -359,7 +228,7 @@ class PushPull(FormState, Optimizer):
     def _parts(self) -> Parts:
         """Return what is kept; optimizer state by parameter, not by its number."""
         parts = super()._parts()
-        parts.counters["scale"] = self._scale
+        parts.counters["scale"] = self._pushes.scale
         parts.slices = {"masters": self.owners.masters}
         parts.whole = {
             "replica": {
@@ -384,16 +253,16 @@ class PushPull(FormState, Optimizer):
         self._sharded.load(found, self.param_groups)
         mine.slices = {"masters": self.owners.masters}
         mine.copy_from(found)
-        self._scale = float(found.counters["scale"])
+        self._pushes.scale = float(found.counters["scale"])
         self._go_on(found)
-        self._loaded = True
+        self._pushes.loaded = True
 
     def _knobs(self) -> dict[str, object]:
         return {"optimizer": type(self.inner).__name__, "max_norm": self._max_norm}
 
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
-        self._stand_in.close()
+        self._pushes.close()
         self.session.close()
 
 

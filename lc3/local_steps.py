@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lc3.config import Settings
 from lc3.ends import OneRank
 from lc3.errors import AttachError, ConfigError, DivergedError
-from lc3.fragments import UnderWay, fragments_of
+from lc3.fragments import UnderWay, fragments_of, turns
 from lc3.held import inside_of
 from lc3.knobs import Knobs
 from lc3.link import check_unclaimed, claim, release
@@ -83,6 +83,8 @@ class LocalSteps(FormState):
         if not optimizers:
             raise AttachError("no optimizer was given, so there are no steps to count")
         self._choose, self._end = choose, end
+        if end.shard:
+            self.form = f"{self.form}, {end.shard}"
         self.knobs, why = choose(optimizers)
         check_module(model)
         end.check(model)
@@ -112,6 +114,7 @@ class LocalSteps(FormState):
         self._model = Model(model, list(parameters), mine)
         sizes = {name: p.numel() for name, p in parameters.items()}
         self._fragments = fragments_of(sizes, self.knobs.fragments)
+        self._turns = turns(self.knobs.sync_every or 1, self.knobs.fragments)
         flats = self._model.flats()
         end.check_alike(self._model)
         self._model.copy_from_first(self.engine.transport)

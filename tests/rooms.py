@@ -57,6 +57,10 @@ BELOW = {
     "sharded": {"checkpoint", "errors"},
     "edits": {"errors", "exchange", "model", "owners"},
     "stand_in": {"applied", "errors"},
+    "pushes": {
+        *("edits", "errors", "exchange", "format", "model", "norm", "owners"),
+        *("residual", "stand_in"),
+    },
     "fragments": {"errors", "says"},
     "held": {"errors", "handshake", "model", "private", "site", "transport"},
     "site": {"channel", "errors", "meter", "private", "says", "transport"},
