@@ -5,12 +5,10 @@ the classes themselves.
 """
 
 import logging
-import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -26,16 +24,13 @@ from torch.optim import Optimizer
 
 from lc3 import private
 from lc3.applied import Kind, kind_of, unwrapped
+from lc3.averages import Alone, Averages
 from lc3.buckets import EXTRAS, Buckets, FollowedBuckets, is_coded
-from lc3.checkpoint import Parts
 from lc3.config import Config, Settings, settle
-from lc3.errors import ConfigError, StateError
-from lc3.exchange import pending, push_what_owners_owe
-from lc3.link import Link, linked_hook
-from lc3.meter import Meter
-from lc3.model import Frozen, flat_view, named_parameters
+from lc3.errors import ConfigError
+from lc3.link import Link, Unregistered, linked_hook
+from lc3.model import Frozen, named_parameters
 from lc3.session import (
-    alike_in,
     alone,
     attaching_to,
     check_module,
@@ -43,13 +38,11 @@ from lc3.session import (
     check_scaler,
     session_for,
 )
-from lc3.state import FormState
 
 log = logging.getLogger(__name__)
 
 # Divided by their moments all gradients are of one kind, so that biases can be coded.
 FOR_ADAM = Settings(sparsity=1.1, min_ndim=0, min_numel=1)
-_PASSES = 4  # that a State is not registered by: something is wrong
 
 
 def attach(
@@ -62,7 +55,7 @@ def attach(
     group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | int | None = None,
     check_every: int | None = None,
-) -> "State":
+) -> Averages:
     """Compress the gradients of ``model`` from its next backward pass on.
 
     Collective: every rank of the group calls it, with the same arguments. The script
@@ -120,7 +113,7 @@ def attach(
         check_scaler(scaler)
         _check_clipping(max_norm, [] if optimizer is None else unwrapped(optimizer))
         log.info("lc3: one process, so there is nothing to exchange")
-        return _Alone(settle(config, Settings()))
+        return Alone(settle(config, Settings()))
     with attaching_to(model, group):
         state = State(
             model,
@@ -132,7 +125,7 @@ def attach(
             mesh=mesh,
         )
         state.session.link_to(model, state.take, check_every)
-        state.look_no_more()
+        state.unregistered.close()
     return state
 
 
@@ -145,18 +138,12 @@ def hook(state: "State", bucket: dist.GradBucket) -> torch.futures.Future[torch.
     return linked_hook(state.link(), bucket)
 
 
-def _look(
-    state: "weakref.ref[State]", model: DistributedDataParallel, _: object
-) -> None:
-    if (found := state()) is not None:
-        found.look(model)
-
-
-class State(FormState):
+class State(Averages):
     """Everything lc3 keeps for one model: made by ``attach``. See ``FormState``.
 
     Attributes:
         kind: of the optimizer: "adam", "sgd" or "other"; ``None`` without one.
+        unregistered: warns until this is the model's hook.
     """
 
     form = "ddp"
@@ -197,10 +184,7 @@ class State(FormState):
         self._group = model.process_group
         self._wrapper = weakref.ref(model)
         self._link: Link | None = None
-        self._passes = 0
-        self._pass_hook = model.register_forward_pre_hook(
-            partial(_look, weakref.ref(self))
-        )
+        self.unregistered = Unregistered(model)
         self._module = model.module
         self._frozen = Frozen(
             (name, parameter)
@@ -228,25 +212,8 @@ class State(FormState):
             model = self._wrapper()
             assert model is not None  # its hook has called
             self._link = self.session.adopt(model, self.take)
-            self.look_no_more()
+            self.unregistered.close()
         return self._link
-
-    def look_no_more(self) -> None:
-        """Do not count passes: buckets come, or nobody waits for any."""
-        self._pass_hook.remove()
-
-    def look(self, model: DistributedDataParallel) -> None:
-        """Warn where passes are made, and no bucket has come."""
-        trains = model.training and torch.is_grad_enabled()
-        self._passes += trains and model.require_backward_grad_sync
-        if self._passes == _PASSES:
-            self.look_no_more()
-            log.warning(
-                "lc3: %d passes and nothing was compressed: this State is not "
-                "registered; model.register_comm_hook(state, lc3.hooks.ddp.hook), or "
-                "lc3.hooks.ddp.attach(model, optimizer) in place of both",
-                _PASSES - 1,
-            )
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
@@ -284,155 +251,14 @@ class State(FormState):
         )
         return (bf16_compress_hook if narrow else allreduce_hook)(self._group, bucket)
 
-    def discard(self) -> None:
-        """Say that no optimizer applies the gradients of the last backward pass.
-
-        For a state without ``optimizer``, right after such a pass: a step that the
-        script skips, gradients that ``zero_grad`` throws away. Residuals and moments
-        then are those from before it. With ``optimizer`` that is noticed.
-        """
-        self._buckets.discard()
-
-    @property
-    def grad_norm(self) -> float:
-        """Global norm of the last step's mean gradient, estimated; see ``lc3.sketch``.
-
-        nan without ``optimizer``, and before the first step.
-        """
-        return self._buckets.norm
-
-    def pending(self) -> dict[str, Tensor]:
-        """Return what gradients still owe the parameters; collective.
-
-        By coded parameter float32[numel] in memory order, the same on every rank: the
-        mean over ranks of the residuals, in the units of the gradients that the
-        optimizer applies; with Adam of gradients over the roots of their moments.
-        """
-
-        def ask() -> dict[str, Tensor]:
-            self._buckets.settle()
-            return pending(self.engine)
-
-        return self.session.lane.call(ask)
-
-    def check_replicas(self) -> None:
-        """Raise ``ReplicasDiffer`` if ranks hold other parameters; collective."""
-        self.session.check_replicas(alike_in(self._module))
-
-    def flush(self) -> None:
-        """Add what is pending to the gradients, densely, and owe nothing; collective.
-
-        For the last ``optimizer.step()`` before the model is handed over. Call it after
-        ``backward()``, on every rank, and clip no more: with an optimizer gradients
-        are clipped already, if the script has clipped before.
-        """
-        self._buckets.release()
-        owed = self.pending()
-        self._buckets.multiply(owed)
-        for parameter, name in self.session.names.items():
-            if name not in owed or not owed[name].any():
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()
-            flat_view(parameter.grad).add_(owed[name].to(parameter.dtype))
-        for buffer in self.engine.residuals.buffers():
-            buffer.zero_()
-
-    def _parts(self) -> Parts:
-        parts = super()._parts()
-        parts.counters |= {"senders": self.engine.senders, **self._buckets.counters()}
-        if self._buckets.moments is not None:
-            parts.whole = {"moments": self._buckets.moments.kept}
-        return parts
-
-    def state_dict(self) -> dict[str, Any]:
-        """See ``FormState.state_dict``."""
-        self._buckets.settle()
-        return super().state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See ``FormState.load_state_dict``."""
-        mine = self._parts()
-        found = self._found(state, mine)
-        merged, senders = state["rank"] is None, found.counters["senders"]
-        if not merged and senders != self.engine.senders:
-            raise StateError(
-                f"the state was saved with {senders} senders of each element, this run "
-                f"has {self.engine.senders}; attach with the same mesh, or load "
-                "lc3.merge_states of all ranks'"
-            )
-        self.engine.residuals.settle_all(0.0)  # of what went before
-        mine.copy_from(found)
-        if merged:
-            self.engine.keep_own_part()
-        push_what_owners_owe(self.engine)
-        self.engine.owing.update(self.engine.residuals.sent)
-        self._buckets.load(found.counters)
-        self._go_on(found)
-
     def _knobs(self) -> dict[str, object]:
         return {} if self.kind is None else {"optimizer": self.kind}
 
     def close(self) -> None:
         """End the lane and the group it made; gradients travel as without lc3 then."""
-        self.look_no_more()
+        self.unregistered.close()
         self._buckets.close()
         self.session.close()
-
-
-class _Alone(State):
-    """One process, which nobody has started with others: nothing to exchange."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.meter = settings, Meter()
-        self.kind = None
-
-    def discard(self) -> None:
-        """Do nothing: nothing was exchanged."""
-
-    @property
-    def grad_norm(self) -> float:
-        """The norm of a gradient that lc3 has not seen: nan."""
-        return math.nan
-
-    def pending(self) -> dict[str, Tensor]:
-        """Return that nothing is owed."""
-        return {}
-
-    def flush(self) -> None:
-        """Do nothing: nothing is owed."""
-
-    def check_replicas(self) -> None:
-        """Do nothing: there is one."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return that there is nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Owe nothing; what several ranks have saved as owed is dropped, and said."""
-        if state:
-            log.warning(
-                "lc3: one process owes nothing; what the state's ranks have not sent "
-                "is dropped"
-            )
-
-    def gather_state(self) -> list[dict[str, Any]]:
-        """Return that there is nothing to keep."""
-        return []
-
-    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """See ``load_state_dict``."""
-        for state in states[:1]:
-            self.load_state_dict(state)
-
-    def close(self) -> None:
-        """Do nothing."""
-
-    def __repr__(self) -> str:
-        return "<lc3 ddp: one process, nothing to exchange>"
 
 
 def _kinds(optimizers: Sequence[Optimizer]) -> str:

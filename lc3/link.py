@@ -7,8 +7,10 @@ No ``from __future__ import annotations`` here: DDP compares the hook's annotati
 the classes themselves.
 """
 
+import logging
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -23,6 +25,9 @@ from lc3.buffers import Buffers, send_buffers
 from lc3.errors import AttachError
 
 Run = Callable[[dist.GradBucket], torch.futures.Future[torch.Tensor]]
+log = logging.getLogger(__name__)
+
+_PASSES = 4  # that a State is not registered by: something is wrong
 _CLAIMED: WeakSet[nn.Module] = WeakSet()  # modules that some form is attached to
 
 
@@ -165,3 +170,41 @@ def _as_it_is(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
+
+
+class Unregistered:
+    """Warns where a model makes passes, and no bucket comes to a state of it.
+
+    Args:
+        model: that a state was made for, and is not registered by yet.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._passes = 0
+        self._watched = model.register_forward_pre_hook(
+            partial(_look, weakref.ref(self))
+        )
+
+    def look(self, model: DistributedDataParallel) -> None:
+        """Count a pass that would end in an exchange."""
+        trains = model.training and torch.is_grad_enabled()
+        self._passes += trains and model.require_backward_grad_sync
+        if self._passes == _PASSES:
+            self.close()
+            log.warning(
+                "lc3: %d passes and nothing was compressed: this State is not "
+                "registered; model.register_comm_hook(state, lc3.hooks.ddp.hook), or "
+                "lc3.hooks.ddp.attach(model, optimizer) in place of both",
+                _PASSES - 1,
+            )
+
+    def close(self) -> None:
+        """Count no more: buckets come, or nobody waits for any."""
+        self._watched.remove()
+
+
+def _look(
+    unregistered: "weakref.ref[Unregistered]", model: DistributedDataParallel, _: object
+) -> None:
+    if (found := unregistered()) is not None:
+        found.look(model)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import AttachError, Lc3Error, applied
+from lc3.averages import Averages
 from lc3.buckets import FollowedBuckets
 from lc3.checkpoint import merge
 from lc3.codec import Encoded, cpu
@@ -191,15 +192,16 @@ def check_gradients(
         np.testing.assert_array_equal(found, rounded, f"step {step}: {name}")
 
 
-def record_layouts(state: ddp.State) -> list[tuple[int, list[str]]]:
+def record_layouts(state: Any) -> list[tuple[int, list[str]]]:
     layouts: list[tuple[int, list[str]]] = []
     reduce = state.reduce
 
     def recording(buffer: Tensor, names: list[str], step: int, bucket: int) -> Tensor:
         layouts.append((step, names))
-        return reduce(buffer, names, step, bucket)
+        reduced: Tensor = reduce(buffer, names, step, bucket)
+        return reduced
 
-    state.reduce = recording  # type: ignore[method-assign]
+    state.reduce = recording
     return layouts
 
 
@@ -431,14 +433,14 @@ def resumes_bit_for_bit(
     config = dataclasses.replace(CONFIG, bytes_per_step=budget)
     cap_mb = 0.02 if budget is None else 25
 
-    def train(model: Any, state: ddp.State, optimizer: Any, steps: range) -> None:
+    def train(model: Any, state: Averages, optimizer: Any, steps: range) -> None:
         for step in steps:
             torch.manual_seed(10 * step + rank)
             optimizer.zero_grad()
             model(torch.randn(4, 64)).square().mean().backward()
             optimizer.step()
 
-    def start() -> tuple[Any, ddp.State, Any]:
+    def start() -> tuple[Any, Averages, Any]:
         torch.manual_seed(3)
         model = DistributedDataParallel(Deep(4), bucket_cap_mb=cap_mb)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -627,13 +629,13 @@ def assert_same(found: Tensor, expected: Any, where: str) -> None:
     assert not difference, f"{where}: {float(difference)}"
 
 
-def clone_of_moments(state: ddp.State) -> dict[str, Tensor]:
+def clone_of_moments(state: Averages) -> dict[str, Tensor]:
     if state._buckets.moments is None:
         return {}
     return {name: kept.clone() for name, kept in state._buckets.moments.kept.items()}
 
 
-def roots_of(state: ddp.State) -> dict[str, list[Any]]:
+def roots_of(state: Averages) -> dict[str, list[Any]]:
     """Return what gradients were divided by, by name, of every element."""
     if state._buckets.moments is None:
         return {}
@@ -654,7 +656,7 @@ def roots_of(state: ddp.State) -> dict[str, list[Any]]:
 
 
 def check_moments(
-    state: ddp.State,
+    state: Averages,
     everyone: list[Any],
     before: dict[str, Tensor],
     share: float,
@@ -686,11 +688,11 @@ def check_moments(
         torch.testing.assert_close(kept[:-1], expected.float(), rtol=2**-7, atol=1e-12)
 
 
-def shape_of(state: ddp.State, name: str) -> list[int]:
+def shape_of(state: Averages, name: str) -> list[int]:
     return next(list(p.shape) for p, n in state.session.names.items() if n == name)
 
 
-def targets_of(state: ddp.State) -> dict[str, Tensor]:
+def targets_of(state: Averages) -> dict[str, Tensor]:
     """Return what Adam should divide by in this step, squared, by name."""
     buckets = state._buckets
     if buckets.moments is None or not isinstance(buckets, FollowedBuckets):

@@ -79,6 +79,10 @@ BELOW = {
         *("budget", "coder", "config", "errors", "format", "message", "meter"),
         "plan",
     },
+    "averages": {
+        *("applied", "buckets", "checkpoint", "config", "errors", "exchange"),
+        *("meter", "model", "session", "state"),
+    },
     "buckets": {"applied", "errors", "exchange", "moments", "private", "sketch"},
     "exchange": {
         *("budget", "channel", "config", "messages", "meter", "plan", "residual"),
