@@ -223,8 +223,34 @@ def table(task: Task, rows: Sequence[Row]) -> str:
     titles = [*TITLES, "accuracy" if task.accuracy else "loss", "against float32"]
     return (
         f"### {task.title}\n\n{grid(titles, lines, words=(0, 4))}\n\n"
-        f"Noise (σ of float32's seeds): {noise(base)}.\n"
+        f"Noise (σ of float32's seeds): {noise(base)}.\n{beside(task, found)}"
     )
+
+
+def beside(task: Task, found: Mapping[str, Outcome]) -> str:
+    """Return how lc3 stands to each rival at no more bytes; empty without rivals."""
+    ours = [name for name, form in task.forms.items() if form.startswith("lc3")]
+    lines = []
+    for rival, form in task.forms.items():
+        if rival == BASELINE or rival in ours:
+            continue
+        theirs = found[rival]
+        sends_less = [
+            name for name in ours if found[name].bytes_per_step <= theirs.bytes_per_step
+        ]
+        if not sends_less:
+            lines.append([form, "none", "", "no form of lc3 here sends as little"])
+            continue
+        best = (max if task.accuracy else min)(sends_less, key=lambda n: found[n].mean)
+        times = theirs.bytes_per_step / found[best].bytes_per_step
+        apart = compared(found[best].figures, theirs.figures, accuracy=task.accuracy)
+        lines.append([form, task.forms[best], f"{times:.1f} ×", apart])
+    if not lines:
+        return ""
+    figure = "accuracy" if task.accuracy else "loss"
+    titles = ("rival", f"best {figure} of lc3 at no more bytes", "fewer bytes")
+    table = grid([*titles, f"{figure} against the rival"], lines, words=(0, 1, 3))
+    return f"\n{table}\n"
 
 
 def page(results: Path) -> str:

@@ -360,6 +360,27 @@ def test_readme_reads_easily() -> None:
     assert two["numbers a sentence"] == 1
 
 
+def test_each_rival_stands_beside_what_sends_no_more() -> None:
+    forms = {"float32": "float32", "a": "lc3 a", "b": "lc3 b", "c": "lc3 c", "r": "R"}
+    found = {
+        "float32": summary.Outcome({"0": 1.0, "1": 1.0}, 1000),
+        "a": summary.Outcome({"0": 1.6, "1": 1.5}, 20),
+        "b": summary.Outcome({"0": 1.3, "1": 1.2}, 50),
+        "c": summary.Outcome({"0": 1.1, "1": 1.1}, 101),  # better, and sends more
+        "r": summary.Outcome({"0": 1.3, "1": 1.25}, 100),
+    }
+    said = summary.beside(summary.Task("", "", forms), found)
+    (line,) = [one for one in said.splitlines() if one.startswith("| R ")]
+    assert line.startswith("| R | lc3 b | 2.0 × | -2.00 %: no clear difference (p =")
+    higher = summary.beside(summary.Task("", "", forms, accuracy=True), found)
+    assert "| R | lc3 a | 5.0 × | +27.50 points" in higher
+    least = {"float32": found["float32"], "c": found["c"], "r": found["r"]}
+    alone = summary.Task("", "", {name: forms[name] for name in least})
+    assert "| R | none |  | no form of lc3" in summary.beside(alone, least)
+    del least["r"], alone.forms["r"]
+    assert summary.beside(alone, least) == ""
+
+
 def test_methods_are_compared_by_the_seeds_of_both() -> None:
     base = {"0": 2.0, "1": 4.0, "2": 5.0}
     lower = {"0": 1.9, "1": 3.8, "2": 4.75, "9": 1.0}
