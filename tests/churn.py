@@ -406,7 +406,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Return what came of each campaign, as Markdown: means over its seeds."""
     titles = [
         *("method", "minutes", "events every", "seeds", "kills, stops, cuts, joins"),
-        *("goodput", "hangs", "loss", "undisturbed", "beside it"),
+        *("million tokens trained", "goodput", "hangs"),
+        *("loss", "undisturbed", "beside it"),
         *("MB sent per million tokens", "ended with an error"),
     ]
     lines = []
@@ -437,6 +438,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
             [
                 *(METHODS[method], minutes, f"{every} s", str(len(churn))),
                 ", ".join(str(total(f"events: {kind}")) for kind in EVENTS[:4]),
+                f"{mean('tokens trained') / 1e6:.2f}",
                 *(f"{100 * mean('goodput'):.1f} %", str(total("hangs"))),
                 *(f"{mean('loss'):.4f}", f"{mean('loss', some['undisturbed']):.4f}"),
                 f"{100 * beside:+.1f} %",
