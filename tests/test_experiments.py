@@ -33,7 +33,7 @@ from experiments.average import Average
 from experiments.methods import DEMO
 from experiments.scripts.__main__ import page_block
 from lc3 import knobs
-from tests import churn, forked
+from tests import churn, forked, speeds
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -84,6 +84,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
     "churn": lambda: churn.table(of_file("churn")),
+    "speeds": lambda: speeds.table(of_file("speeds")),
     "ship": lambda: bench_ship.page(of_file("ship")),
     "gpu": lambda: bench_gpu.markdown(of_file("gpu")),
     "speed": lambda: (
