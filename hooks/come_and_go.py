@@ -637,9 +637,10 @@ class State(local_sgd.State):
 def said_of(member: int, meeting: Meeting) -> Says:
     """Return what a member says of its moves, as it counts among the others.
 
-    One that is behind has moved from an older model, and often for long: it weighs no
-    more than the heaviest of those that are not. With all its steps' weight it would
-    displace their moves, and add to the model once more what that has learned since.
+    One that is behind has moved from an older model, and often for long. What it has
+    learned meanwhile the model has mostly learned, too, so its whole way on top of that
+    would be too far. Its mean step counts as if it had made as many as the heaviest of
+    those that are not behind: FedNova's normalisation (arXiv 2007.07481).
 
     One without weight, among others, says no move, so that theirs are not made larger
     for its sake, and then their mean smaller: what is left of them would be too large.
@@ -649,6 +650,6 @@ def said_of(member: int, meeting: Meeting) -> Says:
     if not said.weight and any(weights.values()):
         return replace(said, finite=False)
     most = max(w for one, w in weights.items() if one not in meeting.behind)
-    if member in meeting.behind and most:
-        return replace(said, weight=min(said.weight, most))
+    if member in meeting.behind and 0 < most < said.weight:
+        return replace(said, weight=most * most / said.weight)
     return said

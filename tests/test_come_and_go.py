@@ -130,16 +130,18 @@ def weights(found: Meeting) -> list[float]:
     return [one.weight * one.finite for one in said]
 
 
-def test_who_is_behind_weighs_no_more_than_the_heaviest_of_the_others() -> None:
-    assert weights(meeting(a=(5, 8), b=(5, 8), c=(2, 100))) == [8, 8, 8]
-    assert weights(meeting(a=(5, 8), b=(5, 30), c=(2, 100))) == [8, 30, 30]
-    assert weights(meeting(a=(2, 100), b=(5, 8), c=(2, 3))) == [8, 8, 3]
-    assert weights(meeting(a=(5, 8), b=(5, 100))) == [8, 100]  # in time, and faster
+def test_who_is_behind_moves_the_others_by_no_more_steps_than_the_heaviest_made() -> (
+    None
+):
+    assert weights(meeting(a=(5, 8), b=(5, 8), c=(2, 64))) == [8, 8, 1]
+    assert weights(meeting(a=(5, 8), b=(5, 32), c=(2, 64))) == [8, 32, 16]
+    assert weights(meeting(a=(2, 64), b=(5, 8), c=(2, 3))) == [1, 8, 3]
+    assert weights(meeting(a=(5, 8), b=(5, 64))) == [8, 64]  # in time, and faster
 
 
 def test_who_is_behind_keeps_its_weight_where_the_others_made_no_step() -> None:
-    assert weights(meeting(a=(5, 0), b=(2, 100))) == [0, 100]
-    assert weights(meeting(a=(5, 0), b=(5, 8), c=(2, 100))) == [0, 8, 8]
+    assert weights(meeting(a=(5, 0), b=(2, 64))) == [0, 64]
+    assert weights(meeting(a=(5, 0), b=(5, 8), c=(2, 64))) == [0, 8, 1]
 
 
 def test_where_nobody_made_a_step_all_count() -> None:
