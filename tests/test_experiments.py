@@ -83,6 +83,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "links": lambda: tables.links_markdown(of_file("digits", "links")),
     "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
+    "memory-sizes": lambda: memory.table(of_file("memory_sizes")),
     "churn": lambda: churn.table(of_file("churn")),
     "speeds": lambda: speeds.table(of_file("speeds")),
     "ship": lambda: bench_ship.page(of_file("ship")),
