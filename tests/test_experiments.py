@@ -30,6 +30,7 @@ from experiments import (
     train,
 )
 from experiments.average import Average
+from experiments.lab import site_loss
 from experiments.methods import DEMO
 from experiments.scripts.__main__ import page_block
 from lc3 import knobs
@@ -84,6 +85,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
     "memory-sizes": lambda: memory.table(of_file("memory_sizes")),
+    "sites": lambda: site_loss.table(of_file("sites")),
     "churn": lambda: churn.table(of_file("churn")),
     "speeds": lambda: speeds.table(of_file("speeds")),
     "ship": lambda: bench_ship.page(of_file("ship")),
