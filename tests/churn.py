@@ -410,7 +410,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     titles = [
         *("method", "minutes", "events every", "seeds", "kills, stops, cuts, joins"),
         *("million tokens trained", "goodput", "hangs"),
-        *("loss", "undisturbed", "beside it"),
+        *("loss", "undisturbed, with replicas", "beside it"),
         *("MB sent per million tokens", "ended with an error"),
     ]
     lines = []
@@ -437,13 +437,15 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
             return sum(int(row[column]) for row in of)
 
         beside = mean("loss") / mean("loss", some["undisturbed"]) - 1
+        replicas = [row["events: join"] for row in some["undisturbed"]]
+        undisturbed = f"{mean('loss', some['undisturbed']):.4f} ({', '.join(replicas)})"
         lines.append(
             [
                 *(METHODS[method], minutes, f"{every} s", str(len(churn))),
                 ", ".join(str(total(f"events: {kind}")) for kind in EVENTS[:4]),
                 f"{mean('tokens trained') / 1e6:.2f}",
                 *(f"{100 * mean('goodput'):.1f} %", str(total("hangs"))),
-                *(f"{mean('loss'):.4f}", f"{mean('loss', some['undisturbed']):.4f}"),
+                *(f"{mean('loss'):.4f}", undisturbed),
                 f"{100 * beside:+.1f} %",
                 f"{total('bytes') / total('tokens counted'):,.0f}",
                 str(total("events: ended")),

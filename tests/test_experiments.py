@@ -184,9 +184,9 @@ def test_a_campaign_stands_beside_its_undisturbed_training() -> None:
     said = churn.table([{k: str(v) for k, v in row.items()} for row in rows])
     _, _, ours, theirs = (line.split(" | ") for line in said.splitlines())
     assert ours[3:8] == ["2", "2, 2, 2, 2", "1.50", "90.0 %", "0"]
-    assert ours[8:] == ["2.2000", "2.0000", "+10.0 %", "3,000", "2 |"]
+    assert ours[8:] == ["2.2000", "2.0000 (1, 1)", "+10.0 %", "3,000", "2 |"]
     assert theirs[0] == "| torchft's DiLoCo"
-    assert theirs[6:11] == ["90.0 %", "3", "2.0000", "4.0000", "-50.0 %"]
+    assert theirs[6:11] == ["90.0 %", "3", "2.0000", "4.0000 (1)", "-50.0 %"]
 
 
 def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:
