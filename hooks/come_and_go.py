@@ -419,8 +419,8 @@ class State(LocalSteps):
         assert isinstance(engine, Direct)
         assert isinstance(owners, Everybody)
         members = meeting.members
-        said = [_of_weight(meeting.present[m].says, meeting) for m in members]
-        mine = _of_weight(meeting.present[rank].says, meeting)
+        said = [said_of(member, meeting) for member in members]
+        mine = said_of(rank, meeting)
         for name, flat in self._model.flats().items() if self._from else ():
             torch.sub(self._from[name], flat, out=self._moved[name])
         share = share_of(mine, said) if mine.finite else 0.0
@@ -629,12 +629,22 @@ class State(LocalSteps):
         super().close()
 
 
-def _of_weight(said: Says, meeting: Meeting) -> Says:
-    """Return what a rank says; without weight, among others, it says no move.
+def said_of(member: int, meeting: Meeting) -> Says:
+    """Return what a member says of its moves, as it counts among the others.
 
-    So that the others' moves are not made larger for its sake, and then their mean
-    smaller: what is left of them would be too large.
+    One that is behind has moved from an older model, and often for long. What it has
+    learned meanwhile the model has mostly learned, too, so its whole way on top of that
+    would be too far. Its mean step counts as if it had made as many as the heaviest of
+    those that are not behind: FedNova's normalisation (arXiv 2007.07481).
+
+    One without weight, among others, says no move, so that theirs are not made larger
+    for its sake, and then their mean smaller: what is left of them would be too large.
     """
-    if said.weight or not any(p.says.weight for p in meeting.present.values()):
-        return said
-    return replace(said, finite=False)
+    said = meeting.present[member].says
+    weights = {one: meeting.present[one].says.weight for one in meeting.members}
+    if not said.weight and any(weights.values()):
+        return replace(said, finite=False)
+    most = max(w for one, w in weights.items() if one not in meeting.behind)
+    if member in meeting.behind and 0 < most < said.weight:
+        return replace(said, weight=most * most / said.weight)
+    return said

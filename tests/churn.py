@@ -7,8 +7,9 @@ Every 20 to 60 seconds a random replica is killed (-9), stopped or cut off for 5
 seconds, or a new one joins; 2 to 6 are there. With ``--rate`` each has a network
 namespace of its own (root), without it all share the loopback and no link is cut. A
 replica that ends by itself is started again, as a launcher would. Then the same number
-of tokens is trained by four replicas that nobody disturbs. The loss is that of the
-model that ranks share. Rows of a file that are of the same campaign are replaced.
+of tokens is trained by replicas that nobody disturbs, as many as there were on average,
+so that exchanges are as many, too. The loss is that of the model that ranks share. Rows
+of a file that are of the same campaign are replaced.
 """
 
 import argparse
@@ -90,6 +91,7 @@ class Campaign:
         away_s: the longest time that a replica is stopped or cut off.
         heartbeat_ms: see the lighthouse.
         grace_ms: see the lighthouse.
+        at_first: replicas that begin.
         events: what happened.
         sent_bytes: by all hosts.
     """
@@ -102,6 +104,7 @@ class Campaign:
     away_s: float = 40.0
     heartbeat_ms: int = 2000
     grace_ms: int = 1000
+    at_first: int = AT_FIRST
     events: list[Event] = field(default_factory=list)
     live: list[Live] = field(default_factory=list)
     started: int = 0
@@ -113,9 +116,9 @@ class Campaign:
         sent_before = self._sent()
         light = self.shine()
         try:
-            for _ in range(AT_FIRST):
+            for _ in range(self.at_first):
                 self.join()
-            self.wait_until_joined(AT_FIRST)
+            self.wait_until_joined(self.at_first)
             end = time.monotonic() + seconds
             due = time.monotonic() + chance.uniform(*self.every_s)
             while time.monotonic() < end:
@@ -300,7 +303,7 @@ class Campaign:
             for row in some
         ]
         joined = []
-        for name in self.names[AT_FIRST:]:
+        for name in self.names[self.at_first :]:
             begun = self.rows(name, "joined")
             if begun and good[name]:
                 joined.append(good[name][0]["time"] - begun[0]["time"])
@@ -406,7 +409,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Return what came of each campaign, as Markdown: means over its seeds."""
     titles = [
         *("method", "minutes", "events every", "seeds", "kills, stops, cuts, joins"),
-        *("goodput", "hangs", "loss", "undisturbed", "beside it"),
+        *("million tokens trained", "goodput", "hangs"),
+        *("loss", "undisturbed, with replicas", "beside it"),
         *("MB sent per million tokens", "ended with an error"),
     ]
     lines = []
@@ -433,12 +437,15 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
             return sum(int(row[column]) for row in of)
 
         beside = mean("loss") / mean("loss", some["undisturbed"]) - 1
+        replicas = [row["events: join"] for row in some["undisturbed"]]
+        undisturbed = f"{mean('loss', some['undisturbed']):.4f} ({', '.join(replicas)})"
         lines.append(
             [
                 *(METHODS[method], minutes, f"{every} s", str(len(churn))),
                 ", ".join(str(total(f"events: {kind}")) for kind in EVENTS[:4]),
+                f"{mean('tokens trained') / 1e6:.2f}",
                 *(f"{100 * mean('goodput'):.1f} %", str(total("hangs"))),
-                *(f"{mean('loss'):.4f}", f"{mean('loss', some['undisturbed']):.4f}"),
+                *(f"{mean('loss'):.4f}", undisturbed),
                 f"{100 * beside:+.1f} %",
                 f"{total('bytes') / total('tokens counted'):,.0f}",
                 str(total("events: ended")),
@@ -467,6 +474,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--away", type=float, default=40, help="s, the longest absence")
     parser.add_argument("--grace-ms", type=int, default=1000)
     parser.add_argument("--alone", action="store_true", help="no undisturbed training")
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="only the undisturbed one, of rows in --out",
+    )
     parser.add_argument("--out", type=Path, help="CSV, that others' rows may be in")
     parser.add_argument("--docs", type=Path, help="a page with a block for the table")
     parser.add_argument("--table", action="store_true", help="only that of --out")
@@ -478,36 +490,63 @@ def campaigns(options: argparse.Namespace, lab: netlab.Lab | None) -> bool:
     """Run what the options ask for, and return whether all figures are good."""
     good = True
     for method, seed in itertools.product(options.methods, options.seeds):
-        tokens = 0
-        rows: list[Row] = []
-        for kind in ("churn",) if options.alone else ("churn", "undisturbed"):
-            given = {
-                "sync_every": options.sync_every,
-                "pause_s": options.pause if kind == "churn" else 0.0,
-                "timeout_s": 10.0,
-                "quorum_s": 15.0,
-                "method": method.removesuffix("_taken"),
-                "width": options.width,
-            }
-            if method.endswith("_taken"):
-                given["given"] = {"optimizer_state": "taken"}
-            folder = Path(tempfile.mkdtemp(prefix=f"lc3-{kind}-"))
-            one = Campaign(
-                *(folder, given, lab, seed, tuple(options.every), options.away),
-                grace_ms=options.grace_ms,
+        every = "{:g} to {:g}".format(*options.every)
+        named = method, str(seed), f"{options.minutes:g}", every
+        old = read_whole(options.out) if options.out and options.out.exists() else []
+        rows = []
+        if options.beside:
+            (churned,) = (
+                row for row in old if [row[n] for n in CAMPAIGN] == [*named, "churn"]
             )
-            one.run(options.minutes * 60, churn=kind == "churn", tokens=tokens)
-            report = one.report()
-            tokens = tokens or report["tokens counted"]
-            print(method, seed, kind, json.dumps(report, indent=1), flush=True)
-            every = "{:g} to {:g}".format(*options.every)
-            named = method, seed, f"{options.minutes:g}", every, kind
-            rows.append(dict(zip(CAMPAIGN, named, strict=True)) | flat(report))
-            good = good and not report["hangs"] and report["models alike"]
+        else:
+            churned = flat(train(options, lab, method, seed))
+            rows.append(dict(zip(CAMPAIGN, (*named, "churn"), strict=True)) | churned)
+        if not options.alone:
+            beside = flat(train(options, lab, method, seed, churned))
+            key = *named, "undisturbed"
+            rows.append(dict(zip(CAMPAIGN, key, strict=True)) | beside)
         if options.out:
-            old = read_whole(options.out) if options.out.exists() else []
             write_csv(options.out, together(old, stamped(rows)))
+        good = good and not any(row["hangs"] for row in rows)
+        good = good and all(row["models alike"] for row in rows)
     return good
+
+
+def train(
+    options: argparse.Namespace,
+    lab: netlab.Lab | None,
+    method: str,
+    seed: int,
+    churned: Mapping[str, Any] | None = None,
+) -> Row:
+    """Train under churn, or undisturbed as much as a training that was ``churned``."""
+    given = {
+        "sync_every": options.sync_every,
+        "pause_s": 0.0 if churned else options.pause,
+        "timeout_s": 10.0,
+        "quorum_s": 15.0,
+        "method": method.removesuffix("_taken"),
+        "width": options.width,
+    }
+    if method.endswith("_taken"):
+        given["given"] = {"optimizer_state": "taken"}
+    tokens, ranks = 0, AT_FIRST
+    if churned is not None:
+        tokens = int(churned["tokens counted"])
+        of_one = options.sync_every * BATCH * CONTEXT
+        ranks = max(1, round(tokens / of_one / int(churned["exchanges"])))
+    folder = Path(tempfile.mkdtemp(prefix="lc3-churn-"))
+    one = Campaign(
+        *(folder, given, lab, seed, tuple(options.every), options.away),
+        grace_ms=options.grace_ms,
+        at_first=ranks,
+    )
+    one.run(options.minutes * 60, churn=churned is None, tokens=tokens)
+    report = one.report()
+    print(
+        method, seed, ranks, "ranks at first", json.dumps(report, indent=1), flush=True
+    )
+    return report
 
 
 def main() -> int:

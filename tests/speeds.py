@@ -3,7 +3,9 @@
     make speeds
 
 Three replicas on the loopback train for some seconds without a fourth one and for some
-more with it, whose steps take ten times as long.
+more with it, whose steps take ten times as long. How long their own steps take changes
+with whatever else the machine does, so the share of their time that is not spent in
+exchanges is told, too.
 """
 
 import argparse
@@ -37,7 +39,6 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way({"sync_every": STEPS}, 0.3),
     Way({"sync_every": STEPS}, INTERVAL_S),
     Way({"sync_every_s": INTERVAL_S}, INTERVAL_S),
 )
@@ -55,6 +56,13 @@ def measure(way: Way, without_s: float, with_s: float) -> Row:
     one = Campaign(folder, replica, None, 0, grace_ms=round(1000 * way.grace_s))
     light = one.shine()
     found: dict[str, float] = {}
+    training: dict[str, float] = {}
+
+    def time_in_steps(name: str, since: float) -> float:
+        """Return the share of the time that is not spent in exchanges."""
+        rows = [r for r in one.rows(name, "exchange") if r["time"] > since]
+        waited = sum(row["seconds"] for row in rows[1:])
+        return 1 - float(waited / (rows[-1]["time"] - rows[0]["time"]))
 
     def pace(name: str, since: float) -> float:
         rows = [r for r in one.rows(name, "exchange") if r["time"] > since]
@@ -77,6 +85,9 @@ def measure(way: Way, without_s: float, with_s: float) -> Row:
             time.sleep(seconds)
             fast = [pace(live.name, begun) for live in one.live[:FAST]]
             found[kind] = statistics.mean(fast)
+            training[kind] = statistics.mean(
+                time_in_steps(live.name, begun) for live in one.live[:FAST]
+            )
         name = one.live[FAST].name
         late = [row for row in one.rows(name, "exchange") if row["time"] > begun]
         others = [
@@ -90,6 +101,8 @@ def measure(way: Way, without_s: float, with_s: float) -> Row:
             "steps/s without": round(found["without"], 4),
             "steps/s with": round(found["with"], 4),
             "share": round(found["with"] / found["without"], 4),
+            **{f"in steps {kind}": round(s, 4) for kind, s in training.items()},
+            "share in steps": round(training["with"] / training["without"], 4),
             "steps/s of the slow one": round(pace(name, begun), 4),
             "exchanges": len(others),
             "exchanges of the slow one": sum(row["committed"] for row in late),
@@ -105,15 +118,20 @@ def measure(way: Way, without_s: float, with_s: float) -> Row:
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Return the rows as Markdown."""
     titles = [
-        *("ranks exchange by", "grace", "steps per second without the slow one"),
-        *("with it", "share", "exchanges", "of them with the slow one"),
+        *("ranks exchange by", "grace", "time in steps without the slow one"),
+        *("with it", "share", "steps per second without it", "with it"),
+        *("exchanges", "of them with the slow one"),
     ]
     lines = [
         [
             *(f"`{row['by']}`", f"{float(row['grace s']):g} s"),
+            *(
+                f"{100 * float(row[f'in steps {kind}']):.1f} %"
+                for kind in ("without", "with")
+            ),
+            f"{float(row['share in steps']):.3f}",
             *(f"{float(row[f'steps/s {kind}']):.2f}" for kind in ("without", "with")),
-            *(f"{float(row['share']):.3f}", row["exchanges"]),
-            row["exchanges of the slow one"],
+            *(row["exchanges"], row["exchanges of the slow one"]),
         ]
         for row in rows
     ]

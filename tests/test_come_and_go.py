@@ -1,4 +1,4 @@
-"""When ranks that come and go exchange, on a clock of the test's own."""
+"""When ranks that come and go exchange, on a clock of the tests; how they count."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,8 +11,10 @@ import torch
 from lc3.config import Settings
 from lc3.errors import ExchangeError
 from lc3.hooks import come_and_go
-from lc3.hooks.come_and_go import Quorum
+from lc3.hooks.come_and_go import Quorum, said_of
 from lc3.knobs import knobs_for
+from lc3.meeting import Meeting, Present, meet
+from lc3.says import Says
 
 T_S = 3.0
 
@@ -110,3 +112,38 @@ def test_who_could_not_meet_or_was_away_stays_in_time_with_the_others(
     assert loop.state.failed == 1
     assert loop.exchanges_after(*[0.5] * 4) == [4]  # the others met at 3 s, and at 6 s
     assert loop.exchanges_after(*[0.5] * 6) == [6]
+
+
+def meeting(**ranks: tuple[int, float]) -> Meeting:
+    """Return a meeting of ranks that have seen so many exchanges, of such weights."""
+    said = []
+    for name, (exchanges, weight) in ranks.items():
+        history = tuple(range(1, exchanges + 1))
+        says = Says(weight=weight)
+        one = Present(name, "", b"8 bytes.", exchanges, 0, history, 0, False, says)
+        said.append(one.to_bytes())
+    return meet(said)
+
+
+def weights(found: Meeting) -> list[float]:
+    said = [said_of(member, found) for member in found.members]
+    return [one.weight * one.finite for one in said]
+
+
+def test_who_is_behind_moves_the_others_by_no_more_steps_than_the_heaviest_made() -> (
+    None
+):
+    assert weights(meeting(a=(5, 8), b=(5, 8), c=(2, 64))) == [8, 8, 1]
+    assert weights(meeting(a=(5, 8), b=(5, 32), c=(2, 64))) == [8, 32, 16]
+    assert weights(meeting(a=(2, 64), b=(5, 8), c=(2, 3))) == [1, 8, 3]
+    assert weights(meeting(a=(5, 8), b=(5, 64))) == [8, 64]  # in time, and faster
+
+
+def test_who_is_behind_keeps_its_weight_where_the_others_made_no_step() -> None:
+    assert weights(meeting(a=(5, 0), b=(2, 64))) == [0, 64]
+    assert weights(meeting(a=(5, 0), b=(5, 8), c=(2, 64))) == [0, 8, 1]
+
+
+def test_where_nobody_made_a_step_all_count() -> None:
+    found = meeting(a=(5, 0), b=(5, 0))
+    assert all(said_of(member, found).finite for member in found.members)

@@ -30,10 +30,11 @@ from experiments import (
     train,
 )
 from experiments.average import Average
+from experiments.lab import site_loss
 from experiments.methods import DEMO
 from experiments.scripts.__main__ import page_block
 from lc3 import knobs
-from tests import churn, forked
+from tests import churn, forked, speeds
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -83,6 +84,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "links": lambda: tables.links_markdown(of_file("digits", "links")),
     "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
+    "memory-sizes": lambda: memory.table(of_file("memory_sizes")),
+    "sites": lambda: site_loss.table(of_file("sites")),
+    "churn": lambda: churn.table(of_file("churn")),
+    "speeds": lambda: speeds.table(of_file("speeds")),
     "ship": lambda: bench_ship.page(of_file("ship")),
     "gpu": lambda: bench_gpu.markdown(of_file("gpu")),
     "speed": lambda: (
@@ -155,8 +160,9 @@ def test_methods_are_data(tmp_path: Path) -> None:
 def campaign(method: str, seed: int, kind: str, **said: object) -> dict[str, object]:
     named = dict(zip(churn.CAMPAIGN, (method, seed, "5", "5 to 15", kind), strict=True))
     events = {f"events: {kind}": 1 for kind in churn.EVENTS}
-    figures = {"goodput": 0.9, "hangs": 0, "bytes": 3_000_000, "tokens counted": 1000}
-    return {**named, **events, **figures, "loss": 2.0, **said}
+    figures = {"goodput": 0.9, "hangs": 0, "bytes": 3_000_000, "loss": 2.0}
+    tokens = {"tokens counted": 1000, "tokens trained": 1_500_000}
+    return {**named, **events, **figures, **tokens, **said}
 
 
 def test_rows_of_a_campaign_replace_those_that_it_had() -> None:
@@ -177,12 +183,10 @@ def test_a_campaign_stands_beside_its_undisturbed_training() -> None:
     ]
     said = churn.table([{k: str(v) for k, v in row.items()} for row in rows])
     _, _, ours, theirs = (line.split(" | ") for line in said.splitlines())
-    assert ours[3:10] == (
-        ["2", "2, 2, 2, 2", "90.0 %", "0", "2.2000", "2.0000", "+10.0 %"]
-    )
-    assert ours[10:] == ["3,000", "2 |"]
+    assert ours[3:8] == ["2", "2, 2, 2, 2", "1.50", "90.0 %", "0"]
+    assert ours[8:] == ["2.2000", "2.0000 (1, 1)", "+10.0 %", "3,000", "2 |"]
     assert theirs[0] == "| torchft's DiLoCo"
-    assert theirs[5:10] == ["90.0 %", "3", "2.0000", "4.0000", "-50.0 %"]
+    assert theirs[6:11] == ["90.0 %", "3", "2.0000", "4.0000 (1)", "-50.0 %"]
 
 
 def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:
