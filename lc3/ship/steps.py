@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lc3.codec.instructions import kernel
 from lc3.errors import FormatError
-from lc3.ship import contexts, planes, transform
+from lc3.ship import contexts, planes, rounding, transform
 from lc3.ship.format import Reader, varint
 from lc3.ship.mixing import mixed
 
@@ -55,7 +55,7 @@ class Steps:
         object.__setattr__(self, "step", float(np.float32(self.step)))
 
 
-def quantize(x: Floats, steps: Steps) -> Numbers | None:
+def quantize(x: Floats, steps: Steps, rate_weight: float = 0.0) -> Numbers | None:
     """Return the numbers of values; ``None``: some are too large for such a step.
 
     Without a transform memory holds the numbers and a chunk of values beside ``x``.
@@ -63,6 +63,8 @@ def quantize(x: Floats, steps: Steps) -> Numbers | None:
     Args:
         x: float32[...] or float64[...], finite.
         steps: how.
+        rate_weight: of a bit in squared steps, where there is no dither; 0: each value
+            gets the nearest number.
 
     Returns:
         int32[numel].
@@ -74,6 +76,10 @@ def quantize(x: Floats, steps: Steps) -> Numbers | None:
     if steps.transform:
         x = transform.forward(x.astype(np.float64), axes_of(steps.transform, x.shape))
     flat = x.reshape(-1)
+    if rate_weight and steps.seed is None and flat.size:
+        if float(np.abs(flat).max()) / steps.step >= contexts.LARGEST - 1:
+            return None
+        return rounding.cheapest(flat, rows_of(x.shape), steps.step, rate_weight)
     numbers = np.empty(flat.size, np.int32)
     for part in parts(flat.size):
         scaled = flat[part].astype(np.float64) / steps.step
