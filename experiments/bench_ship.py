@@ -22,9 +22,20 @@ import zstandard
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import huffman
+from experiments import huffman, nncodec
 from experiments.record import read_csv, stamped, write_csv
+from experiments.ship_equal import equal_rows
 from experiments.ship_models import MAKERS, Data, data_of, prepared, train
+from experiments.ship_tables import (
+    TITLES,
+    Named,
+    Row,
+    deviation,
+    matrices,
+    order_0,
+    page,
+    row,
+)
 from experiments.tables import insert
 from lc3 import ship
 from lc3.ship import bloomier, centres, choose, contexts, planes, steps
@@ -32,33 +43,11 @@ from lc3.ship.choose import Lossy, section_of
 from lc3.ship.model import opened
 from lc3.ship.steps import Steps
 
-Row = dict[str, object]
-Named = dict[str, Tensor]
 STEP_SIZES = (1.0, 2.0)  # in deviations of all values
 BITS = (3.0, 2.0, 1.5, 1.0)
 QPS = (-24, -20, -16)
 DENSITIES = (0.05, 0.02)
 FINE_TUNING = 600  # steps
-
-
-def row(table: str, network: str, what: str, **figures: object) -> Row:
-    """Return one line of the result file; figures that it has not are empty."""
-    columns = (
-        *("bytes", "bits", "rival_bits", "ratio", "score", "drop", "mb_s_in"),
-        *("mb_s_out", "note"),
-    )
-    empty: Row = dict.fromkeys(columns, "")
-    named: Row = {"table": table, "network": network, "what": what}
-    rounded = {
-        k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()
-    }
-    assert rounded.keys() <= empty.keys()
-    return {**named, **empty, **rounded}
-
-
-def matrices(named: Named) -> Named:
-    """Return the weights: tensors of two dimensions and more."""
-    return {n: t for n, t in named.items() if t.ndim > 1 and t.is_floating_point()}
 
 
 def sources_of(kept: dict[str, Named]) -> dict[str, Named]:
@@ -67,18 +56,6 @@ def sources_of(kept: dict[str, Named]) -> dict[str, Named]:
     delta = {n: later[n] - middle[n] for n in middle}
     found = {name: kept[name] for name in ("gradient", "momentum")}
     return {**found, "delta of ten steps": delta, "weights": kept["weights"]}
-
-
-def deviation(named: Named) -> float:
-    """Return the standard deviation of all values together."""
-    flat = [t.flatten() for t in named.values() if t.is_floating_point()]
-    return float(torch.cat(flat).std())
-
-
-def order_0(numbers: np.ndarray) -> float:
-    """Return the entropy of numbers in bits, all together."""
-    _, counts = np.unique(numbers, return_counts=True)
-    return float((counts * np.log2(numbers.size / counts)).sum())
 
 
 def coder_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
@@ -167,7 +144,7 @@ def file_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Row]
         yield of("lc3, zstd, 2 bits", size, ship.load(path))
         size = ship.save(weights, path, bits=2.0, dither_seed=1)
         yield of("lc3, dither, 2 bits", size, ship.load(path))
-    yield from nncodec_rows(network, weights, of)
+    yield from nncodec_rows(weights, of)
 
 
 def per_layer(weights: Named, bits: float) -> tuple[int, Named]:
@@ -188,21 +165,13 @@ def per_layer(weights: Named, bits: float) -> tuple[int, Named]:
     return size, state
 
 
-def nncodec_rows(
-    network: str, weights: Named, of: Callable[[str, int, Named], Row]
-) -> Iterator[Row]:
-    """Yield NNCodec's bytes and scores, or a row that says it is not there."""
-    if importlib.util.find_spec("nncodec") is None:
-        yield row("file", network, "NNCodec 2.1.3", note="not installed: no figure")
-        return
-    nnc: Any = importlib.import_module("nncodec.nnc")
-    with tempfile.TemporaryDirectory() as folder:
-        for qp in QPS:
-            state = {name: tensor.clone() for name, tensor in weights.items()}
-            stream = nnc.encode(state, {"qp": qp, "results": folder, "verbose": False})
-            decoded = nnc.decode(stream, {"results": folder, "verbose": False})
-            found = {n: torch.as_tensor(decoded[n]) for n in weights}
-            yield of(f"NNCodec 2.1.3, qp {qp}", len(stream), found)
+def nncodec_rows(weights: Named, of: Callable[[str, int, Named], Row]) -> Iterator[Row]:
+    """Yield NNCodec's bytes and scores; none where it is not installed."""
+    version = nncodec.installed()
+    for qp in QPS if version else ():
+        stream = nncodec.encode(weights, qp)
+        found = nncodec.decode(stream, weights)
+        yield of(f"NNCodec {version}, qp {qp}", len(stream), found)
 
 
 def pruned_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Row]:
@@ -326,6 +295,7 @@ def speed_rows(network: str, weights: Named) -> Iterator[Row]:
     other = np.empty_like(data)
     _, copied = clocked(lambda: np.copyto(other, data), 50)
     yield row("speed", network, "memcpy", mb_s_in=tensor.nbytes / copied / 1e6)
+    bits = 0.0
     for coder in steps.CODERS:
         lossy = Lossy(deviation(weights), coder=coder, transform=False)
         section, enter = clocked(
@@ -334,12 +304,36 @@ def speed_rows(network: str, weights: Named) -> Iterator[Row]:
         shape = tuple(tensor.shape)
         found, leave = clocked(partial(steps.decode, section.data, shape), 3)
         assert torch.equal(found, section.decoded)
+        found_bits = 8 * len(section.data) / tensor.numel()
+        bits = bits or found_bits
         yield row(
             *("speed", network, f"steps of 1 σ, {coder}"),
-            bits=8 * len(section.data) / tensor.numel(),
+            bits=found_bits,
             mb_s_in=tensor.nbytes / enter / 1e6,
             mb_s_out=tensor.nbytes / leave / 1e6,
         )
+    yield from nncodec_speed_rows(network, tensor, bits)
+
+
+def nncodec_speed_rows(network: str, tensor: Tensor, bits: float) -> Iterator[Row]:
+    """Yield NNCodec's speed on the same tensor, where its bits are next to ours."""
+    version = nncodec.installed()
+    if not version:
+        return
+    state = {"w": tensor}
+
+    def off(qp: int) -> float:
+        return abs(8 * len(nncodec.encode(state, qp)) / tensor.numel() - bits)
+
+    qp = min(range(-28, -7, 4), key=off)
+    stream, enter = clocked(partial(nncodec.encode, state, qp), 3)
+    _, leave = clocked(partial(nncodec.decode, stream, state), 3)
+    yield row(
+        *("speed", network, f"NNCodec {version}, qp {qp}"),
+        bits=8 * len(stream) / tensor.numel(),
+        mb_s_in=tensor.nbytes / enter / 1e6,
+        mb_s_out=tensor.nbytes / leave / 1e6,
+    )
 
 
 def clocked(job: Callable[[], Any], times: int) -> tuple[Any, float]:
@@ -352,73 +346,9 @@ def clocked(job: Callable[[], Any], times: int) -> tuple[Any, float]:
     return found, max(best, 1e-9)
 
 
-def table(rows: list[dict[str, str]], name: str) -> str:
-    """Return one table of the result file as Markdown; empty columns are left out."""
-    mine = [r for r in rows if r["table"] == name]
-    titles = {
-        "network": "network",
-        "what": "what",
-        "bytes": "bytes",
-        "bits": "bits a value",
-        "rival_bits": "order 0" if name == "coder" else "without",
-        "ratio": "ratio",
-        "score": "score, %",
-        "drop": "points lost",
-        "mb_s_in": "in, MB/s",
-        "mb_s_out": "out, MB/s",
-        "note": "note",
-    }
-    if name == "non-zero":
-        titles["bits"] = "bits a non-zero weight"
-    kept = {key: title for key, title in titles.items() if any(r[key] for r in mine)}
-    lines = ["| " + " | ".join(kept.values()) + " |"]
-    lines.append(
-        "|"
-        + "".join(
-            " --- |" if k in ("network", "what", "note") else " ---: |" for k in kept
-        )
-    )
-    for r in mine:
-        cells = [_cell(key, r[key]) for key in kept]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(key: str, value: str) -> str:
-    if not value or key in ("network", "what", "note"):
-        return value
-    digits = {"bytes": 0, "mb_s_in": 0, "mb_s_out": 0, "bits": 3, "rival_bits": 3}
-    return f"{float(value):,.{digits.get(key, 2)}f}"
-
-
 def _family(name: str) -> str:
     """Return which part of the benchmark makes a table."""
     return "pruned" if name == "non-zero" else name
-
-
-TABLES = ("coder", "dct", "file", "pruned", "non-zero", "exact", "speed")
-
-
-def page(rows: list[dict[str, str]]) -> str:
-    """Return all tables of the result file, with what they are of."""
-    titles = {
-        "coder": "Entropy coding, real bits beside order-0 entropy of each tensor",
-        "dct": "The DCT's gate on kernels, steps of 1 σ, at equal error",
-        "file": "Whole files, no training afterwards",
-        "pruned": "Pruned by one magnitude threshold, 600 steps of fine-tuning",
-        "non-zero": "Positions and values of pruned weights",
-        "exact": "Nothing lost",
-        "speed": "Speed on one core, of float32",
-    }
-    there = [name for name in TABLES if any(r["table"] == name for r in rows)]
-    parts = [f"**{titles[name]}.**\n\n{table(rows, name)}" for name in there]
-    r = rows[0]
-    said = (
-        f"One seed. {r['machine']}, {r['cores']} cores, busy with other work, one "
-        f"thread, seconds of the process; lc3 {r['lc3']} at commit {r['commit']}, "
-        f"torch {r['torch']}, numba {r['numba']}.\n"
-    )
-    return "\n".join([*parts, said])
 
 
 def main() -> None:
@@ -430,7 +360,7 @@ def main() -> None:
     parser.add_argument(
         "--weights", nargs="*", type=Path, default=[], help="files to ship exactly, too"
     )
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument(
         "--out",
         type=Path,
@@ -445,10 +375,14 @@ def main() -> None:
     for network in options.networks:
         kept = prepared(options.models, network, options.data_dir)
         data = data_of(network, options.data_dir)
+        model = MAKERS[network]()
         makers: dict[str, Callable[[], Iterator[Row]]] = {
             "coder": partial(coder_rows, network, kept),
             "dct": partial(dct_rows, network, kept),
             "file": partial(file_rows, network, kept, data),
+            "equal": partial(
+                equal_rows, network, kept["weights"], partial(scored, model, data)
+            ),
             "pruned": partial(pruned_rows, network, kept, data),
             "exact": partial(exact_rows, network, kept["weights"]),
             "speed": partial(speed_rows, network, kept["weights"]),

@@ -1,11 +1,13 @@
-"""The comparison's own parts: Huffman bytes, and tables from rows."""
+"""The comparison's own parts: Huffman bytes, memory, and tables from rows."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import bench_ship, huffman
+from experiments import huffman, ship_equal, ship_memory, ship_tables
 
 
 @given(st.lists(st.sampled_from([0] * 30 + [1, -2, 3]), min_size=1, max_size=900))
@@ -30,12 +32,36 @@ def test_a_huffman_code_has_the_lengths_of_the_textbook() -> None:
 
 def test_a_table_has_the_columns_that_its_rows_have() -> None:
     rows = [
-        {k: str(v) for k, v in bench_ship.row("coder", "net", "x", bits=1.5).items()},
-        {k: str(v) for k, v in bench_ship.row("file", "net", "y", bytes=2000).items()},
+        {k: str(v) for k, v in ship_tables.row("coder", "net", "x", bits=1.5).items()},
+        {k: str(v) for k, v in ship_tables.row("file", "net", "y", bytes=2000).items()},
     ]
-    assert bench_ship.table(rows, "coder") == (
+    assert ship_tables.table(rows, "coder") == (
         "| network | what | bits a value |\n| --- | --- | ---: |\n| net | x | 1.500 |\n"
     )
-    assert "| net | y | 2,000 |" in bench_ship.table(rows, "file")
+    assert "| net | y | 2,000 |" in ship_tables.table(rows, "file")
     with pytest.raises(AssertionError):
-        bench_ship.row("coder", "net", "x", speed=3)
+        ship_tables.row("coder", "net", "x", speed=3)
+
+
+@pytest.mark.parametrize("way", ["exact", "steps, zstd"])
+def test_a_file_streams_with_two_of_its_largest_tensors_beside_it(
+    tmp_path: Path, way: str
+) -> None:
+    source, megabytes, tensors = tmp_path / "m.safetensors", 96, 6
+    ship_memory.write(source, megabytes, tensors)
+    promised = ship_memory.MB * (megabytes + 2 * megabytes / tensors)
+    assert ship_memory.measured(source, way)["peak_bytes"] <= promised
+    shipped = tmp_path / "shipped.lc3m"
+    back = ship_memory.measured(shipped, way, back=True)
+    assert back["peak_bytes"] <= shipped.stat().st_size + 2 * promised / (tensors + 2)
+    assert back["nbytes"] > ship_memory.MB * megabytes
+
+
+def test_bytes_at_equal_loss_are_of_a_curve_made_monotone() -> None:
+    points = [(100, 0.0), (80, 0.4), (64, 0.2), (50, 1.3), (40, 2.3)]
+    curve = [ship_equal.Point(n, drop, 100 / n) for n, drop in points]
+    # 80 and 64 bytes lose 0.3 both; half way to 1.3 is half way in the logarithm.
+    assert ship_equal.at_drop(curve, 0.8) == pytest.approx((64 * 50) ** 0.5)
+    assert ship_equal.at_error(curve, 100 / 80) == pytest.approx(80)
+    assert np.isnan(ship_equal.at_drop(curve, 2.4))
+    assert np.isnan(ship_equal.at_error(curve, 0.5))

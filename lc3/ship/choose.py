@@ -103,7 +103,7 @@ def section_of(
     x = tensor.to(wide).numpy()
     if base is not None:
         x = x - base.to(wide).numpy()
-    if not np.isfinite(x).all():
+    if not all(np.isfinite(x.reshape(-1)[p]).all() for p in steps.parts(x.size)):
         return exact(tensor, base)
     if lossy.filtered and base is None and tensor.ndim > 1:
         section = _filtered(tensor, x)
@@ -143,7 +143,7 @@ def _filtered(tensor: Tensor, x: Floats) -> Section | None:
 
 def _good(tensor: Tensor, decoded: Tensor, lossy: Lossy) -> bool:
     """Whether a decoded tensor is finite, and as near as it must be."""
-    if not bool(decoded.isfinite().all()):
+    if not all(bool(p.isfinite().all()) for p in decoded.reshape(-1).split(CHUNK)):
         return False
     if lossy.largest_error is None:
         return True
@@ -174,7 +174,7 @@ def _coded(
     numbers = steps.quantize(x, how, rate_weight)
     if numbers is None:
         return None
-    return steps.section(numbers, x.shape, how), steps.dequantize(numbers, x.shape, how)
+    return steps.section(numbers, x.shape, how), steps.replaced(numbers, x.shape, how)
 
 
 def _of_weights(name: str, x: Floats, lossy: Lossy) -> Found | None:
@@ -218,7 +218,7 @@ def _as_near(
         numbers = steps.quantize(x, tried, rate_weight)
         if (
             numbers is not None
-            and _squares(x, steps.dequantize(numbers, x.shape, tried)) <= error
+            and _squares(x, steps.replaced(numbers, x.shape, tried)) <= error
         ):
             low = middle
         else:

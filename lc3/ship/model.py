@@ -293,6 +293,7 @@ def _write(file: BinaryIO, job: _Job, lossy: Lossy | None) -> int:
         writer.add(name, tensor, section_of(name, tensor, old, lossy))
         if job.progress is not None:
             job.progress(tensor.nbytes)
+        del tensor, old  # before the next is read
     return writer.finish()
 
 

@@ -77,7 +77,8 @@ def quantize(x: Floats, steps: Steps, rate_weight: float = 0.0) -> Numbers | Non
         x = transform.forward(x.astype(np.float64), axes_of(steps.transform, x.shape))
     flat = x.reshape(-1)
     if rate_weight and steps.seed is None and flat.size:
-        if float(np.abs(flat).max()) / steps.step >= contexts.LARGEST - 1:
+        largest = max(float(flat.max()), -float(flat.min()))
+        if largest / steps.step >= contexts.LARGEST - 1:
             return None
         return rounding.cheapest(flat, rows_of(x.shape), steps.step, rate_weight)
     numbers = np.empty(flat.size, np.int32)
@@ -98,8 +99,16 @@ def dequantize(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> Tensor
         >>> dequantize(np.array([2, -4], np.int32), (2,), Steps(0.5))
         tensor([ 1., -2.])
     """
-    wide = np.float64 if steps.transform else np.float32
-    x: Any = np.empty(numbers.size, wide)
+    return replaced(numbers.copy(), shape, steps)
+
+
+def replaced(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> Tensor:
+    """Be ``dequantize`` in the memory of the numbers, which are lost.
+
+    With a transform the values need memory of their own.
+    """
+    wide = np.empty(numbers.size, np.float64) if steps.transform else None
+    x: Any = numbers.view(np.float32) if wide is None else wide
     with np.errstate(over="ignore"):
         for part in parts(x.size):
             values = numbers[part].astype(np.float64)
@@ -175,7 +184,7 @@ def rows_of(shape: tuple[int, ...]) -> int:
 def section(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> bytes:
     """Return the section of a tensor's numbers, int32[numel]."""
     if steps.coder == "zstd":
-        largest = int(np.abs(numbers).max(initial=0))
+        largest = max(int(numbers.max(initial=0)), -int(numbers.min(initial=0)))
         width = 1 if largest < 128 else 2 if largest < 1 << 15 else 4
         narrow = numbers.astype(_WIDTHS[width]).view(np.uint8)
         code = bytes([width]) + planes.compressed(narrow)
@@ -222,7 +231,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Tensor:
         numbers = contexts.decode(code, numel, rows_of(shape) if numel else 1)
     else:
         numbers = _from_zstd(code, numel)
-    return dequantize(numbers, shape, steps)
+    return replaced(numbers, shape, steps)
 
 
 def _from_zstd(code: memoryview, numel: int) -> Numbers:
