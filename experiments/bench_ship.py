@@ -22,9 +22,11 @@ import zstandard
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import huffman, nncodec
+from experiments import huffman, nncodec, ship_memory, ship_works
 from experiments.record import read_csv, stamped, write_csv
 from experiments.ship_equal import equal_rows
+from experiments.ship_information import information_rows
+from experiments.ship_kfac import kfac_rows
 from experiments.ship_models import MAKERS, Data, data_of, prepared, train
 from experiments.ship_tables import (
     TITLES,
@@ -38,7 +40,8 @@ from experiments.ship_tables import (
 )
 from experiments.tables import insert
 from lc3 import ship
-from lc3.ship import bloomier, centres, choose, contexts, planes, steps
+from lc3.errors import ConfigError
+from lc3.ship import bloomier, centres, choose, contexts, planes, ranks, steps
 from lc3.ship.choose import Lossy, section_of
 from lc3.ship.model import opened
 from lc3.ship.steps import Steps
@@ -46,6 +49,8 @@ from lc3.ship.steps import Steps
 STEP_SIZES = (1.0, 2.0)  # in deviations of all values
 BITS = (3.0, 2.0, 1.5, 1.0)
 QPS = (-24, -20, -16)
+RANK_BUDGETS = (0.02, 0.05, 0.1, 0.2)  # of the cost of all ranks
+MEMORY_WAYS = ("exact", "steps, zstd")
 DENSITIES = (0.05, 0.02)
 FINE_TUNING = 600  # steps
 
@@ -315,6 +320,55 @@ def speed_rows(network: str, weights: Named) -> Iterator[Row]:
     yield from nncodec_speed_rows(network, tensor, bits)
 
 
+def rank_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
+    """Yield energy that low ranks lose at a budget, each rule beside uniform rank."""
+    for name, named in sources_of(kept).items():
+        layers = []
+        for tensor in matrices(named).values():
+            flat = tensor.flatten(1).double()
+            spectrum = torch.linalg.svdvals(flat).square().numpy()
+            layers.append(ranks.Layer(spectrum, float(sum(flat.shape))))
+        for budget in RANK_BUDGETS:
+            lost = {}
+            for rule in (ranks.uniform, ranks.greedy, ranks.enc_map):
+                try:
+                    found = rule(layers, budget)
+                except ConfigError:
+                    continue  # less than rank 1 of each layer takes
+                lost[rule.__name__] = ranks.energy_lost(layers, found)
+            for rule_name in ("greedy", "enc_map") if "uniform" in lost else ():
+                if rule_name in lost:
+                    yield row(
+                        *("ranks", network, f"{name}, {budget:.0%}, {rule_name}"),
+                        ratio=lost[rule_name] / lost["uniform"],
+                        note=f"{lost[rule_name]:.2%} of the energy",
+                    )
+
+
+def memory_rows(megabytes: int) -> Iterator[Row]:
+    """Yield peak memory and speed of shipping a large file, and of unshipping it."""
+    tensors = 16
+    with tempfile.TemporaryDirectory() as folder:
+        source, shipped = Path(folder) / "m.safetensors", Path(folder) / "shipped.lc3m"
+        ship_memory.write(source, megabytes, tensors)
+        size = source.stat().st_size
+        for way in MEMORY_WAYS:
+            there = ship_memory.measured(source, way)
+            back = ship_memory.measured(shipped, way, back=True)
+            promised = 1 + 2 / tensors
+            for what, found, speed in (
+                ("ship", there, "mb_s_in"),
+                ("unship", back, "mb_s_out"),
+            ):
+                yield row(
+                    *("memory", f"{megabytes} MB, {tensors} tensors", f"{way}, {what}"),
+                    bytes=int(found["peak_bytes"]),
+                    ratio=found["peak_bytes"] / size,
+                    note=f"promised {promised:.3f}",
+                    **{speed: size / found["seconds"] / 1e6},
+                )
+
+
 def nncodec_speed_rows(network: str, tensor: Tensor, bits: float) -> Iterator[Row]:
     """Yield NNCodec's speed on the same tensor, where its bits are next to ours."""
     version = nncodec.installed()
@@ -360,6 +414,10 @@ def main() -> None:
     parser.add_argument(
         "--weights", nargs="*", type=Path, default=[], help="files to ship exactly, too"
     )
+    parser.add_argument("--seeds", type=int, default=5, help="of the K-FAC rows")
+    parser.add_argument(
+        "--megabytes", type=int, default=1024, help="of the file of the memory rows"
+    )
     parser.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument(
         "--out",
@@ -384,6 +442,9 @@ def main() -> None:
                 equal_rows, network, kept["weights"], partial(scored, model, data)
             ),
             "pruned": partial(pruned_rows, network, kept, data),
+            "kfac": partial(kfac_rows, network, data, options.seeds, console.print),
+            "ranks": partial(rank_rows, network, kept),
+            "information": partial(information_rows, network, kept["weights"], data),
             "exact": partial(exact_rows, network, kept["weights"]),
             "speed": partial(speed_rows, network, kept["weights"]),
         }
@@ -395,6 +456,8 @@ def main() -> None:
                         highlight=False,
                     )
                     rows.append(found)
+    if "memory" in options.tables:
+        rows += memory_rows(options.megabytes)
     for path in options.weights:
         with opened(path) as tensors:
             floats = {n: t for n, t in tensors.items() if t.is_floating_point()}
@@ -406,7 +469,9 @@ def main() -> None:
     write_csv(options.out, [*others, *stamped(rows)])
     if options.docs:
         text = options.docs.read_text()
-        text = insert(text, "ship", page(read_csv(options.out)))
+        found = read_csv(options.out)
+        text = insert(text, "works", ship_works.table(found))
+        text = insert(text, "ship", page(found))
         options.docs.write_text(text)
 
 

@@ -55,6 +55,10 @@ class Pictures:
         chosen = torch.randint(len(self._y), (BATCH,), generator=generator)
         return self._x[chosen], self._y[chosen]
 
+    def test(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first pictures of the test set, and their labels."""
+        return self._test[0][:count], self._test[1][:count]
+
     def score(self, model: nn.Module) -> float:
         """Return the accuracy in per cent."""
         x, y = self._test

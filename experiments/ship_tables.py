@@ -52,8 +52,8 @@ TITLES = {  # of tables, in the order of the page
     "pruned": "Pruned by one magnitude threshold, 600 steps of fine-tuning",
     "non-zero": "Positions and values of pruned weights",
     "kfac": "Which weights go: mean score of seeds after fine-tuning",
-    "ranks": "Energy that a quarter of a layer's parameters keeps, by rule",
-    "information": "What the last hidden layer says, in bits",
+    "ranks": "Energy that low ranks lose, of what one rank for all layers loses",
+    "information": "What layers say, in bits: the information page",
     "exact": "Nothing lost",
     "speed": "Speed on one core, of float32",
     "memory": "Peak memory",
@@ -85,8 +85,8 @@ _OTHERWISE = {  # titles of columns that mean something else in a table
         "rival_bits": "I(T; Y)",
         "ratio": "labels shuffled",
     },
-    "ranks": {"ratio": "energy lost, of uniform's"},
-    "memory": {"ratio": "of the tensors"},
+    "ranks": {"ratio": "of uniform's loss"},
+    "memory": {"bytes": "peak bytes", "ratio": "of the input"},
 }
 _WORDS = ("network", "what", "note")
 _DIGITS = {"bytes": 0, "mb_s_in": 0, "mb_s_out": 0, "bits": 3, "rival_bits": 3}
