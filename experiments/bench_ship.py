@@ -328,6 +328,7 @@ def rank_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
             flat = tensor.flatten(1).double()
             spectrum = torch.linalg.svdvals(flat).square().numpy()
             layers.append(ranks.Layer(spectrum, float(sum(flat.shape))))
+        whole = sum(layer.cost * layer.largest for layer in layers)
         for budget in RANK_BUDGETS:
             lost = {}
             for rule in (ranks.uniform, ranks.greedy, ranks.enc_map):
@@ -335,6 +336,9 @@ def rank_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
                     found = rule(layers, budget)
                 except ConfigError:
                     continue  # less than rank 1 of each layer takes
+                spent = sum(a.cost * r for a, r in zip(layers, found, strict=True))
+                if spent > 1.01 * budget * whole:
+                    continue  # ENC-Map goes to no less than a tenth of a layer's ranks
                 lost[rule.__name__] = ranks.energy_lost(layers, found)
             for rule_name in ("greedy", "enc_map") if "uniform" in lost else ():
                 if rule_name in lost:
