@@ -116,15 +116,18 @@ def equal_rows(
         theirs.append(Point(len(stream), full - score(state), squares(state, weights)))
     values = sum(t.numel() for t in weights.values())
 
-    def of(what: str, one: float, other: float, **more: object) -> Row:
+    def of(
+        what: str, one: float, other: float, drop: object = "", note: str = ""
+    ) -> Row:
         ratio = one / other
         return row(
             *("equal", network, what),
-            bytes=one if math.isnan(one) else round(one),
+            bytes=round(one),
             bits=8 * one / values,
             rival_bits=8 * other / values,
             ratio=ratio,
-            **more,
+            drop=drop,
+            note=note,
         )
 
     for drop in DROPS:
@@ -133,7 +136,7 @@ def equal_rows(
             yield of(f"{drop:g} points lost", *found, drop=drop)
     for qp in (-24, -20, -16):
         point = theirs[QPS.index(qp)]
-        nbytes = at_error(mine, point.error)
-        if not math.isnan(nbytes):
+        same = at_error(mine, point.error)
+        if not math.isnan(same):
             what = f"the squared error of NNCodec at qp {qp}"
-            yield of(what, nbytes, point.nbytes, note=f"it loses {point.drop:.2f}")
+            yield of(what, same, point.nbytes, note=f"it loses {point.drop:.2f}")

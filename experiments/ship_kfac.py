@@ -40,8 +40,8 @@ def pruned(model: nn.Module, data: Data, way: str, density: float) -> ship.Masks
     if way == UNIFORM:
         return uniform(model, density)
     generator = torch.Generator().manual_seed(77)
-    batches = []
-    while way == "K-FAC" and sum(map(len, batches)) < SAMPLES:
+    batches: list[Tensor] = []
+    while way == "K-FAC" and sum(len(x) for x in batches) < SAMPLES:
         batches.append(data.batch(generator)[0])
     return ship.prune(model, batches, density, "kfac" if batches else "magnitude")
 

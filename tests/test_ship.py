@@ -182,7 +182,7 @@ def test_a_file_has_the_bits_that_were_asked_for(tmp_path: Path, bits: float) ->
 def quiet_rows(rows: int, columns: int) -> np.ndarray:
     random = np.random.default_rng(0)
     active = random.exponential(size=(rows, 1)) * random.exponential(size=(1, columns))
-    return random.laplace(size=(rows, columns)) * active
+    return np.asarray(random.laplace(size=(rows, columns)) * active)
 
 
 @given(seed=st.integers(0, 99), step=st.sampled_from([0.3, 1.0, 4.0]))
@@ -210,7 +210,7 @@ def test_a_number_is_the_cheapest_of_all_by_the_bits_that_were_counted() -> None
 
     def cost(value: float, number: int) -> float:
         rate = bits[3, min(number, 15)] + 2 * max(0.0, math.log2(max(number, 1) / 15))
-        return (abs(value) / step - number) ** 2 + weight * rate
+        return float((abs(value) / step - number) ** 2 + weight * rate)
 
     for value, number in zip(x, numbers, strict=True):
         around = {0, *range(max(0, int(abs(value)) - 1), int(abs(value)) + 2)}

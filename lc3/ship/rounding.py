@@ -102,7 +102,7 @@ def choose(
         for c in range(by_column.size):
             where = min(max(int(by_row[r] + by_column[c]), 0), bits.shape[0] - 1)
             size = abs(np.float64(x[i])) / step
-            below = np.int64(size)
+            below: Any = np.int64(size)
             best, least = np.int64(0), size * size + weight * bits[where, 0]
             for tried in range(max(below - 1, 1), below + 2):
                 cost = (size - tried) * (size - tried)

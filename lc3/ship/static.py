@@ -123,7 +123,7 @@ def _push(
 
 
 @kernel()
-def _encode(data: Bytes, shares: Any, first: Any, states: Any, words: Words) -> int:
+def _encode(data: Bytes, shares: Any, first: Any, states: Any, words: Words) -> Any:
     """Write words from the last to the first; return where the first one is.
 
     A word is stored each time and counted where it is due, since a jump that cannot be
@@ -189,7 +189,7 @@ def _fed(x: np.uint32, word: np.uint16, due: bool) -> Any:
 @kernel()
 def _decode(
     symbols: Any, shares: Any, states: Any, words: Words, many: int, out: Bytes
-) -> int:
+) -> Any:
     """Write all bytes and the last states; return how many words were taken.
 
     Args:
