@@ -202,7 +202,7 @@ def pruned_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Ro
             note=f"before fine-tuning {before:.2f}",
         )
         size = deviation({n: t[t != 0] for n, t in matrices(state).items()})
-        step = size / 2
+        step = size / 4
         huffman_bytes, coder_bytes, filter_bytes = 0, 0, 0
         for tensor in matrices(state).values():
             numbers = steps.quantize(tensor.double().numpy(), Steps(step))

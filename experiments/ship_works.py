@@ -89,8 +89,9 @@ def _dct(rows: list[Read]) -> str:
 def _dct_not(rows: list[Read]) -> str:
     every = found(rows, "dct")
     declined = sum(r["note"] == "declined" for r in every)
+    counted = f"{declined} of {len(every)} kernels" if every else NONE
     return (
-        f"declined for {declined} of {len(every)} kernels measured; it spreads the "
+        f"where coding both ways says so ({counted}); it spreads the "
         "energy of dense layers, where it is not tried. Vectors are few"
     )
 

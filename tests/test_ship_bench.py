@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import huffman, ship_equal, ship_memory, ship_tables
+from experiments import huffman, ship_equal, ship_memory, ship_tables, ship_works
+from experiments.record import read_csv
+from experiments.tables import insert
+from tests.rooms import ROOT
 
 
 @given(st.lists(st.sampled_from([0] * 30 + [1, -2, 3]), min_size=1, max_size=900))
@@ -65,3 +68,26 @@ def test_bytes_at_equal_loss_are_of_a_curve_made_monotone() -> None:
     assert ship_equal.at_error(curve, 100 / 80) == pytest.approx(80)
     assert np.isnan(ship_equal.at_drop(curve, 2.4))
     assert np.isnan(ship_equal.at_error(curve, 0.5))
+
+
+def test_the_page_has_what_the_result_file_says() -> None:
+    rows = read_csv(ROOT / "experiments/results/ship.csv")
+    text = (ROOT / "docs/explanation/ship.md").read_text()
+    assert insert(text, "works", ship_works.table(rows)) == text
+    assert insert(text, "ship", ship_tables.page(rows)) == text
+
+
+def test_what_was_not_measured_is_said_to_be_so() -> None:
+    assert ship_works.table([]).count(ship_works.NONE) == 12
+    made = [
+        ship_tables.row("coder", "n", "weights, step 1 σ", ratio=0.9),
+        ship_tables.row("coder", "n", "gradient, step 1 σ", ratio=0.5),
+        ship_tables.row("non-zero", "n", "5%, context coder", bytes=100),
+        ship_tables.row("non-zero", "n", "5%, Bloomier filter", bytes=150),
+        ship_tables.row("kfac", "n", "95% gone, K-FAC", drop=2.5),
+    ]
+    rows = [{key: str(value) for key, value in one.items()} for one in made]
+    text = ship_works.table(rows)
+    assert "deltas take 0.50, weights 0.90" in text
+    assert "1.50 times the exact coder's bytes" in text
+    assert "2.50 points above uniform" in text
