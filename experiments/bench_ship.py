@@ -101,7 +101,7 @@ def dct_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
             sizes = []
             for transform in (True, False):
                 plan = Lossy(lossy.step, transform=transform)
-                section = section_of(key, tensor, None, plan)
+                section = section_of(key, tensor.contiguous(), None, plan)
                 sizes.append(8 * len(section.data) / tensor.numel())
             assert sizes[0] <= sizes[1]
             yield row(
@@ -160,7 +160,7 @@ def per_layer(weights: Named, bits: float) -> tuple[int, Named]:
         size, state = 0, {}
         for name, tensor in weights.items():
             lossy = Lossy(middle * max(float(tensor.std()), 1e-12))
-            section = section_of(name, tensor, None, lossy)
+            section = section_of(name, tensor.contiguous(), None, lossy)
             size += len(section.data)
             state[name] = section.decoded
         if 8 * size > bits * sum(t.numel() for t in weights.values()):

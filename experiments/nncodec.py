@@ -43,7 +43,9 @@ def encode(state: dict[str, Tensor], qp: int, scale: float = 0.0) -> bytes:
         qp: of the weights; 4 more are a step twice as large.
         scale: of the rate in the trellis; 0, NNCodec's default: distortion alone.
     """
-    arrays = {name: np.array(tensor.numpy()) for name, tensor in state.items()}
+    arrays = {
+        name: np.array(tensor.numpy(), order="C") for name, tensor in state.items()
+    }
     stream: bytes = bytes(
         _codec().compress(
             arrays,

@@ -26,7 +26,10 @@ def information_rows(network: str, weights: Named, data: Data) -> Iterator[Row]:
     lossy = Lossy(1.0, rate_weight=RATE_WEIGHT)
     step = step_for(weights, None, BITS * values / 8, lossy)
     lossy = Lossy(step, rate_weight=RATE_WEIGHT)
-    decoded = {n: section_of(n, t, None, lossy).decoded for n, t in weights.items()}
+    decoded = {
+        n: section_of(n, t.contiguous(), None, lossy).decoded
+        for n, t in weights.items()
+    }
     shipped.load_state_dict(decoded)
     torch.manual_seed(1)
     other = MAKERS[network]()

@@ -30,11 +30,16 @@ def lenet_300() -> nn.Sequential:
 
 
 def lenet_5() -> nn.Sequential:
-    """Return Caffe's LeNet-5 (20-50-500-10): 431,080 parameters on 28 by 28 pixels."""
-    return nn.Sequential(
+    """Return Caffe's LeNet-5 (20-50-500-10): 431,080 parameters on 28 by 28 pixels.
+
+    Kernels lie in memory with channels last, which is a third faster on one core.
+    """
+    model = nn.Sequential(
         *(nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10)),
     )
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def transformer() -> nn.Module:
@@ -125,15 +130,13 @@ def train(
     """Train with SGD, momentum 0.9, the rate falling to zero by a cosine.
 
     Args:
-        model: is changed; kernels lie in memory with channels last, which is a third
-            faster on one core.
+        model: is changed.
         data: to train on.
         steps: how many.
         seed: of the batches.
         lr: learning rate at the start.
         after: called after each backward pass and step, with its number from 1 on.
     """
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
