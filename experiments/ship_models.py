@@ -110,7 +110,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "lenet-5": lenet_5,
     "transformer": transformer,
 }
-STEPS = {"lenet-300": 4700, "lenet-5": 2500, "transformer": 1200}
+STEPS = {"lenet-300": 4700, "lenet-5": 2500, "transformer": 600}
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
