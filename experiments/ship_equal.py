@@ -92,28 +92,33 @@ def ours(weights: Named, step: float) -> tuple[int, dict[str, Tensor]]:
 
 
 def equal_rows(
-    network: str, weights: Named, score: Callable[[Named], float]
+    network: str, weights: Named, score: Callable[[Named], float] | None
 ) -> Iterator[Row]:
     """Yield bytes of both at equal loss; a row that says so where NNCodec is not there.
 
     Args:
         network: its name.
         weights: a state dict of float32.
-        score: returns that of a model with other weights, in per cent.
+        score: returns that of a model with other weights, in per cent; ``None``: only
+            squared errors are compared.
     """
     if not nncodec.installed():
         yield row("equal", network, "NNCodec", note="not installed: no figure")
         return
-    full = score(weights)
+
+    def lost(state: Named) -> float:
+        return full - score(state) if score is not None else math.nan
+
+    full = score(weights) if score is not None else 0.0
     size = deviation_of(weights)
     mine, theirs = [], []
     for octave in OCTAVES:
         nbytes, state = ours(weights, size * 2.0**octave)
-        mine.append(Point(nbytes, full - score(state), squares(state, weights)))
+        mine.append(Point(nbytes, lost(state), squares(state, weights)))
     for qp in QPS:
         stream = nncodec.encode(weights, qp)
         state = nncodec.decode(stream, weights)
-        theirs.append(Point(len(stream), full - score(state), squares(state, weights)))
+        theirs.append(Point(len(stream), lost(state), squares(state, weights)))
     values = sum(t.numel() for t in weights.values())
 
     def of(
@@ -130,7 +135,7 @@ def equal_rows(
             note=note,
         )
 
-    for drop in DROPS:
+    for drop in DROPS if score is not None else ():
         found = at_drop(mine, drop), at_drop(theirs, drop)
         if not any(map(math.isnan, found)):
             yield of(f"{drop:g} points lost", *found, drop=drop)
@@ -139,4 +144,5 @@ def equal_rows(
         same = at_error(mine, point.error)
         if not math.isnan(same):
             what = f"the squared error of NNCodec at qp {qp}"
-            yield of(what, same, point.nbytes, note=f"it loses {point.drop:.2f}")
+            note = f"it loses {point.drop:.2f}" if score is not None else ""
+            yield of(what, same, point.nbytes, note=note)
