@@ -19,7 +19,8 @@ from lc3.ship.model import RATE_WEIGHT
 from lc3.ship.rate import deviation_of
 
 OCTAVES = [e / 4 for e in range(-6, 9)]  # of steps, around the weights' deviation
-QPS = range(-28, -12)  # of NNCodec; four to an octave, too
+QPS = range(-10, 6)  # of NNCodec, above the one of the deviation; four to an octave
+SHOWN = (-6, -2, 2)  # of these, at equal squared error
 DROPS = (0.25, 0.5, 1.0)  # points
 
 
@@ -115,7 +116,8 @@ def equal_rows(
     for octave in OCTAVES:
         nbytes, state = ours(weights, size * 2.0**octave)
         mine.append(Point(nbytes, lost(state), squares(state, weights)))
-    for qp in QPS:
+    middle = round(4 * math.log2(size))  # NNCodec's step is about 2^(qp / 4)
+    for qp in range(middle + QPS.start, middle + QPS.stop):
         stream = nncodec.encode(weights, qp)
         state = nncodec.decode(stream, weights)
         theirs.append(Point(len(stream), lost(state), squares(state, weights)))
@@ -139,10 +141,10 @@ def equal_rows(
         found = at_drop(mine, drop), at_drop(theirs, drop)
         if not any(map(math.isnan, found)):
             yield of(f"{drop:g} points lost", *found, drop=drop)
-    for qp in (-24, -20, -16):
-        point = theirs[QPS.index(qp)]
+    for above in SHOWN:
+        point = theirs[QPS.index(above)]
         same = at_error(mine, point.error)
         if not math.isnan(same):
-            what = f"the squared error of NNCodec at qp {qp}"
+            what = f"the squared error of NNCodec at qp {middle + above}"
             note = f"it loses {point.drop:.2f}" if score is not None else ""
             yield of(what, same, point.nbytes, note=note)
