@@ -118,6 +118,12 @@ def scored(model: nn.Module, data: Data, state: Named) -> float:
     return data.score(model)
 
 
+def predicted(model: nn.Module, data: Data, state: Named) -> Tensor:
+    """Return what a model predicts with other weights."""
+    model.load_state_dict(state)
+    return data.predicted(model)
+
+
 def file_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Row]:
     """Yield whole files: bytes, and the score of what is loaded from them."""
     model, weights = MAKERS[network](), kept["weights"]
@@ -443,7 +449,11 @@ def main() -> None:
             "dct": partial(dct_rows, network, kept),
             "file": partial(file_rows, network, kept, data),
             "equal": partial(
-                equal_rows, network, kept["weights"], partial(scored, model, data)
+                equal_rows,
+                network,
+                kept["weights"],
+                partial(predicted, model, data),
+                data.answers,
             ),
             "pruned": partial(pruned_rows, network, kept, data),
             "kfac": partial(kfac_rows, network, data, options.seeds, console.print),
@@ -467,7 +477,7 @@ def main() -> None:
             floats = {n: t for n, t in tensors.items() if t.is_floating_point()}
             named = {n: t.float() for n, t in floats.items()}
             rows += exact_rows(path.name, named)
-            rows += equal_rows(path.name, named, None)
+            rows += equal_rows(path.name, named, None, None)
     measured = {(r["network"], _family(str(r["table"]))) for r in rows}
     old = read_csv(options.out) if options.out.exists() else []
     others = [r for r in old if (r["network"], _family(r["table"])) not in measured]

@@ -20,7 +20,7 @@ from lc3.checkpoint import load_checkpoint, save_checkpoint
 
 BATCH = 128
 CONTEXT = 64  # characters that the transformer sees
-GRADIENT_STEP = 1000
+GRADIENT_STEP = 1000  # or in the middle, if that is earlier
 
 
 def lenet_300() -> nn.Sequential:
@@ -66,12 +66,20 @@ class Pictures:
 
     def score(self, model: nn.Module) -> float:
         """Return the accuracy in per cent."""
-        x, y = self._test
+        return accuracy(self.predicted(model), self.answers)
+
+    @property
+    def answers(self) -> Tensor:
+        """The labels of the test set."""
+        return self._test[1]
+
+    def predicted(self, model: nn.Module) -> Tensor:
+        """Return the likeliest label of each picture of the test set."""
         model.eval()
         with torch.no_grad():
-            parts = [model(part).argmax(1) for part in x.split(500)]
+            parts = [model(part).argmax(1) for part in self._test[0].split(500)]
         model.train()
-        return 100 * (torch.cat(parts) == y).double().mean().item()
+        return torch.cat(parts)
 
 
 class Characters:
@@ -87,13 +95,24 @@ class Characters:
 
     def score(self, model: nn.Module) -> float:
         """Return how many per cent of the next bytes are the likeliest one."""
-        generator = torch.Generator().manual_seed(1)
-        x, y = self._cut(self._test, 256, generator)
+        return accuracy(self.predicted(model), self.answers)
+
+    @property
+    def answers(self) -> Tensor:
+        """The bytes that follow in the test text."""
+        return self._drawn()[1].flatten()
+
+    def predicted(self, model: nn.Module) -> Tensor:
+        """Return the likeliest next byte at each place of the test text."""
         model.eval()
         with torch.no_grad():
-            right = (model(x).argmax(-1) == y).double().mean().item()
+            found: Tensor = model(self._drawn()[0]).argmax(-1).flatten()
         model.train()
-        return float(100 * right)
+        return found
+
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        return self._cut(self._test, 256, generator)
 
     @staticmethod
     def _cut(
@@ -104,13 +123,18 @@ class Characters:
         return text[places], text[places + 1]
 
 
+def accuracy(predicted: Tensor, answers: Tensor) -> float:
+    """Return how many per cent of predictions are right."""
+    return 100 * (predicted == answers).double().mean().item()
+
+
 Data = Pictures | Characters
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "lenet-300": lenet_300,
     "lenet-5": lenet_5,
     "transformer": transformer,
 }
-STEPS = {"lenet-300": 4700, "lenet-5": 2500, "transformer": 600}
+STEPS = {"lenet-300": 4700, "lenet-5": 2500, "transformer": 300}
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -64,10 +64,10 @@ def test_bytes_at_equal_loss_are_of_a_curve_made_monotone() -> None:
     points = [(100, 0.0), (80, 0.4), (64, 0.2), (50, 1.3), (40, 2.3)]
     curve = [ship_equal.Point(n, drop, 100 / n) for n, drop in points]
     # 80 and 64 bytes lose 0.3 both; half way to 1.3 is half way in the logarithm.
-    assert ship_equal.at_drop(curve, 0.8) == pytest.approx((64 * 50) ** 0.5)
-    assert ship_equal.at_error(curve, 100 / 80) == pytest.approx(80)
-    assert np.isnan(ship_equal.at_drop(curve, 2.4))
-    assert np.isnan(ship_equal.at_error(curve, 0.5))
+    assert ship_equal.at(curve, "drop", 0.8) == pytest.approx((64 * 50) ** 0.5)
+    assert ship_equal.at(curve, "error", 100 / 80) == pytest.approx(80)
+    assert np.isnan(ship_equal.at(curve, "drop", 2.4))
+    assert np.isnan(ship_equal.at(curve, "error", 0.5))
 
 
 def test_the_page_has_what_the_result_file_says() -> None:
