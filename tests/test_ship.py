@@ -224,11 +224,12 @@ def test_cheap_numbers_have_less_error_in_a_file_of_as_many_bits(
 ) -> None:
     state = {"w": torch.from_numpy(quiet_rows(200, 300)).float()}
     off = {}
-    for weight in (0.0, 0.1, None):
+    for weight in (0.0, 0.05, 0.1, None):
         ship.save(state, tmp_path / "m.lc3m", bits=1.0, rate_weight=weight)
         found = ship.load(tmp_path / "m.lc3m")["w"]
         off[weight] = float((found - state["w"]).square().sum())
-    assert off[None] == off[0.1] < 0.9 * off[0.0]
+    assert off[None] == off[0.05] < 0.95 * off[0.0]
+    assert off[0.1] < off[0.05]
     ship.save(state, tmp_path / "m.lc3m", step=1.0)
     found = ship.load(tmp_path / "m.lc3m")["w"]
     assert (found - state["w"]).abs().max() <= 0.5001  # step alone: the nearest
