@@ -16,7 +16,7 @@ from experiments.ship_tables import Row, row
 from lc3 import ship
 
 DENSITIES = (0.05, 0.02)
-STEPS = {"lenet-300": 2000, "lenet-5": 800}
+STEPS = {"lenet-300": 1000, "lenet-5": 600}
 TUNING = 300  # steps
 SAMPLES = 5120  # of the Fisher
 UNIFORM = "magnitude, the same density in each layer"
