@@ -52,7 +52,7 @@ QPS = (-24, -20, -16)
 RANK_BUDGETS = (0.02, 0.05, 0.1, 0.2)  # of the cost of all ranks
 MEMORY_WAYS = ("exact", "steps, zstd")
 DENSITIES = (0.05, 0.02)
-FINE_TUNING = 600  # steps
+FINE_TUNING = 400  # steps
 
 
 def sources_of(kept: dict[str, Named]) -> dict[str, Named]:
@@ -198,7 +198,7 @@ def pruned_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Ro
         def again(_step: int, _optimizer: object, masks: Any = masks) -> None:
             masks.apply()
 
-        train(model, data, FINE_TUNING, seed=1, lr=0.01, after=again)
+        train(model, data, FINE_TUNING, seed=1, lr=0.03, after=again)
         state = {n: t.clone() for n, t in model.state_dict().items()}
         tuned = data.score(model)
         yield row(

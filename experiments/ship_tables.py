@@ -49,7 +49,7 @@ TITLES = {  # of tables, in the order of the page
     "dct": "The DCT's gate on kernels, steps of 1 σ, at equal error",
     "file": "Whole files, no training afterwards",
     "equal": "Whole files beside NNCodec's at equal loss and at equal squared error",
-    "pruned": "Pruned by one magnitude threshold, 600 steps of fine-tuning",
+    "pruned": "Pruned by one magnitude threshold, 400 steps of fine-tuning",
     "non-zero": "Positions and values of pruned weights",
     "kfac": "Which weights go: mean score of seeds after fine-tuning",
     "ranks": "Energy that low ranks lose, of what one rank for all layers loses",
