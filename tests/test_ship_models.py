@@ -148,6 +148,11 @@ def test_the_kfac_score_is_that_of_the_dense_inverse() -> None:
     expected = 0.5 * weight.square() / inverse
     found = pruning.obs_score(weight, a, g, damping=1e-12)
     assert ((found - expected).abs() / expected).max() < 1e-5
+    # What is split between the factors does not matter, damped or not.
+    damped = pruning.obs_score(weight, a, g, damping=0.1)
+    again = pruning.obs_score(weight, 100 * a, g / 100, damping=0.1)
+    assert torch.allclose(damped, again, rtol=1e-12)
+    assert not torch.allclose(damped, found, rtol=0.01)
 
 
 def test_the_factors_are_second_moments_of_inputs_and_gradients() -> None:
