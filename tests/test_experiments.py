@@ -17,7 +17,6 @@ from rich.console import Console
 from experiments import (
     bench_codec,
     bench_gpu,
-    bench_ship,
     demo,
     growth,
     keep,
@@ -25,6 +24,8 @@ from experiments import (
     methods,
     prose,
     record,
+    ship_tables,
+    ship_works,
     summary,
     tables,
     train,
@@ -83,7 +84,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "links": lambda: tables.links_markdown(of_file("digits", "links")),
     "growth": lambda: growth.table(of_file("growth")),
     "memory": lambda: memory.table(of_file("memory")),
-    "ship": lambda: bench_ship.page(of_file("ship")),
+    "ship": lambda: ship_tables.page(of_file("ship")),
+    "works": lambda: ship_works.table(of_file("ship")),
     "gpu": lambda: bench_gpu.markdown(of_file("gpu")),
     "speed": lambda: (
         bench_codec.speed_table(of_file("codec"))

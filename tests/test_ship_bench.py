@@ -8,9 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import huffman, ship_equal, ship_memory, ship_tables, ship_works
-from experiments.record import read_csv
-from experiments.tables import insert
-from tests.rooms import ROOT
 
 
 @given(st.lists(st.sampled_from([0] * 30 + [1, -2, 3]), min_size=1, max_size=900))
@@ -68,13 +65,6 @@ def test_bytes_at_equal_loss_are_of_a_curve_made_monotone() -> None:
     assert ship_equal.at(curve, "error", 100 / 80) == pytest.approx(80)
     assert np.isnan(ship_equal.at(curve, "drop", 2.4))
     assert np.isnan(ship_equal.at(curve, "error", 0.5))
-
-
-def test_the_page_has_what_the_result_file_says() -> None:
-    rows = read_csv(ROOT / "experiments/results/ship.csv")
-    text = (ROOT / "docs/explanation/ship.md").read_text()
-    assert insert(text, "works", ship_works.table(rows)) == text
-    assert insert(text, "ship", ship_tables.page(rows)) == text
 
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
