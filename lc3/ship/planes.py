@@ -101,7 +101,7 @@ def decode(
 
 def compressed(data: Bytes, level: int = 3) -> bytes:
     """Return bytes as one zstd frame that says its content size."""
-    return zstandard.ZstdCompressor(level=level).compress(data.tobytes())
+    return zstandard.ZstdCompressor(level=level).compress(data.data)
 
 
 def decompress(data: memoryview, size: int) -> Bytes:

@@ -188,6 +188,7 @@ def section(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> bytes:
         width = 1 if largest < 128 else 2 if largest < 1 << 15 else 4
         narrow = numbers.astype(_WIDTHS[width]).view(np.uint8)
         code = bytes([width]) + planes.compressed(narrow)
+        del narrow
     else:
         code = contexts.encode(numbers, rows_of(shape))
     head = struct.pack("<BBf", steps.transform, CODERS.index(steps.coder), steps.step)
