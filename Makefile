@@ -59,7 +59,7 @@ evaluate: $(READY)
 endif
 
 # Shipped models beside their rivals: exact, coarse, pruned; an hour on one core. WEIGHTS
-# are files to ship exactly, too. nncodec needs a compiler and zipnn a wheel: without them
+# are files to ship, too. nncodec needs a compiler and zipnn a wheel: without them
 # their rows say so.
 DATA := /usr/share/datasets/fashion-mnist
 WEIGHTS :=

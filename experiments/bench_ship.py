@@ -22,43 +22,37 @@ import zstandard
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import huffman
+from experiments import huffman, nncodec, ship_memory, ship_works
 from experiments.record import read_csv, stamped, write_csv
+from experiments.ship_equal import equal_rows
+from experiments.ship_information import information_rows
+from experiments.ship_kfac import kfac_rows
 from experiments.ship_models import MAKERS, Data, data_of, prepared, train
+from experiments.ship_tables import (
+    TITLES,
+    Named,
+    Row,
+    deviation,
+    matrices,
+    order_0,
+    page,
+    row,
+)
 from experiments.tables import insert
 from lc3 import ship
-from lc3.ship import bloomier, centres, choose, contexts, planes, steps
+from lc3.errors import ConfigError
+from lc3.ship import bloomier, centres, choose, contexts, planes, ranks, steps
 from lc3.ship.choose import Lossy, section_of
 from lc3.ship.model import opened
 from lc3.ship.steps import Steps
 
-Row = dict[str, object]
-Named = dict[str, Tensor]
 STEP_SIZES = (1.0, 2.0)  # in deviations of all values
 BITS = (3.0, 2.0, 1.5, 1.0)
 QPS = (-24, -20, -16)
+RANK_BUDGETS = (0.02, 0.05, 0.1, 0.2)  # of the cost of all ranks
+MEMORY_WAYS = ("exact", "steps, zstd")
 DENSITIES = (0.05, 0.02)
-FINE_TUNING = 600  # steps
-
-
-def row(table: str, network: str, what: str, **figures: object) -> Row:
-    """Return one line of the result file; figures that it has not are empty."""
-    columns = (
-        *("bytes", "bits", "rival_bits", "ratio", "score", "drop", "mb_s_in"),
-        *("mb_s_out", "note"),
-    )
-    empty: Row = dict.fromkeys(columns, "")
-    named: Row = {"table": table, "network": network, "what": what}
-    rounded = {
-        k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()
-    }
-    assert rounded.keys() <= empty.keys()
-    return {**named, **empty, **rounded}
-
-
-def matrices(named: Named) -> Named:
-    """Return the weights: tensors of two dimensions and more."""
-    return {n: t for n, t in named.items() if t.ndim > 1 and t.is_floating_point()}
+FINE_TUNING = 400  # steps
 
 
 def sources_of(kept: dict[str, Named]) -> dict[str, Named]:
@@ -67,18 +61,6 @@ def sources_of(kept: dict[str, Named]) -> dict[str, Named]:
     delta = {n: later[n] - middle[n] for n in middle}
     found = {name: kept[name] for name in ("gradient", "momentum")}
     return {**found, "delta of ten steps": delta, "weights": kept["weights"]}
-
-
-def deviation(named: Named) -> float:
-    """Return the standard deviation of all values together."""
-    flat = [t.flatten() for t in named.values() if t.is_floating_point()]
-    return float(torch.cat(flat).std())
-
-
-def order_0(numbers: np.ndarray) -> float:
-    """Return the entropy of numbers in bits, all together."""
-    _, counts = np.unique(numbers, return_counts=True)
-    return float((counts * np.log2(numbers.size / counts)).sum())
 
 
 def coder_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
@@ -119,7 +101,7 @@ def dct_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
             sizes = []
             for transform in (True, False):
                 plan = Lossy(lossy.step, transform=transform)
-                section = section_of(key, tensor, None, plan)
+                section = section_of(key, tensor.contiguous(), None, plan)
                 sizes.append(8 * len(section.data) / tensor.numel())
             assert sizes[0] <= sizes[1]
             yield row(
@@ -134,6 +116,12 @@ def scored(model: nn.Module, data: Data, state: Named) -> float:
     """Return a model's score with other weights."""
     model.load_state_dict(state)
     return data.score(model)
+
+
+def predicted(model: nn.Module, data: Data, state: Named) -> Tensor:
+    """Return what a model predicts with other weights."""
+    model.load_state_dict(state)
+    return data.predicted(model)
 
 
 def file_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Row]:
@@ -167,7 +155,7 @@ def file_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Row]
         yield of("lc3, zstd, 2 bits", size, ship.load(path))
         size = ship.save(weights, path, bits=2.0, dither_seed=1)
         yield of("lc3, dither, 2 bits", size, ship.load(path))
-    yield from nncodec_rows(network, weights, of)
+    yield from nncodec_rows(weights, of)
 
 
 def per_layer(weights: Named, bits: float) -> tuple[int, Named]:
@@ -178,7 +166,7 @@ def per_layer(weights: Named, bits: float) -> tuple[int, Named]:
         size, state = 0, {}
         for name, tensor in weights.items():
             lossy = Lossy(middle * max(float(tensor.std()), 1e-12))
-            section = section_of(name, tensor, None, lossy)
+            section = section_of(name, tensor.contiguous(), None, lossy)
             size += len(section.data)
             state[name] = section.decoded
         if 8 * size > bits * sum(t.numel() for t in weights.values()):
@@ -188,21 +176,13 @@ def per_layer(weights: Named, bits: float) -> tuple[int, Named]:
     return size, state
 
 
-def nncodec_rows(
-    network: str, weights: Named, of: Callable[[str, int, Named], Row]
-) -> Iterator[Row]:
-    """Yield NNCodec's bytes and scores, or a row that says it is not there."""
-    if importlib.util.find_spec("nncodec") is None:
-        yield row("file", network, "NNCodec 2.1.3", note="not installed: no figure")
-        return
-    nnc: Any = importlib.import_module("nncodec.nnc")
-    with tempfile.TemporaryDirectory() as folder:
-        for qp in QPS:
-            state = {name: tensor.clone() for name, tensor in weights.items()}
-            stream = nnc.encode(state, {"qp": qp, "results": folder, "verbose": False})
-            decoded = nnc.decode(stream, {"results": folder, "verbose": False})
-            found = {n: torch.as_tensor(decoded[n]) for n in weights}
-            yield of(f"NNCodec 2.1.3, qp {qp}", len(stream), found)
+def nncodec_rows(weights: Named, of: Callable[[str, int, Named], Row]) -> Iterator[Row]:
+    """Yield NNCodec's bytes and scores; none where it is not installed."""
+    version = nncodec.installed()
+    for qp in QPS if version else ():
+        stream = nncodec.encode(weights, qp)
+        found = nncodec.decode(stream, weights)
+        yield of(f"NNCodec {version}, qp {qp}", len(stream), found)
 
 
 def pruned_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Row]:
@@ -218,7 +198,7 @@ def pruned_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Ro
         def again(_step: int, _optimizer: object, masks: Any = masks) -> None:
             masks.apply()
 
-        train(model, data, FINE_TUNING, seed=1, lr=0.01, after=again)
+        train(model, data, FINE_TUNING, seed=1, lr=0.03, after=again)
         state = {n: t.clone() for n, t in model.state_dict().items()}
         tuned = data.score(model)
         yield row(
@@ -228,7 +208,7 @@ def pruned_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Ro
             note=f"before fine-tuning {before:.2f}",
         )
         size = deviation({n: t[t != 0] for n, t in matrices(state).items()})
-        step = size / 2
+        step = size / 4
         huffman_bytes, coder_bytes, filter_bytes = 0, 0, 0
         for tensor in matrices(state).values():
             numbers = steps.quantize(tensor.double().numpy(), Steps(step))
@@ -326,6 +306,7 @@ def speed_rows(network: str, weights: Named) -> Iterator[Row]:
     other = np.empty_like(data)
     _, copied = clocked(lambda: np.copyto(other, data), 50)
     yield row("speed", network, "memcpy", mb_s_in=tensor.nbytes / copied / 1e6)
+    bits = 0.0
     for coder in steps.CODERS:
         lossy = Lossy(deviation(weights), coder=coder, transform=False)
         section, enter = clocked(
@@ -334,12 +315,89 @@ def speed_rows(network: str, weights: Named) -> Iterator[Row]:
         shape = tuple(tensor.shape)
         found, leave = clocked(partial(steps.decode, section.data, shape), 3)
         assert torch.equal(found, section.decoded)
+        found_bits = 8 * len(section.data) / tensor.numel()
+        bits = bits or found_bits
         yield row(
             *("speed", network, f"steps of 1 σ, {coder}"),
-            bits=8 * len(section.data) / tensor.numel(),
+            bits=found_bits,
             mb_s_in=tensor.nbytes / enter / 1e6,
             mb_s_out=tensor.nbytes / leave / 1e6,
         )
+    yield from nncodec_speed_rows(network, tensor, bits)
+
+
+def rank_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
+    """Yield energy that low ranks lose at a budget, each rule beside uniform rank."""
+    for name, named in sources_of(kept).items():
+        layers = []
+        for tensor in matrices(named).values():
+            flat = tensor.flatten(1).double()
+            spectrum = torch.linalg.svdvals(flat).square().numpy()
+            layers.append(ranks.Layer(spectrum, float(sum(flat.shape))))
+        whole = sum(layer.cost * layer.largest for layer in layers)
+        for budget in RANK_BUDGETS:
+            lost = {}
+            for rule in (ranks.uniform, ranks.greedy, ranks.enc_map):
+                try:
+                    found = rule(layers, budget)
+                except ConfigError:
+                    continue  # less than rank 1 of each layer takes
+                spent = sum(a.cost * r for a, r in zip(layers, found, strict=True))
+                if spent > 1.01 * budget * whole:
+                    continue  # ENC-Map goes to no less than a tenth of a layer's ranks
+                lost[rule.__name__] = ranks.energy_lost(layers, found)
+            for rule_name in ("greedy", "enc_map") if "uniform" in lost else ():
+                if rule_name in lost:
+                    yield row(
+                        *("ranks", network, f"{name}, {budget:.0%}, {rule_name}"),
+                        ratio=lost[rule_name] / lost["uniform"],
+                        note=f"{lost[rule_name]:.2%} of the energy",
+                    )
+
+
+def memory_rows(megabytes: int) -> Iterator[Row]:
+    """Yield peak memory and speed of shipping a large file, and of unshipping it."""
+    tensors = 16
+    with tempfile.TemporaryDirectory() as folder:
+        source, shipped = Path(folder) / "m.safetensors", Path(folder) / "shipped.lc3m"
+        ship_memory.write(source, megabytes, tensors)
+        size = source.stat().st_size
+        for way in MEMORY_WAYS:
+            there = ship_memory.measured(source, way)
+            back = ship_memory.measured(shipped, way, back=True)
+            promised = 1 + 2 / tensors
+            for what, found in (("ship", there), ("unship", back)):
+                speed = size / found["seconds"] / 1e6
+                yield row(
+                    *("memory", f"{megabytes} MB, {tensors} tensors", f"{way}, {what}"),
+                    bytes=int(found["peak_bytes"]),
+                    ratio=found["peak_bytes"] / size,
+                    mb_s_in=speed if found is there else "",
+                    mb_s_out=speed if found is back else "",
+                    note=f"promised {promised:.3f}",
+                )
+
+
+def nncodec_speed_rows(network: str, tensor: Tensor, bits: float) -> Iterator[Row]:
+    """Yield NNCodec's speed on the same tensor, where its bits are next to ours."""
+    version = nncodec.installed()
+    if not version:
+        return
+    state = {"w": tensor}
+
+    def off(qp: int) -> float:
+        return abs(8 * len(nncodec.encode(state, qp)) / tensor.numel() - bits)
+
+    qp = min(range(-28, -7, 4), key=off)
+    stream, enter = clocked(partial(nncodec.encode, state, qp), 3)
+    found, leave = clocked(partial(nncodec.decode, stream, state), 3)
+    assert (found["w"] - tensor).square().sum() < tensor.square().sum()
+    yield row(
+        *("speed", network, f"NNCodec {version}, qp {qp}"),
+        bits=8 * len(stream) / tensor.numel(),
+        mb_s_in=tensor.nbytes / enter / 1e6,
+        mb_s_out=tensor.nbytes / leave / 1e6,
+    )
 
 
 def clocked(job: Callable[[], Any], times: int) -> tuple[Any, float]:
@@ -352,73 +410,9 @@ def clocked(job: Callable[[], Any], times: int) -> tuple[Any, float]:
     return found, max(best, 1e-9)
 
 
-def table(rows: list[dict[str, str]], name: str) -> str:
-    """Return one table of the result file as Markdown; empty columns are left out."""
-    mine = [r for r in rows if r["table"] == name]
-    titles = {
-        "network": "network",
-        "what": "what",
-        "bytes": "bytes",
-        "bits": "bits a value",
-        "rival_bits": "order 0" if name == "coder" else "without",
-        "ratio": "ratio",
-        "score": "score, %",
-        "drop": "points lost",
-        "mb_s_in": "in, MB/s",
-        "mb_s_out": "out, MB/s",
-        "note": "note",
-    }
-    if name == "non-zero":
-        titles["bits"] = "bits a non-zero weight"
-    kept = {key: title for key, title in titles.items() if any(r[key] for r in mine)}
-    lines = ["| " + " | ".join(kept.values()) + " |"]
-    lines.append(
-        "|"
-        + "".join(
-            " --- |" if k in ("network", "what", "note") else " ---: |" for k in kept
-        )
-    )
-    for r in mine:
-        cells = [_cell(key, r[key]) for key in kept]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(key: str, value: str) -> str:
-    if not value or key in ("network", "what", "note"):
-        return value
-    digits = {"bytes": 0, "mb_s_in": 0, "mb_s_out": 0, "bits": 3, "rival_bits": 3}
-    return f"{float(value):,.{digits.get(key, 2)}f}"
-
-
 def _family(name: str) -> str:
     """Return which part of the benchmark makes a table."""
     return "pruned" if name == "non-zero" else name
-
-
-TABLES = ("coder", "dct", "file", "pruned", "non-zero", "exact", "speed")
-
-
-def page(rows: list[dict[str, str]]) -> str:
-    """Return all tables of the result file, with what they are of."""
-    titles = {
-        "coder": "Entropy coding, real bits beside order-0 entropy of each tensor",
-        "dct": "The DCT's gate on kernels, steps of 1 σ, at equal error",
-        "file": "Whole files, no training afterwards",
-        "pruned": "Pruned by one magnitude threshold, 600 steps of fine-tuning",
-        "non-zero": "Positions and values of pruned weights",
-        "exact": "Nothing lost",
-        "speed": "Speed on one core, of float32",
-    }
-    there = [name for name in TABLES if any(r["table"] == name for r in rows)]
-    parts = [f"**{titles[name]}.**\n\n{table(rows, name)}" for name in there]
-    r = rows[0]
-    said = (
-        f"One seed. {r['machine']}, {r['cores']} cores, busy with other work, one "
-        f"thread, seconds of the process; lc3 {r['lc3']} at commit {r['commit']}, "
-        f"torch {r['torch']}, numba {r['numba']}.\n"
-    )
-    return "\n".join([*parts, said])
 
 
 def main() -> None:
@@ -428,9 +422,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="trained networks")
     parser.add_argument("--networks", nargs="*", choices=MAKERS, default=list(MAKERS))
     parser.add_argument(
-        "--weights", nargs="*", type=Path, default=[], help="files to ship exactly, too"
+        "--weights", nargs="*", type=Path, default=[], help="files to ship, too"
     )
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--seeds", type=int, default=5, help="of the K-FAC rows")
+    parser.add_argument(
+        "--megabytes", type=int, default=1024, help="of the file of the memory rows"
+    )
+    parser.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument(
         "--out",
         type=Path,
@@ -445,11 +443,22 @@ def main() -> None:
     for network in options.networks:
         kept = prepared(options.models, network, options.data_dir)
         data = data_of(network, options.data_dir)
+        model = MAKERS[network]()
         makers: dict[str, Callable[[], Iterator[Row]]] = {
             "coder": partial(coder_rows, network, kept),
             "dct": partial(dct_rows, network, kept),
             "file": partial(file_rows, network, kept, data),
+            "equal": partial(
+                equal_rows,
+                network,
+                kept["weights"],
+                partial(predicted, model, data),
+                data.answers,
+            ),
             "pruned": partial(pruned_rows, network, kept, data),
+            "kfac": partial(kfac_rows, network, data, options.seeds, console.print),
+            "ranks": partial(rank_rows, network, kept),
+            "information": partial(information_rows, network, kept["weights"], data),
             "exact": partial(exact_rows, network, kept["weights"]),
             "speed": partial(speed_rows, network, kept["weights"]),
         }
@@ -461,18 +470,23 @@ def main() -> None:
                         highlight=False,
                     )
                     rows.append(found)
+    if "memory" in options.tables:
+        rows += memory_rows(options.megabytes)
     for path in options.weights:
         with opened(path) as tensors:
             floats = {n: t for n, t in tensors.items() if t.is_floating_point()}
             named = {n: t.float() for n, t in floats.items()}
             rows += exact_rows(path.name, named)
+            rows += equal_rows(path.name, named, None, None)
     measured = {(r["network"], _family(str(r["table"]))) for r in rows}
     old = read_csv(options.out) if options.out.exists() else []
     others = [r for r in old if (r["network"], _family(r["table"])) not in measured]
     write_csv(options.out, [*others, *stamped(rows)])
     if options.docs:
         text = options.docs.read_text()
-        text = insert(text, "ship", page(read_csv(options.out)))
+        whole = read_csv(options.out)
+        text = insert(text, "works", ship_works.table(whole))
+        text = insert(text, "ship", page(whole))
         options.docs.write_text(text)
 
 

@@ -20,7 +20,7 @@ from lc3.checkpoint import load_checkpoint, save_checkpoint
 
 BATCH = 128
 CONTEXT = 64  # characters that the transformer sees
-GRADIENT_STEP = 1000
+GRADIENT_STEP = 1000  # or in the middle, if that is earlier
 
 
 def lenet_300() -> nn.Sequential:
@@ -30,11 +30,16 @@ def lenet_300() -> nn.Sequential:
 
 
 def lenet_5() -> nn.Sequential:
-    """Return Caffe's LeNet-5 (20-50-500-10): 431,080 parameters on 28 by 28 pixels."""
-    return nn.Sequential(
+    """Return Caffe's LeNet-5 (20-50-500-10): 431,080 parameters on 28 by 28 pixels.
+
+    Kernels lie in memory with channels last, which is a third faster on one core.
+    """
+    model = nn.Sequential(
         *(nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10)),
     )
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def transformer() -> nn.Module:
@@ -55,14 +60,26 @@ class Pictures:
         chosen = torch.randint(len(self._y), (BATCH,), generator=generator)
         return self._x[chosen], self._y[chosen]
 
+    def test(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first pictures of the test set, and their labels."""
+        return self._test[0][:count], self._test[1][:count]
+
     def score(self, model: nn.Module) -> float:
         """Return the accuracy in per cent."""
-        x, y = self._test
+        return accuracy(self.predicted(model), self.answers)
+
+    @property
+    def answers(self) -> Tensor:
+        """The labels of the test set."""
+        return self._test[1]
+
+    def predicted(self, model: nn.Module) -> Tensor:
+        """Return the likeliest label of each picture of the test set."""
         model.eval()
         with torch.no_grad():
-            parts = [model(part).argmax(1) for part in x.split(500)]
+            parts = [model(part).argmax(1) for part in self._test[0].split(500)]
         model.train()
-        return 100 * (torch.cat(parts) == y).double().mean().item()
+        return torch.cat(parts)
 
 
 class Characters:
@@ -78,13 +95,24 @@ class Characters:
 
     def score(self, model: nn.Module) -> float:
         """Return how many per cent of the next bytes are the likeliest one."""
-        generator = torch.Generator().manual_seed(1)
-        x, y = self._cut(self._test, 256, generator)
+        return accuracy(self.predicted(model), self.answers)
+
+    @property
+    def answers(self) -> Tensor:
+        """The bytes that follow in the test text."""
+        return self._drawn()[1].flatten()
+
+    def predicted(self, model: nn.Module) -> Tensor:
+        """Return the likeliest next byte at each place of the test text."""
         model.eval()
         with torch.no_grad():
-            right = (model(x).argmax(-1) == y).double().mean().item()
+            found: Tensor = model(self._drawn()[0]).argmax(-1).flatten()
         model.train()
-        return float(100 * right)
+        return found
+
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        return self._cut(self._test, 256, generator)
 
     @staticmethod
     def _cut(
@@ -95,13 +123,18 @@ class Characters:
         return text[places], text[places + 1]
 
 
+def accuracy(predicted: Tensor, answers: Tensor) -> float:
+    """Return how many per cent of predictions are right."""
+    return 100 * (predicted == answers).double().mean().item()
+
+
 Data = Pictures | Characters
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "lenet-300": lenet_300,
     "lenet-5": lenet_5,
     "transformer": transformer,
 }
-STEPS = {"lenet-300": 4700, "lenet-5": 3750, "transformer": 1500}
+STEPS = {"lenet-300": 4700, "lenet-5": 2500, "transformer": 300}
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -151,7 +184,7 @@ def snapshots(name: str, data: Data) -> dict[str, dict[str, Tensor]]:
 
     def look(step: int, optimizer: torch.optim.Optimizer) -> None:
         named = dict(model.named_parameters())
-        if step == GRADIENT_STEP:
+        if step == min(GRADIENT_STEP, middle):
             kept["gradient"] = {n: _given(p.grad) for n, p in named.items()}
             kept["momentum"] = {
                 n: optimizer.state[p]["momentum_buffer"].clone()

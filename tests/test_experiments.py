@@ -17,7 +17,6 @@ from rich.console import Console
 from experiments import (
     bench_codec,
     bench_gpu,
-    bench_ship,
     demo,
     growth,
     keep,
@@ -25,6 +24,8 @@ from experiments import (
     methods,
     prose,
     record,
+    ship_tables,
+    ship_works,
     summary,
     tables,
     train,
@@ -88,7 +89,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sites": lambda: site_loss.table(of_file("sites")),
     "churn": lambda: churn.table(of_file("churn")),
     "speeds": lambda: speeds.table(of_file("speeds")),
-    "ship": lambda: bench_ship.page(of_file("ship")),
+    "ship": lambda: ship_tables.page(of_file("ship")),
+    "works": lambda: ship_works.table(of_file("ship")),
     "gpu": lambda: bench_gpu.markdown(of_file("gpu")),
     "speed": lambda: (
         bench_codec.speed_table(of_file("codec"))

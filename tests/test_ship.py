@@ -18,7 +18,16 @@ import lc3
 from lc3 import __main__ as command
 from lc3 import ship
 from lc3.errors import ConfigError, FormatError, InputError, StateError
-from lc3.ship import bloomier, centres, contexts, model, planes, static, steps
+from lc3.ship import (
+    bloomier,
+    centres,
+    contexts,
+    model,
+    planes,
+    rounding,
+    static,
+    steps,
+)
 from lc3.ship import format as layout
 from lc3.ship.choose import Lossy, section_of
 from lc3.ship.container import digest
@@ -168,6 +177,62 @@ def test_a_file_has_the_bits_that_were_asked_for(tmp_path: Path, bits: float) ->
     written = ship.save(state, tmp_path / "m.lc3m", bits=bits)
     assert written == (tmp_path / "m.lc3m").stat().st_size
     assert 0.98 * bits < 8 * written / numel <= bits
+
+
+def quiet_rows(rows: int, columns: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    active = random.exponential(size=(rows, 1)) * random.exponential(size=(1, columns))
+    return np.asarray(random.laplace(size=(rows, columns)) * active)
+
+
+@given(seed=st.integers(0, 99), step=st.sampled_from([0.3, 1.0, 4.0]))
+@settings(max_examples=30)
+def test_without_a_weight_each_value_gets_the_nearest_number(
+    seed: int, step: float
+) -> None:
+    x = np.random.default_rng(seed).laplace(size=(7, 30)).reshape(-1)
+    found = rounding.cheapest(x, 7, step, 0.0)
+    assert (found == np.rint(x / step)).all()
+    cheap = rounding.cheapest(x, 7, step, 0.2)
+    near = np.minimum(abs(x / step - cheap), abs(x / step))
+    assert ((near <= 2) & (abs(cheap) <= abs(found) + 1)).all()
+    assert (cheap * x >= 0).all()
+
+
+def test_a_number_is_the_cheapest_of_all_by_the_bits_that_were_counted() -> None:
+    """The chosen numbers are those of a search of every number, in Python."""
+    x, step, weight = np.array([0.0, 0.4, 0.6, -1.4, 1.6, -2.4, 30.0]), 1.0, 0.2
+    bits = np.random.default_rng(0).random((24, 16)) * 6
+    numbers, counts = np.empty(x.size, np.int32), np.zeros((24, 16))
+    rounding.choose(
+        x, np.zeros(1), np.full(x.size, 3.0), step, weight, bits, numbers, counts
+    )
+
+    def cost(value: float, number: int) -> float:
+        rate = bits[3, min(number, 15)] + 2 * max(0.0, math.log2(max(number, 1) / 15))
+        return float((abs(value) / step - number) ** 2 + weight * rate)
+
+    for value, number in zip(x, numbers, strict=True):
+        around = {0, *range(max(0, int(abs(value)) - 1), int(abs(value)) + 2)}
+        assert abs(number) == min(around, key=lambda k: cost(value, k))
+    assert counts[3].sum() == x.size
+    assert counts.sum() == x.size
+
+
+def test_cheap_numbers_have_less_error_in_a_file_of_as_many_bits(
+    tmp_path: Path,
+) -> None:
+    state = {"w": torch.from_numpy(quiet_rows(200, 300)).float()}
+    off = {}
+    for weight in (0.0, 0.05, 0.1, None):
+        ship.save(state, tmp_path / "m.lc3m", bits=1.0, rate_weight=weight)
+        found = ship.load(tmp_path / "m.lc3m")["w"]
+        off[weight] = float((found - state["w"]).square().sum())
+    assert off[None] == off[0.05] < 0.95 * off[0.0]
+    assert off[0.1] < off[0.05]
+    ship.save(state, tmp_path / "m.lc3m", step=1.0)
+    found = ship.load(tmp_path / "m.lc3m")["w"]
+    assert (found - state["w"]).abs().max() <= 0.5001  # step alone: the nearest
 
 
 def test_tied_tensors_are_stored_once_and_tied_again(tmp_path: Path) -> None:
@@ -463,6 +528,13 @@ def _bad(**choices: Any) -> Callable[[Path], object]:
         (_bad(step=0.0), ConfigError, r"step=0\.0 must be a number above 0"),
         (_bad(step=math.nan), ConfigError, "step=nan must be a number above 0"),
         (_bad(lossless=True, step=1.0), ConfigError, "lossless=True and step contra"),
+        (_bad(rate_weight=2, bits=8), ConfigError, "rate_weight=2 must be a number fr"),
+        (_bad(rate_weight=0.1, error=1), ConfigError, "give bits or step with it"),
+        (
+            _bad(rate_weight=0.1, step=1.0, dither_seed=1),
+            ConfigError,
+            "make the error depend on the weights",
+        ),
         (_bad(coder="lzma"), ConfigError, "coder='lzma' must be one of context, zstd"),
         (_bad(indices="x"), ConfigError, "indices='x' must be 'exact' or 'bloomier'"),
         (_bad(indices="bloomier"), ConfigError, "give a step with it"),

@@ -148,6 +148,11 @@ def test_the_kfac_score_is_that_of_the_dense_inverse() -> None:
     expected = 0.5 * weight.square() / inverse
     found = pruning.obs_score(weight, a, g, damping=1e-12)
     assert ((found - expected).abs() / expected).max() < 1e-5
+    # What is split between the factors does not matter, damped or not.
+    damped = pruning.obs_score(weight, a, g, damping=0.1)
+    again = pruning.obs_score(weight, 100 * a, g / 100, damping=0.1)
+    assert torch.allclose(damped, again, rtol=1e-12)
+    assert not torch.allclose(damped, found, rtol=0.01)
 
 
 def test_the_factors_are_second_moments_of_inputs_and_gradients() -> None:
@@ -265,6 +270,36 @@ def test_information_is_bounded_and_does_not_see_a_scale() -> None:
         information.adaptive_bins(x, y[:5])
     with pytest.raises(InputError, match="must be finite"):
         information.adaptive_kde(x * torch.inf, y)
+
+
+def test_a_shipped_model_differs_only_where_it_does_so_more_than_another_seed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 4, generator=generator)
+    y = (x[:, 0] > 0).long()
+
+    def net(weight: Tensor) -> nn.Module:
+        layer = nn.Linear(4, 1, bias=False)
+        layer.weight.data = weight
+        return nn.Sequential(layer, nn.Tanh(), nn.Flatten())
+
+    full = net(torch.tensor([[1.0, 0.1, 0.0, 0.0]]))
+    near, other = (net(torch.tensor([[1.0, a, 0.0, 0.0]])) for a in (0.11, 0.4))
+    broken = net(torch.tensor([[0.5, 1.0, 0.0, 0.0]]))
+    idle = net(torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
+    for shipped, different in ((full, False), (near, False), (broken, True)):
+        found = list(information.compare(full, shipped, other, x, y, ["1"]))
+        assert [one.estimator for one in found] == ["bins", "kernels"]
+        assert all(one.telling for one in found)
+        assert [one.different for one in found] == [different] * 2
+    lost = list(information.compare(full, idle, other, x, y, ["1"]))
+    assert not any(one.telling or one.different for one in lost)
+    text = information.page(lost)
+    assert text.count("nothing: shuffled labels give more than half") == 2
+    assert text.count("| another seed |") == 2
+    same = found[0]._replace(shipped=found[0].full)
+    assert "| no more than another seed |" in information.page([same])
+    with pytest.raises(InputError, match="no layer '7'"):
+        list(information.compare(full, full, full, x, y, ["7"]))
 
 
 @pytest.mark.parametrize("name", MODULES)

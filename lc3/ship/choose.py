@@ -41,6 +41,7 @@ class Lossy:
         cluster: whether centres are tried for vectors.
         spatial: by name, the axis of a tensor that means a place.
         filtered: whether positions of weights that are not zero become a filter.
+        rate_weight: of a bit of a weight in squared steps; 0: nearest values.
     """
 
     step: float
@@ -51,6 +52,7 @@ class Lossy:
     cluster: bool = True
     spatial: Mapping[str, int] = field(default_factory=dict)
     filtered: bool = False
+    rate_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def section_of(
     x = tensor.to(wide).numpy()
     if base is not None:
         x = x - base.to(wide).numpy()
-    if not np.isfinite(x).all():
+    if not all(np.isfinite(x.reshape(-1)[p]).all() for p in steps.parts(x.size)):
         return exact(tensor, base)
     if lossy.filtered and base is None and tensor.ndim > 1:
         section = _filtered(tensor, x)
@@ -141,7 +143,7 @@ def _filtered(tensor: Tensor, x: Floats) -> Section | None:
 
 def _good(tensor: Tensor, decoded: Tensor, lossy: Lossy) -> bool:
     """Whether a decoded tensor is finite, and as near as it must be."""
-    if not bool(decoded.isfinite().all()):
+    if not all(bool(p.isfinite().all()) for p in decoded.reshape(-1).split(CHUNK)):
         return False
     if lossy.largest_error is None:
         return True
@@ -166,23 +168,26 @@ def _seed(name: str, lossy: Lossy) -> int | None:
     return (lossy.dither_seed + (zlib.crc32(name.encode()) << 32)) % (1 << 64)
 
 
-def _coded(x: Floats, how: Steps) -> tuple[bytes, Tensor] | None:
-    numbers = steps.quantize(x, how)
+def _coded(
+    x: Floats, how: Steps, rate_weight: float = 0.0
+) -> tuple[bytes, Tensor] | None:
+    numbers = steps.quantize(x, how, rate_weight)
     if numbers is None:
         return None
-    return steps.section(numbers, x.shape, how), steps.dequantize(numbers, x.shape, how)
+    return steps.section(numbers, x.shape, how), steps.replaced(numbers, x.shape, how)
 
 
 def _of_weights(name: str, x: Floats, lossy: Lossy) -> Found | None:
     """Return plain steps, or those of a DCT if they are smaller at equal error."""
     how = Steps(lossy.step, lossy.coder, 0, _seed(name, lossy))
-    plain = _coded(x, how)
+    plain = _coded(x, how, lossy.rate_weight)
     if plain is None:
         return None
     kind = _transform_of(name, x.shape, lossy)
     if kind:
         error = _squares(x, plain[1])
-        other = _coded(x, _as_near(x, how, kind, error))
+        finer = _as_near(x, how, kind, error, lossy.rate_weight)
+        other = _coded(x, finer, lossy.rate_weight)
         if (
             other is not None
             and len(other[0]) < len(plain[0])
@@ -202,16 +207,18 @@ def _transform_of(name: str, shape: tuple[int, ...], lossy: Lossy) -> int:
     return 0
 
 
-def _as_near(x: Floats, how: Steps, kind: int, error: float) -> Steps:
+def _as_near(
+    x: Floats, how: Steps, kind: int, error: float, rate_weight: float
+) -> Steps:
     """Return the largest steps of a transform whose squared error is no more."""
     low, high = 0.5 * how.step, 2.0 * how.step
     for _ in range(8):
         middle = math.sqrt(low * high)
         tried = Steps(middle, how.coder, kind, how.seed)
-        numbers = steps.quantize(x, tried)
+        numbers = steps.quantize(x, tried, rate_weight)
         if (
             numbers is not None
-            and _squares(x, steps.dequantize(numbers, x.shape, tried)) <= error
+            and _squares(x, steps.replaced(numbers, x.shape, tried)) <= error
         ):
             low = middle
         else:

@@ -60,7 +60,8 @@ def add_to(commands: Any, positive: Callable[[str], float]) -> None:
         "inspect",
         help="what a shipped model holds",
         description="Prints a table of a shipped model's tensors: how each is coded, "
-        "bits a value, and the step (an error is about half of it).",
+        "bits a value, and the step (nearest values are at most half of it away; where "
+        "--bits was given, some that cost fewer bits are farther).",
     )
     inspect.add_argument("file", type=Path, help="shipped model")
 

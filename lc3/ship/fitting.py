@@ -14,10 +14,11 @@ from torch import nn
 from lc3.errors import ConfigError
 from lc3.ship.choose import Lossy, section_of
 from lc3.ship.container import host
-from lc3.ship.model import PathLike, save
+from lc3.ship.model import RATE_WEIGHT, PathLike, save
 from lc3.ship.rate import deviation_of, float_values
 
 _ROUNDS = 10
+_WEIGHTS = (0.0, RATE_WEIGHT)
 _FINEST, _COARSEST = 2.0**-9, 2.0**4  # of the deviation of all weights
 
 
@@ -27,6 +28,7 @@ class Plan:
 
     Attributes:
         step: the distance of two values of a weight.
+        rate_weight: how much a bit counted, in squared steps.
         score: of the model that was shipped so.
         full_score: of the model as it is.
         nbytes: of the sections of all tensors.
@@ -34,6 +36,7 @@ class Plan:
     """
 
     step: float
+    rate_weight: float
     score: float
     full_score: float
     nbytes: int
@@ -41,7 +44,9 @@ class Plan:
 
     def save(self, model: nn.Module, path: PathLike) -> int:
         """Write a model with this step; return how many bytes the file has."""
-        return save(model.state_dict(), path, step=self.step)
+        return save(
+            model.state_dict(), path, step=self.step, rate_weight=self.rate_weight
+        )
 
 
 def fit(
@@ -49,8 +54,9 @@ def fit(
 ) -> Plan:
     """Return the plan of the smallest file whose score is at most ``drop`` lower.
 
-    The score is taken to fall as the step grows, as it does but for noise. Parameters
-    and buffers are what they were when it returns.
+    The score is taken to fall as the step grows, as it does but for noise. The step is
+    searched twice, for nearest numbers and for those that cost few bits. Parameters and
+    buffers are what they were when it returns.
 
     Args:
         model: trained; it is evaluated as it stands, in its own mode.
@@ -77,20 +83,20 @@ def fit(
     full = _score(evaluate, model)
     size, values = deviation_of(own), max(1, float_values(own))
 
-    def at(step: float) -> Plan:
+    def at(step: float, weight: float) -> Plan:
         found, nbytes = {}, 0
-        lossy = Lossy(step)
+        lossy = Lossy(step, rate_weight=weight)
         for name, tensor in own.items():
             section = section_of(name, host(tensor), None, lossy)
             found[name] = section.decoded.to(tensor.device)
             nbytes += len(section.data)
         model.load_state_dict(found)
         score = _score(evaluate, model)
-        return Plan(step, score, full, nbytes, 8 * nbytes / values)
+        return Plan(step, weight, score, full, nbytes, 8 * nbytes / values)
 
-    try:
+    def largest(weight: float) -> Plan:
         low, high = math.log2(_FINEST * size), math.log2(_COARSEST * size)
-        best = at(2.0**low)
+        best = at(2.0**low, weight)
         if best.score < full - drop:
             raise ConfigError(
                 f"even a step of {best.step:.3g} lowers the score from {full:.6g} to "
@@ -98,12 +104,15 @@ def fit(
             )
         for _ in range(_ROUNDS):
             middle = (low + high) / 2
-            plan = at(2.0**middle)
+            plan = at(2.0**middle, weight)
             if plan.score >= full - drop:
                 best, low = plan, middle
             else:
                 high = middle
         return best
+
+    try:
+        return min(map(largest, _WEIGHTS), key=lambda plan: plan.nbytes)
     finally:
         model.load_state_dict(own)
 

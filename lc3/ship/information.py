@@ -2,16 +2,19 @@
 
 A diagnostic, never a claim: with real widths every sample has a code of its own, so the
 information is log2 of the number of samples whatever the network knows. The label-
-shuffle control says so where it happens. Source: Chelombiev, Houghton, O'Donnell,
+shuffle control says so where it happens. ``compare`` puts a shipped model beside the
+one that it was made from, and beside another seed of the same training: what two seeds
+differ by is no effect of shipping. Source: Chelombiev, Houghton, O'Donnell,
 "Adaptive Estimators Show Information Compression in Deep Neural Networks", ICLR 2019
 (arXiv 1902.09037); the kernel bound is Kolchinsky and Tracey's (arXiv 1706.02419).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lc3.errors import InputError
 
@@ -104,6 +107,147 @@ def adaptive_kde(
         return whole - sum(len(p) / len(x) * _spread(p, variance) for p in parts)
 
     return Information(whole, of_labels(y), of_labels(mixed))
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Information]] = {
+    "bins": adaptive_bins,
+    "kernels": adaptive_kde,
+}
+
+
+class Comparison(NamedTuple):
+    """One layer of three models, by one estimator.
+
+    Attributes:
+        layer: its name.
+        units: how many values it has for a sample.
+        estimator: of ``ESTIMATORS``.
+        full: of the model as it was trained.
+        shipped: of the same model as it was received.
+        other: of another seed of the same training: the null.
+    """
+
+    layer: str
+    units: int
+    estimator: str
+    full: Information
+    shipped: Information
+    other: Information
+
+    @property
+    def telling(self) -> bool:
+        """Whether shuffled labels give at most half of what the labels give."""
+        return self.full.telling and self.shipped.telling
+
+    @property
+    def different(self) -> bool:
+        """Whether shipping changes more than another seed does, where it can tell."""
+        pairs = zip(self.full[:2], self.shipped[:2], self.other[:2], strict=True)
+        return self.telling and any(abs(b - a) > abs(c - a) for a, b, c in pairs)
+
+
+def compare(
+    full: nn.Module,
+    shipped: nn.Module,
+    other: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    layers: Iterable[str],
+) -> Iterator[Comparison]:
+    """Yield what layers say in a model, as it was shipped, and in another seed's.
+
+    Args:
+        full: trained.
+        shipped: of the same structure, with the weights that were received.
+        other: of the same structure, trained with another seed.
+        inputs: of some thousands of samples.
+        labels: int64[n].
+        layers: names of submodules, whose outputs are looked at.
+
+    Raises:
+        InputError: there is no such layer, or its output does not fit the labels.
+
+    Example:
+        >>> nets = [nn.Sequential(nn.Linear(3, 2), nn.Tanh()) for _ in range(3)]
+        >>> x, y = torch.randn(64, 3), torch.arange(64) % 2
+        >>> [c.layer for c in compare(*nets, x, y, ["1"])]
+        ['1', '1']
+    """
+    names = list(layers)
+    seen = [_outputs(model, inputs, names) for model in (full, shipped, other)]
+    for name in names:
+        for kind, estimate in ESTIMATORS.items():
+            found = [estimate(outputs[name], labels) for outputs in seen]
+            yield Comparison(name, seen[0][name].shape[1], kind, *found)
+
+
+def page(found: Sequence[Comparison]) -> str:
+    """Return a page of a report, as Markdown: each figure with its two controls.
+
+    Example:
+        >>> said = Information(2.0, 1.0, 0.25)
+        >>> print(page([Comparison("1", 10, "bins", said, said, said)]))
+        | layer | units | by | model | I(X; T) | I(T; Y) | shuffled labels | it says |
+        | --- | ---: | --- | --- | ---: | ---: | ---: | --- |
+        | 1 | 10 | bins | trained | 2.00 | 1.00 | 0.25 | |
+        | | | | shipped | 2.00 | 1.00 | 0.25 | no more than another seed |
+        | | | | another seed | 2.00 | 1.00 | 0.25 | |
+    """
+    titles = ("layer", "units", "by", "model", "I(X; T)", "I(T; Y)")
+    lines = [
+        f"| {' | '.join(titles)} | shuffled labels | it says |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for one in found:
+        first = f"{one.layer} | {one.units} | {one.estimator}"
+        models = {
+            "trained": one.full,
+            "shipped": one.shipped,
+            "another seed": one.other,
+        }
+        for name, said in models.items():
+            figures = " | ".join(f"{bits:.2f}" for bits in said)
+            words = verdict(one) + " " if name == "shipped" else ""
+            lines.append(f"| {first} | {name} | {figures} | {words}|")
+            first = "| |"
+    return "\n".join(lines)
+
+
+def verdict(one: Comparison) -> str:
+    """Return what may be said of a comparison, in words."""
+    if not one.telling:
+        return "nothing: shuffled labels give more than half"
+    return "more than another seed" if one.different else "no more than another seed"
+
+
+def _outputs(
+    model: nn.Module, inputs: Tensor, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return float[n, units] of each layer, with the model as in evaluation."""
+    modules = dict(model.named_modules())
+    if missing := [name for name in names if name not in modules]:
+        raise InputError(f"the model has no layer {missing[0]!r}")
+    found: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(_: nn.Module, _given: Any, output: Tensor) -> None:
+            found[name] = output.detach().flatten(1)
+
+        return keep
+
+    handles = [modules[n].register_forward_hook(keeper(n)) for n in names]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if idle := [name for name in names if name not in found]:
+        raise InputError(f"the model's forward pass does not reach layer {idle[0]!r}")
+    return found
 
 
 def _spread(x: np.ndarray, variance: float) -> float:

@@ -37,12 +37,17 @@ def encode(tensor: Tensor, base: Tensor | None) -> bytes:
     words = _words(tensor)
     others = None if base is None else _words(base)
     rotated, signed = _kind(tensor.dtype)
-    planes = np.empty((words.dtype.itemsize, min(CHUNK, words.size)), np.uint8)
+    width = words.dtype.itemsize
+    planes = np.empty((width, min(CHUNK, words.size)), np.uint8)
     compressor = zstandard.ZstdCompressor(level=_LEVEL)
     parts = []
     for start in range(0, words.size, CHUNK):
         chunk = words[start : start + CHUNK]
-        if others is None:
+        if others is None and width == 2:
+            _split_2(chunk, rotated, planes[0], planes[1])
+        elif others is None and width == 4:
+            _split_4(chunk, rotated, *planes)
+        elif others is None:
             _split(chunk, rotated, planes)
         else:
             other = others[start : start + CHUNK]
@@ -96,7 +101,7 @@ def decode(
 
 def compressed(data: Bytes, level: int = 3) -> bytes:
     """Return bytes as one zstd frame that says its content size."""
-    return zstandard.ZstdCompressor(level=level).compress(data.tobytes())
+    return zstandard.ZstdCompressor(level=level).compress(data.data)
 
 
 def decompress(data: memoryview, size: int) -> Bytes:
@@ -123,7 +128,7 @@ def _smallest(chunk: Bytes, compressor: zstandard.ZstdCompressor) -> bytes:
 
     zstd goes through all of a chunk only if it is worth it on the beginning.
     """
-    counts = np.bincount(chunk, minlength=256)
+    counts = static.histogram(chunk)
     if counts.max() == chunk.size:
         return bytes([_CONSTANT, 1, int(chunk[0])])
     mode, coded = _RAW, chunk.tobytes()
@@ -133,7 +138,7 @@ def _smallest(chunk: Bytes, compressor: zstandard.ZstdCompressor) -> bytes:
     if tried < 0.98 * min(1.0, expected / chunk.size):
         mode, coded = _ZSTD, compressor.compress(chunk.data)
     if expected < min(len(coded), chunk.size):
-        mode, coded = _RANS, static.encode(chunk)
+        mode, coded = _RANS, static.encode(chunk, counts)
     if len(coded) < chunk.size:
         return bytes([mode]) + varint(len(coded)) + coded
     return bytes([_RAW]) + varint(chunk.size) + chunk.tobytes()
@@ -186,6 +191,30 @@ def _split(words: Any, rotated: bool, planes: Bytes) -> None:
             word = (word << np.uint64(1)) | (word >> np.uint64(top))
         for k in range(width):
             planes[k, i] = np.uint8((word >> np.uint64(8 * k)) & np.uint64(255))
+
+
+@kernel()
+def _split_2(words: Any, rotated: bool, low: Bytes, high: Bytes) -> None:
+    """Be ``_split`` to two planes, at the speed of memory."""
+    turn = np.uint32(1) if rotated else np.uint32(0)
+    for i in range(words.size):
+        word = np.uint32(words[i])
+        word = (word << turn) | (turn & (word >> np.uint32(15)))
+        low[i] = np.uint8(word & np.uint32(255))
+        high[i] = np.uint8((word >> np.uint32(8)) & np.uint32(255))
+
+
+@kernel()
+def _split_4(words: Any, rotated: bool, a: Bytes, b: Bytes, c: Bytes, d: Bytes) -> None:
+    """Be ``_split`` to four planes, at the speed of memory."""
+    turn = np.uint32(1) if rotated else np.uint32(0)
+    for i in range(words.size):
+        word = np.uint32(words[i])
+        word = (word << turn) | (turn & (word >> np.uint32(31)))
+        a[i] = np.uint8(word & np.uint32(255))
+        b[i] = np.uint8((word >> np.uint32(8)) & np.uint32(255))
+        c[i] = np.uint8((word >> np.uint32(16)) & np.uint32(255))
+        d[i] = np.uint8(word >> np.uint32(24))
 
 
 @kernel()

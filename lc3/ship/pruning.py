@@ -20,7 +20,7 @@ from lc3.errors import ConfigError
 
 Score = Literal["kfac", "magnitude", "fisher"]
 Batches = Iterable[Tensor]
-DAMPING = 1e-3  # of the mean diagonal of each factor
+DAMPING = 1e-3  # of every layer's Fisher, in squared nats
 
 
 class Masks:
@@ -100,7 +100,9 @@ def prune(
             Not looked at for ``"magnitude"``.
         density: of weights that stay, 0 < density ≤ 1.
         score: what matters.
-        damping: of ``"kfac"``: this share of a factor's mean diagonal is added to it.
+        damping: of ``"kfac"``: what is added to the diagonal of every layer's Fisher
+            matrix. The same for all layers: where the loss is flat a weight's size
+            decides.
 
     Raises:
         ConfigError: an argument is out of range, or there is no such layer or batch.
@@ -178,27 +180,29 @@ def obs_score(
         weight: [o, …], flattened to o rows of i inputs.
         inputs: A, float[i or i + 1, i or i + 1]: the last one is the bias's.
         outputs: G, float[o, o].
-        damping: share of each mean diagonal that is added.
+        damping: added to the diagonal of A ⊗ G, split between the factors so that
+            each is damped alike (Martens, Grosse, arXiv 1503.05671, section 6.3).
 
     Returns:
         Of the shape of ``weight``.
 
     Example:
-        >>> obs_score(torch.ones(1, 2), torch.eye(2), torch.eye(1), 1e-9)
+        >>> obs_score(torch.ones(1, 2), torch.eye(2), torch.eye(1), 1e-12)
         tensor([[0.5000, 0.5000]])
     """
     flat = weight.flatten(1).double()
-    a = _inverse_diagonal(inputs, damping)[: flat.shape[1]]
-    g = _inverse_diagonal(outputs, damping)
+    sizes = [f.double().diagonal().mean().clamp_min(1e-30) for f in (inputs, outputs)]
+    share = (sizes[0] / sizes[1]).sqrt()
+    a = _inverse_diagonal(inputs, damping**0.5 * share)[: flat.shape[1]]
+    g = _inverse_diagonal(outputs, damping**0.5 / share)
     found = 0.5 * flat.square() / (g[:, None] * a[None, :])
     return found.to(weight.dtype).view_as(weight)
 
 
-def _inverse_diagonal(factor: Tensor, damping: float) -> Tensor:
+def _inverse_diagonal(factor: Tensor, added: Tensor) -> Tensor:
     factor = factor.double()
-    mean = factor.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.linalg.inv(factor + damping * mean * eye)
+    inverse: Tensor = torch.linalg.inv(factor + added.clamp_min(1e-30) * eye)
     return inverse.diagonal()
 
 

@@ -17,20 +17,21 @@ from lc3.ship.format import Reader
 
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint16]
+Counts = NDArray[np.int64]
 
 STATES = 4
 _BITS = 12
 _SLOTS = 1 << _BITS
 
 
-def encode(data: Bytes) -> bytes:
+def encode(data: Bytes, counts: Counts | None = None) -> bytes:
     """Return bytes, of at least two kinds, as a code of their own.
 
     Args:
         data: uint8[n].
+        counts: of each byte, if they are known.
     """
-    counts = np.bincount(data, minlength=256)
-    shares = _shares(counts)
+    shares = _shares(histogram(data) if counts is None else counts)
     first = np.concatenate([[0], np.cumsum(shares)[:-1]]).astype(np.uint32)
     words = np.empty(data.size + 1, np.uint16)
     states = np.full(STATES, 1 << 16, np.uint32)
@@ -39,6 +40,32 @@ def encode(data: Bytes) -> bytes:
     table = np.packbits(present, bitorder="little").tobytes()
     table += shares[present].astype("<u2").tobytes()
     return table + states.astype("<u4").tobytes() + words[at:].astype("<u2").tobytes()
+
+
+def histogram(data: Bytes) -> Counts:
+    """Return int64[256]: how often each byte is in uint8[n].
+
+    Example:
+        >>> histogram(np.array([2, 0, 2], np.uint8))[:4].tolist()
+        [1, 0, 2, 0]
+    """
+    counts = np.zeros((4, 256), np.int64)
+    _count(data, counts)
+    total: Counts = counts.sum(0)
+    return total
+
+
+@kernel()
+def _count(data: Bytes, counts: Any) -> None:
+    """Count in int64[4, 256]; four, since equal bytes in a row would wait in one."""
+    whole = data.size // 4 * 4
+    for i in range(0, whole, 4):
+        counts[0, data[i]] += 1
+        counts[1, data[i + 1]] += 1
+        counts[2, data[i + 2]] += 1
+        counts[3, data[i + 3]] += 1
+    for i in range(whole, data.size):
+        counts[0, data[i]] += 1
 
 
 def decode(data: memoryview, size: int) -> Bytes:
@@ -64,14 +91,14 @@ def decode(data: memoryview, size: int) -> Bytes:
     return out
 
 
-def expected_bytes(counts: NDArray[np.int64]) -> float:
+def expected_bytes(counts: Counts) -> float:
     """Return about how long the code of bytes with these counts is."""
     some = counts[counts > 0]
     bits = float((some * np.log2(some.sum() / some)).sum())
     return bits / 8 + 32 + 2 * some.size + 4 * STATES
 
 
-def _shares(counts: NDArray[np.int64]) -> NDArray[np.uint32]:
+def _shares(counts: Counts) -> NDArray[np.uint32]:
     """Return how many of 4096 slots each byte has: at least one if it is there."""
     ideal = counts * (_SLOTS / counts.sum())
     shares = np.where(counts > 0, np.maximum(np.floor(ideal), 1), 0).astype(np.int64)
@@ -85,23 +112,65 @@ def _shares(counts: NDArray[np.int64]) -> NDArray[np.uint32]:
     return shares.astype(np.uint32)
 
 
+@kernel(inline="always")
+def _push(
+    x: np.uint32, share: np.uint32, shortly: float, first: np.uint32, word_due: bool
+) -> Any:
+    """Return the state before a byte, after a word has gone where one is due."""
+    x = x >> np.uint32(16) if word_due else x
+    quotient = np.uint32(np.int64(np.float64(x) * shortly))
+    return (quotient << np.uint32(12)) + (x - quotient * share) + first
+
+
 @kernel()
-def _encode(data: Bytes, shares: Any, first: Any, states: Any, words: Words) -> int:
-    """Write words from the last to the first; return where the first one is."""
-    at = words.size
-    for i in range(data.size - 1, -1, -1):
+def _encode(data: Bytes, shares: Any, first: Any, states: Any, words: Words) -> Any:
+    """Write words from the last to the first; return where the first one is.
+
+    A word is stored each time and counted where it is due, since a jump that cannot be
+    foreseen costs more.
+
+    Args:
+        data: uint8[n].
+        shares: uint32[256], 0 < share < 4096 of each byte that is there.
+        first: uint32[256], the first slot of each.
+        states: uint32[4], of the end; changed.
+        words: uint16[n + 1].
+    """
+    # Not below 1/share, so that a product's whole part is the quotient: it is off by
+    # 2^-19 at most, and a quotient that is not whole is 2^-12 away from the next.
+    shortly = np.zeros(256, np.float64)
+    least = np.zeros(256, np.uint32)  # state that sends a word
+    for byte in range(256):
+        if shares[byte]:
+            shortly[byte] = np.nextafter(1.0 / np.float64(shares[byte]), 2.0)
+            least[byte] = shares[byte] << np.uint32(20)
+    at = np.uint64(words.size - 1)
+    whole = data.size // 4 * 4
+    for i in range(data.size - 1, whole - 1, -1):
+        x, byte = states[i & 3], data[i]
+        words[at], due = x & np.uint32(0xFFFF), x >= least[byte]
+        at -= np.uint64(due)
+        states[i & 3] = _push(x, shares[byte], shortly[byte], first[byte], due)
+    a, b, c, d = states[0], states[1], states[2], states[3]
+    for i in range(whole - 4, -1, -4):
+        byte = data[i + 3]
+        words[at], due = d & np.uint32(0xFFFF), d >= least[byte]
+        at -= np.uint64(due)
+        d = _push(d, shares[byte], shortly[byte], first[byte], due)
+        byte = data[i + 2]
+        words[at], due = c & np.uint32(0xFFFF), c >= least[byte]
+        at -= np.uint64(due)
+        c = _push(c, shares[byte], shortly[byte], first[byte], due)
+        byte = data[i + 1]
+        words[at], due = b & np.uint32(0xFFFF), b >= least[byte]
+        at -= np.uint64(due)
+        b = _push(b, shares[byte], shortly[byte], first[byte], due)
         byte = data[i]
-        x = states[i & 3]
-        share = shares[byte]
-        if np.uint64(x) >= np.uint64(share) << np.uint64(20):
-            at -= 1
-            words[at] = x & np.uint32(0xFFFF)
-            x >>= np.uint32(16)
-        quotient = x // share
-        states[i & 3] = (
-            (quotient << np.uint32(12)) + (x - quotient * share) + first[byte]
-        )
-    return at
+        words[at], due = a & np.uint32(0xFFFF), a >= least[byte]
+        at -= np.uint64(due)
+        a = _push(a, shares[byte], shortly[byte], first[byte], due)
+    states[0], states[1], states[2], states[3] = a, b, c, d
+    return np.int64(at) + 1
 
 
 @kernel(inline="always")
@@ -111,11 +180,26 @@ def _step(x: np.uint32, entry: np.uint32) -> Any:
     return share * (x >> np.uint32(12)) + (entry & np.uint32(0xFFF))
 
 
+@kernel(inline="always")
+def _fed(x: np.uint32, word: np.uint16, due: bool) -> Any:
+    """Return a state that has taken in a word where one is due, without a jump."""
+    return (x << np.uint32(16)) | np.uint32(word) if due else x
+
+
 @kernel()
 def _decode(
     symbols: Any, shares: Any, states: Any, words: Words, many: int, out: Bytes
-) -> int:
-    """Write all bytes and the last states; return how many words were taken."""
+) -> Any:
+    """Write all bytes and the last states; return how many words were taken.
+
+    Args:
+        symbols: int64[*], the bytes that are there.
+        shares: uint32 of the same shape.
+        states: uint32[4], of the beginning; changed.
+        words: uint16[many + 4], 0 behind the end.
+        many: how many words there are.
+        out: uint8[*].
+    """
     table = np.empty(_SLOTS, np.uint32)  # of each slot: byte, share, place in the share
     filled = 0
     for k in range(symbols.size):
@@ -126,10 +210,11 @@ def _decode(
     slot = np.uint32(0xFFF)
     least = np.uint32(1 << 16)
     a, b, c, d = states[0], states[1], states[2], states[3]
-    at = 0
+    at = np.uint64(0)
+    end = np.uint64(many)
     whole = out.size // 4 * 4
     for i in range(0, whole, 4):
-        if at > many:
+        if at > end:
             return -1
         e = table[a & slot]
         f = table[b & slot]
@@ -140,28 +225,27 @@ def _decode(
         out[i + 2] = g >> np.uint32(24)
         out[i + 3] = h >> np.uint32(24)
         a, b, c, d = _step(a, e), _step(b, f), _step(c, g), _step(d, h)
-        if a < least:
-            a = (a << np.uint32(16)) | np.uint32(words[at])
-            at += 1
-        if b < least:
-            b = (b << np.uint32(16)) | np.uint32(words[at])
-            at += 1
-        if c < least:
-            c = (c << np.uint32(16)) | np.uint32(words[at])
-            at += 1
-        if d < least:
-            d = (d << np.uint32(16)) | np.uint32(words[at])
-            at += 1
+        due = a < least
+        a = _fed(a, words[at], due)
+        at += np.uint64(due)
+        due = b < least
+        b = _fed(b, words[at], due)
+        at += np.uint64(due)
+        due = c < least
+        c = _fed(c, words[at], due)
+        at += np.uint64(due)
+        due = d < least
+        d = _fed(d, words[at], due)
+        at += np.uint64(due)
     states[0], states[1], states[2], states[3] = a, b, c, d
     for i in range(whole, out.size):
-        if at > many:
+        if at > end:
             return -1
         x = states[i & 3]
         e = table[x & slot]
         out[i] = e >> np.uint32(24)
         x = _step(x, e)
-        if x < least:
-            x = (x << np.uint32(16)) | np.uint32(words[at])
-            at += 1
-        states[i & 3] = x
-    return at
+        due = x < least
+        states[i & 3] = _fed(x, words[at], due)
+        at += np.uint64(due)
+    return np.int64(at)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lc3.codec.instructions import kernel
 from lc3.errors import FormatError
-from lc3.ship import contexts, planes, transform
+from lc3.ship import contexts, planes, rounding, transform
 from lc3.ship.format import Reader, varint
 from lc3.ship.mixing import mixed
 
@@ -55,7 +55,7 @@ class Steps:
         object.__setattr__(self, "step", float(np.float32(self.step)))
 
 
-def quantize(x: Floats, steps: Steps) -> Numbers | None:
+def quantize(x: Floats, steps: Steps, rate_weight: float = 0.0) -> Numbers | None:
     """Return the numbers of values; ``None``: some are too large for such a step.
 
     Without a transform memory holds the numbers and a chunk of values beside ``x``.
@@ -63,6 +63,8 @@ def quantize(x: Floats, steps: Steps) -> Numbers | None:
     Args:
         x: float32[...] or float64[...], finite.
         steps: how.
+        rate_weight: of a bit in squared steps, where there is no dither; 0: each value
+            gets the nearest number.
 
     Returns:
         int32[numel].
@@ -74,6 +76,11 @@ def quantize(x: Floats, steps: Steps) -> Numbers | None:
     if steps.transform:
         x = transform.forward(x.astype(np.float64), axes_of(steps.transform, x.shape))
     flat = x.reshape(-1)
+    if rate_weight and steps.seed is None and flat.size:
+        largest = max(float(flat.max()), -float(flat.min()))
+        if largest / steps.step >= contexts.LARGEST - 1:
+            return None
+        return rounding.cheapest(flat, rows_of(x.shape), steps.step, rate_weight)
     numbers = np.empty(flat.size, np.int32)
     for part in parts(flat.size):
         scaled = flat[part].astype(np.float64) / steps.step
@@ -92,8 +99,16 @@ def dequantize(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> Tensor
         >>> dequantize(np.array([2, -4], np.int32), (2,), Steps(0.5))
         tensor([ 1., -2.])
     """
-    wide = np.float64 if steps.transform else np.float32
-    x: Any = np.empty(numbers.size, wide)
+    return replaced(numbers.copy(), shape, steps)
+
+
+def replaced(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> Tensor:
+    """Be ``dequantize`` in the memory of the numbers, which are lost.
+
+    With a transform the values need memory of their own.
+    """
+    wide = np.empty(numbers.size, np.float64) if steps.transform else None
+    x: Any = numbers.view(np.float32) if wide is None else wide
     with np.errstate(over="ignore"):
         for part in parts(x.size):
             values = numbers[part].astype(np.float64)
@@ -169,10 +184,11 @@ def rows_of(shape: tuple[int, ...]) -> int:
 def section(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> bytes:
     """Return the section of a tensor's numbers, int32[numel]."""
     if steps.coder == "zstd":
-        largest = int(np.abs(numbers).max(initial=0))
+        largest = max(int(numbers.max(initial=0)), -int(numbers.min(initial=0)))
         width = 1 if largest < 128 else 2 if largest < 1 << 15 else 4
         narrow = numbers.astype(_WIDTHS[width]).view(np.uint8)
         code = bytes([width]) + planes.compressed(narrow)
+        del narrow
     else:
         code = contexts.encode(numbers, rows_of(shape))
     head = struct.pack("<BBf", steps.transform, CODERS.index(steps.coder), steps.step)
@@ -216,7 +232,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Tensor:
         numbers = contexts.decode(code, numel, rows_of(shape) if numel else 1)
     else:
         numbers = _from_zstd(code, numel)
-    return dequantize(numbers, shape, steps)
+    return replaced(numbers, shape, steps)
 
 
 def _from_zstd(code: memoryview, numel: int) -> Numbers:
