@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,6 @@ def test_the_dockerfile_copies_what_there_is() -> None:
 
 
 SLURM = """
-SlurmdParameters=config_overrides
 ClusterName=lc3
 SlurmctldHost={host}
 AuthType=auth/munge
@@ -287,18 +287,36 @@ SlurmdPort={ports[1]}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
 ReturnToService=2
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 NodeName={host} CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=10 State=UP
 """
+# Several jobs at once on the one node, which is said to have more than there may be.
+SHARED = """
+SlurmdParameters=config_overrides
+SelectTypeParameters=CR_CPU
+"""
 
 
 @pytest.fixture
 def slurm() -> Iterator[dict[str, str]]:
     """A Slurm of one node that ends with the test; yields what sbatch must know."""
+    with started(SLURM, os.cpu_count() or 1) as given:
+        yield given
+
+
+@pytest.fixture
+def shared_slurm() -> Iterator[dict[str, str]]:
+    """See ``slurm``: one whose node takes four jobs of one processor at once."""
+    with started(SLURM + SHARED, 4) as given:
+        yield given
+
+
+@contextmanager
+def started(template: str, cpus: int) -> Iterator[dict[str, str]]:
+    """Have a Slurm run, until the end of the context."""
     folder = Path(tempfile.mkdtemp(prefix="slurm"))
     folder.chmod(0o755)
     for part in ("state", "spool"):
@@ -309,11 +327,11 @@ def slurm() -> Iterator[dict[str, str]]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     config = folder / "slurm.conf"
     config.write_text(
-        SLURM.format(
+        template.format(
             host=socket.gethostname().split(".")[0],
             folder=folder,
             ports=[s.getsockname()[1] for s in sockets],
-            cpus=max(4, os.cpu_count() or 1),  # said to be more than there may be
+            cpus=cpus,
         )
     )
     for held in sockets:
@@ -370,7 +388,7 @@ def test_slurm_takes_a_component_for_each_site(slurm: dict[str, str]) -> None:
 @needs_program("slurmd")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may start slurmd")
 def test_slurm_puts_replicas_of_torchft_into_the_queue_again(
-    slurm: dict[str, str], tmp_path: Path
+    shared_slurm: dict[str, str], tmp_path: Path
 ) -> None:
     """A lighthouse and two replicas; one is taken back by Slurm and joins again."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -381,13 +399,13 @@ def test_slurm_puts_replicas_of_torchft_into_the_queue_again(
 
     def submit(*arguments: str) -> str:
         command = "sbatch", "--parsable", "--output", f"{tmp_path}/%a", *arguments
-        return run(*command, **slurm, **given).strip().splitlines()[-1]
+        return run(*command, **shared_slurm, **given).strip().splitlines()[-1]
 
     def wait_for(ready: Callable[[], bool]) -> None:
         end = time.monotonic() + 120
         while not ready():
             logs = [path.read_text()[-2000:] for path in tmp_path.iterdir()]
-            assert time.monotonic() < end, (logs, run("squeue", **slurm))
+            assert time.monotonic() < end, (logs, run("squeue", **shared_slurm))
             time.sleep(0.2)
 
     def joined(replica: str) -> int:
@@ -399,21 +417,23 @@ def test_slurm_puts_replicas_of_torchft_into_the_queue_again(
     replicas = submit("--array", "0-1", script, "replica")
     try:
         wait_for(lambda: joined("0") == joined("1") == 1)
-        run("scontrol", "requeue", f"{replicas}_1", **slurm)
+        run("scontrol", "requeue", f"{replicas}_1", **shared_slurm)
         end = time.monotonic() + 60
         while "PENDING" not in run(
             *("squeue", "--noheader", "--format", "%T", "--job", f"{replicas}_1"),
-            **slurm,
+            **shared_slurm,
         ):
             assert time.monotonic() < end
             time.sleep(0.2)
-        run("scontrol", "update", f"jobid={replicas}_1", "starttime=now", **slurm)
+        run(
+            "scontrol", "update", f"jobid={replicas}_1", "starttime=now", **shared_slurm
+        )
         wait_for(lambda: joined("1") == 2)
         logs = [tmp_path / replica for replica in "01"]
         wait_for(lambda: all("accuracy 0." in log.read_text() for log in logs))
         assert joined("0") == 1
     finally:
-        run("scancel", light, replicas, **slurm)
+        run("scancel", light, replicas, **shared_slurm)
 
 
 def test_a_slurm_of_two_sites_starts_them(tmp_path: Path) -> None:
