@@ -116,6 +116,18 @@ TASKS = (
         },
     ),
     Task(
+        "Python sources, each byte seen once: transformer of 0.28 M, AdamW, 4 ranks, "
+        "672 steps, one rate",
+        "one-pass-0.25m.csv:one-pass-quarter",
+        {
+            "float32": "float32",
+            f"local H=8, density 11.5 %, {_HALVED}": 'lc3 `preset="adamw"`',
+            "DiLoCo H=8": "DiLoCo, H = 8",
+            "SparseLoCo H=8": "SparseLoCo, H = 8",
+            "DeMo": "DeMo",
+        },
+    ),
+    Task(
         "Characters: transformer of 0.36 M, Muon, 4 ranks, 9,024 steps",
         "chars-muon.csv:chars-muon-longer",
         {

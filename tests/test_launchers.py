@@ -59,7 +59,7 @@ def run(*command: str, **variables: str) -> str:
         timeout=250,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-9000:]
     return done.stdout + done.stderr
 
 
