@@ -121,7 +121,10 @@ TASKS = (
         "one-pass-0.25m.csv:one-pass-quarter",
         {
             "float32": "float32",
+            "preconditioned s=1.00, rans": "lc3 `ddp` for Adam, s = 1, rans",
             f"local H=8, density 11.5 %, {_HALVED}": 'lc3 `preset="adamw"`',
+            f"local H=32, density 11.5 %, {_HALVED}": 'lc3 `preset="fewest-bytes"`',
+            "1-bit Adam": "1-bit Adam",
             "DiLoCo H=8": "DiLoCo, H = 8",
             "SparseLoCo H=8": "SparseLoCo, H = 8",
             "DeMo": "DeMo",
