@@ -300,7 +300,7 @@ class State(LocalSteps):
             "this rank's own"
         )
 
-    def _exchange(self, one: UnderWay, mine: Says, written: Written) -> Tensor:  # noqa: ARG002  # see _before
+    def _push_and_pull(self, one: UnderWay, mine: Says, written: Written) -> Tensor:  # noqa: ARG002  # see _before
         """Meet the others and exchange. Runs on the lane.
 
         What fails has changed nothing, and says so in the log.

@@ -10,7 +10,7 @@ That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which send
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -249,14 +249,6 @@ class State(LocalSteps):
             flats[name].sub_(owed.to(flats[name]), alpha=self.knobs.outer_lr)
             owed.zero_()
 
-    def _exchange_if_due(self, every: int) -> None:
-        """Begin an exchange, or end some, if it is time to."""
-        self._finish_all(self.steps)
-        if (since := self.steps % every) in self._turns:
-            self._start([self._turns[since]])
-            if self.knobs.overlap == 0:
-                self._finish()
-
     def rebase(self) -> None:
         """Go on from what rank 0's model holds now, and owe nothing; collective.
 
@@ -309,55 +301,8 @@ class State(LocalSteps):
         with self._end.heard():
             self.session.check_replicas(alike_in(self._model.module), self.steps)
 
-    def _finish(self) -> None:
-        """Take over what the first exchange has brought that is under way."""
-        one = self._under_way.popleft()
-        with self.meter.stage("wait"):
-            averaged = one.future.wait()
-        mine = one.said[self.engine.transport.rank]
-        overlaps = self.knobs.overlap > 0
-        if mine.buffers:
-            self._statistics.take(averaged, one.said, mine, late=overlaps)
-        if not mine.finite:  # nor will what follows from these parameters be
-            self._drain()
-            self._copy_replica()
-        elif not overlaps:
-            self._copy_replica(one.names)
-        else:
-            self._take_late(one.names)
-        self._settle_down(one, finite=mine.finite)
-        if not overlaps:
-            self._fresh = one.names
-            self._model.mark()
-
-    def _take_late(self, names: Collection[str]) -> None:
-        """Take over what has come for parameters that have been trained meanwhile."""
-        alpha = self.knobs.alpha
-        for name, flat in self._model.flats().items():
-            if name not in names:
-                continue
-            replica = self.owners.replica[name]
-            if alpha is None:  # what this rank moved meanwhile is kept
-                late = replica - self._seen[name]
-            else:
-                late = (replica - flat.to(replica.device)) * (1 - alpha)
-            if name in self._watch.written.base:
-                self._watch.written.late[name] = late
-            flat += late.to(flat.device, flat.dtype)
-        self._end.together(self._model)
-
-    def _drain(self) -> None:
-        """Wait for exchanges that are under way, and take over nothing."""
-        while self._under_way:
-            self._under_way.popleft().future.wait()
-
-    def _exchange(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
-        job = partial(self._push_and_pull, one)
-        replica = self.owners.replica
-        return self._end.exchange(job, mine, written, replica, one.names)
-
     def _push_and_pull(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
-        """Push what was moved, change the masters, pull; see ``_exchange``."""
+        """Push what was moved, change the masters, pull."""
         owners, step, transport = self.owners, one.number, self.engine.transport
         self.meter.buckets += 1
         some = {n: moved for n, moved in self._moved.items() if n in one.names}
@@ -385,9 +330,7 @@ class State(LocalSteps):
                 pull = owners.pull_here if nobody_else else owners.pull
                 pull(some, step, 0)
                 self._outer.forget(self.knobs, some)
-            averaged = self._statistics.mean(everybody, mine, step)
-        self._count_dense(one)
-        return averaged
+            return self._statistics.mean(everybody, mine, step)
 
     def _go_on_from_written(self, written: Written, *, far: bool) -> None:
         """Let what all ranks were given be what they have moved from."""

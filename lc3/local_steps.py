@@ -155,20 +155,12 @@ class LocalSteps(FormState):
     def _before(self, *, new: bool) -> None:
         """Look at the parameters that an optimizer is about to step."""
 
-    def _exchange_if_due(self, every: int) -> None:
-        """Begin an exchange, or end some, if it is time to."""
-        raise NotImplementedError
-
-    def _exchange(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
+    def _push_and_pull(self, one: UnderWay, mine: Says, written: Written) -> Tensor:
         """Exchange with the other ranks. Runs on the lane.
 
         Returns:
             The mean of the buffers that have changed: see ``Statistics.mean``.
         """
-        raise NotImplementedError
-
-    def _finish(self) -> None:
-        """Take over what the first exchange has brought that is under way."""
         raise NotImplementedError
 
     def _tell(self, error: Exception) -> None:
@@ -294,15 +286,74 @@ class LocalSteps(FormState):
         due = self.steps + self.knobs.overlap
         one = UnderWay(self.exchanges, frozenset(names), due, steps)
         self.exchanges += 1
-        one.future = self.session.lane.submit(
-            partial(self._exchange, one, mine, written)
+        job = partial(
+            self._end.exchange,
+            partial(self._push_and_pull, one),
+            mine,
+            written,
+            self.owners.replica,
+            one.names,
         )
+        one.future = self.session.lane.submit(job)
         self._under_way.append(one)
 
-    def _finish_all(self, step: int | None = None) -> None:
-        """Take over what exchanges have brought: all, or those due after a step."""
-        while self._under_way and (step is None or self._under_way[0].due <= step):
+    def _exchange_if_due(self, every: int) -> None:
+        """Begin an exchange, or end some, if it is time to."""
+        while self._under_way and self._under_way[0].due <= self.steps:
             self._finish()
+        if (since := self.steps % every) in self._turns:
+            self._start([self._turns[since]])
+            if self.knobs.overlap == 0:
+                self._finish()
+
+    def _finish_all(self) -> None:
+        """Take over what exchanges have brought."""
+        while self._under_way:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Take over what the first exchange has brought that is under way."""
+        one = self._under_way.popleft()
+        with self.meter.stage("wait"):
+            averaged = one.future.wait()
+        self._count_dense(one)
+        mine = one.said[self.engine.transport.rank]
+        overlaps = self.knobs.overlap > 0
+        if mine.buffers:
+            self._statistics.take(averaged, one.said, mine, late=overlaps)
+        if not mine.finite:  # nor will what follows from these parameters be
+            self._drain()
+            self._copy_replica()
+        elif not overlaps:
+            self._copy_replica(one.names)
+        else:
+            self._take_late(one.names)
+        self._settle_down(one, finite=mine.finite)
+        if not overlaps:
+            self._fresh = one.names
+
+    def _take_late(self, names: Collection[str]) -> None:
+        """Take over what has come for parameters that have been trained meanwhile."""
+        alpha = self.knobs.alpha
+        for name, flat in self._model.flats().items():
+            if name not in names:
+                continue
+            replica = self.owners.replica[name]
+            if alpha is None:  # what this rank moved meanwhile is kept
+                late = replica - self._seen[name]
+            else:
+                late = (replica - flat.to(replica.device)) * (1 - alpha)
+            if name in self._watch.written.base:
+                self._watch.written.late[name] = late
+            flat += late.to(flat.device, flat.dtype)
+        self._end.together(self._model)
+
+    def _drain(self) -> None:
+        """Wait for exchanges that are under way, and take over nothing."""
+        while self._under_way:
+            one = self._under_way.popleft()
+            one.future.wait()
+            self._count_dense(one)
 
     def _settle_down(self, one: UnderWay, *, finite: bool) -> None:
         """Do what follows when the ranks' model has reached this one.

@@ -11,7 +11,7 @@ MOST = {
     "ddp, plain": (300, 110, 5),
     "ddp, sgd": (350, 110, 5),
     "ddp, adamw": (465, 130, 5),
-    "local_sgd": (510, 150, 5),
+    "local_sgd": (510, 140, 5),
     "push_pull": (460, 140, 5),
 }
 
