@@ -229,6 +229,24 @@ def memory_of_the_share(rank: int, world: int) -> float:
     return float(held / sum(p.numel() for p in net.parameters()))
 
 
+def looks_before_the_step(rank: int, world: int, looks: bool) -> str:
+    """Return a hash after steps; with passes forward between backward and step."""
+    torch.manual_seed(0)
+    net = small_net()
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=0.001)
+    optimizer = push_pull.attach(wrapped, KINDS["adamw"], CODED)
+    for step in range(6):
+        inputs = torch.randn(4, 30, generator=torch.Generator().manual_seed(step))
+        wrapped(inputs + rank).square().mean().backward()
+        if looks:  # DDP makes other buckets at the first of these
+            wrapped(inputs)
+            with wrapped.no_sync():
+                wrapped(inputs)
+        optimizer.step()
+    optimizer.close()
+    return hash_of(net)
+
+
 def bytes_beside_the_buckets(rank: int, world: int) -> float:
     """Return bytes a parameter of lc3's and the optimizer's tensors after a step."""
     torch.manual_seed(0)

@@ -98,6 +98,13 @@ def test_gradients_lie_in_ddps_buckets(ranks: Pools) -> None:
         assert 8 + 5 * 4 / 2 < held < 8 + 5 * 4 / 2 + 1.5
 
 
+def test_passes_between_backward_and_step_change_nothing(ranks: Pools) -> None:
+    """What a push has left lies in DDP's buckets until the step."""
+    case = push_pull_cases.looks_before_the_step
+    plain, looked = (ranks(2).run(case, looks) for looks in (False, True))
+    assert len({*plain, *looked}) == 1
+
+
 def test_muon_owns_whole_matrices(ranks: Pools) -> None:
     assert len(set(ranks(2).run(push_pull_cases.muon_on_whole_matrices))) == 1
 
