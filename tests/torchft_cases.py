@@ -182,10 +182,10 @@ class Mass:
         return self.of(dict(self._model.named_parameters()))
 
     def owed(self) -> Tensor:
-        """Return what this rank has moved and not sent, while it is in step."""
+        """Return what this rank has moved and not sent, if it is sure of that."""
         residuals = self._state._residuals.sent
-        shared = self.of(self._state.owners.replica)
-        return shared - self.held() + self.of(residuals)
+        since = self._state._from or self._state.owners.replica
+        return self.of(since) - self.held() + self.of(residuals)
 
 
 class Line:
@@ -278,7 +278,7 @@ def train(replica: Replica, line: Line) -> None:
                 "walked": mass.walked.tolist(),
                 "owed": mass.owed().tolist(),
                 "model": mass.of(state.owners.replica).tolist(),
-                "behind": bool(state._from or state._open),
+                "unsure": bool(state._open),
             }
         if (state.exchanges, state.failed) != before:
             if state.committed:
