@@ -25,11 +25,11 @@ from torch import Tensor
 from experiments.gradients import recorded
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.tables import insert
-from lc3 import rans
 from lc3.codec import cpu, reference, tensor
-from lc3.entropy import compress, decompress
 from lc3.format import SCALE_BYTES, max_frame_bytes
-from lc3.workers import Workers
+from lc3.transport.workers import Workers
+from lc3.wire import rans
+from lc3.wire.entropy import compress, decompress
 
 Row = dict[str, object]
 DENSITIES = (0.5, 0.1, 0.05, 0.01, 0.001)

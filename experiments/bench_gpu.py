@@ -23,7 +23,7 @@ from torch import Tensor
 from experiments.record import RESULTS, Row, read_csv, stamped, write_csv
 from experiments.tables import grid, insert
 from lc3.codec import Codec, codec_for, reference, tensor
-from lc3.coder import Coder
+from lc3.wire.coder import Coder
 
 SIZES = (1_000_000, 6_500_000, 64_000_000)
 PIECES = 50  # of a bucket

@@ -29,7 +29,7 @@ from experiments.lab import ranks
 from experiments.methods import METHODS, wrapped
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.train import mean_over_ranks
-from lc3.transport import GroupTransport
+from lc3.transport.group import GroupTransport
 
 NOOP = "no exchange"
 RATES = {"10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}  # bit/s

@@ -21,13 +21,14 @@ from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.rivals import sparse
 from experiments.tables import Row, grid, insert
 from lc3.codec import codec_for
-from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.direct import engine_for
+from lc3.engines.direct import engine_for
 from lc3.knobs import DEFAULT
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from lc3.transport import Loopback, Transport
+from lc3.transport.loopback import Loopback
+from lc3.transport.protocol import Transport
+from lc3.wire.coder import Coder
 
 WORLDS = (2, 4, 8, 16, 32, 64)
 _FLOAT_BYTES = 4

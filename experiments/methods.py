@@ -36,10 +36,10 @@ from experiments.baselines import Int8, Largest, OneBit, StochasticTernary
 from experiments.rivals import DiLoCo, FourBits, MuLoCo, Outer, SparseLoCo
 from experiments.rivals_each_step import DeMo, Ef21Muon, EveryStep, OneBitAdam
 from lc3.codec import Codec
-from lc3.coder import Coder
 from lc3.config import EntropyStage, Mode, Settings, Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
+from lc3.wire.coder import Coder
 
 Future = torch.futures.Future[torch.Tensor]
 

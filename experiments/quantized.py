@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lc3.transport import Transport
+from lc3.transport.protocol import Transport
 
 # From float32[n], n > 0, its codes, int64[n], and what each stands for,
 # float32[2 ** bits]; of one bit: - and + the same.

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from experiments.quantized import packed, statistical, two_hops, unpacked
-from lc3 import entropy
-from lc3.transport import GroupTransport
+from lc3.transport.group import GroupTransport
+from lc3.wire import entropy
 
 FLOAT_BITS = 32
 _E3M0_LEVELS = 8  # zero, and 2⁻⁶ … 2⁰ of the largest magnitude

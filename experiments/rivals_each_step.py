@@ -20,7 +20,7 @@ from torch.optim import Muon, Optimizer
 
 from experiments.quantized import two_hops
 from experiments.rivals import chunked, joined, smaller
-from lc3.transport import GroupTransport
+from lc3.transport.group import GroupTransport
 
 _CHUNK_TOP = 32  # coefficients of a chunk that DeMo sends
 _STEADY = 0.96  # 1-bit Adam's threshold, of norms of second moments

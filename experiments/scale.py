@@ -23,12 +23,12 @@ from experiments.tables import grid
 from experiments.tasks import TASKS, DataError, Task
 from experiments.train import at_least, evaluate, loss_of, schedule
 from lc3.codec import codec_for
-from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.direct import engine_for
+from lc3.engines.direct import engine_for
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from lc3.transport import Loopback
+from lc3.transport.loopback import Loopback
+from lc3.wire.coder import Coder
 
 Gradients = list[dict[str, Tensor]]
 

@@ -21,26 +21,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lc3.channel import Channel
 from lc3.checkpoint import from_bytes, to_bytes
 from lc3.config import Settings
-from lc3.direct import Direct
-from lc3.ends import OneRank
+from lc3.engines.direct import Direct
 from lc3.errors import ExchangeError, Lc3Error, PlanMismatch, StateError
 from lc3.format import ASIDE_BUCKET
-from lc3.fragments import UnderWay
-from lc3.handshake import alike
-from lc3.local_steps import Choose, LocalSteps
-from lc3.meeting import KEPT, Meeting, Present, meet
-from lc3.model import together
-from lc3.outer import Outer
-from lc3.owners import Everybody, owners_of
+from lc3.local.ends import OneRank
+from lc3.local.fragments import UnderWay
+from lc3.local.local_steps import Choose, LocalSteps
+from lc3.local.meeting import KEPT, Meeting, Present, meet
+from lc3.local.outer import Outer
+from lc3.local.says import Says, share_of
+from lc3.local.seed import FACTS, Held, Seed, fetch
+from lc3.masters.owners import Everybody, owners_of
+from lc3.module.model import together
+from lc3.module.steps import Written
 from lc3.residual import Residuals
-from lc3.says import Says, share_of
-from lc3.seed import FACTS, Held, Seed, fetch
-from lc3.session import Session, nobody
-from lc3.steps import Written
-from lc3.transport import Pairwise
+from lc3.session.session import Session, nobody
+from lc3.transport.channel import Channel
+from lc3.transport.group import Pairwise
+from lc3.transport.handshake import alike
 from lc3.version import __version__
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ class _Exchanged:
 class State(LocalSteps):
     """Everything lc3 keeps for one model on machines that come and go.
 
-    See ``lc3.local_steps.LocalSteps``. There is no ``state_dict``: what a rank owes is
-    kept as long as it lives, and the others have the model.
+    See ``LocalSteps``. There is no ``state_dict``: what a rank owes is kept as long as
+    it lives, and the others have the model.
 
     Attributes:
         committed: whether the last exchange has succeeded, with this rank's moves.

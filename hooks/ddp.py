@@ -23,14 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lc3 import private
-from lc3.applied import Kind, kind_of, unwrapped
-from lc3.averages import Alone, Averages
-from lc3.buckets import EXTRAS, Buckets, FollowedBuckets, is_coded
 from lc3.config import Config, Settings, settle
 from lc3.errors import ConfigError
-from lc3.link import Link, Unregistered, linked_hook
-from lc3.model import Frozen, named_parameters
-from lc3.session import (
+from lc3.module.applied import Kind, kind_of, unwrapped
+from lc3.module.link import Link, Unregistered, linked_hook
+from lc3.module.model import Frozen, named_parameters
+from lc3.session.averages import Alone, Averages
+from lc3.session.buckets import EXTRAS, Buckets, FollowedBuckets, is_coded
+from lc3.session.session import (
     alone,
     attaching_to,
     check_module,
@@ -64,7 +64,8 @@ def attach(
     Adam and its relatives get an exchange of their own: gradients are divided by their
     second moments before they are coded, and the optimizer divides by the same.
     Buffers, which DDP sends before every pass, are sent where they have changed: see
-    ``lc3.buffers``. One process, whose model is not wrapped, trains as without lc3.
+    ``lc3.module.buffers``. One process, whose model is not wrapped, trains as without
+    lc3.
 
     Args:
         model: wrapped in DistributedDataParallel, without a hook of its own.
@@ -83,8 +84,8 @@ def attach(
             Default: lc3 makes one, which it can only if the model is on all ranks.
         mesh: for nodes or sites with a fast network inside: the number of ranks in
             each, or a mesh of two dimensions, between and inside. Gradients travel
-            densely inside and by 3LC between: see ``lc3.two_levels``. Default: by 3LC
-            between all ranks.
+            densely inside and by 3LC between: see ``lc3.engines.two_levels``. Default:
+            by 3LC between all ranks.
         check_every: compare all replicas by checksums whenever so many steps have been
             made, and raise ``ReplicasDiffer`` where they differ: it finds a rank that
             sends others than it keeps, or broken memory. Four bytes a tensor travel.

@@ -11,7 +11,7 @@ from lc3.config import Config, Settings
 from lc3.errors import AttachError, ConfigError
 from lc3.hooks import ddp, local_sgd
 from lc3.meter import Meter
-from lc3.state import FormState
+from lc3.session.state import FormState
 
 
 class Attach(Protocol):

@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 from lc3 import private
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
-from lc3.model import Frozen, named_parameters
-from lc3.session import Session, alike_in, attaching, check_form
-from lc3.site import peers_of
-from lc3.state import FormState
+from lc3.local.site import peers_of
+from lc3.module.model import Frozen, named_parameters
+from lc3.session.session import Session, alike_in, attaching, check_form
+from lc3.session.state import FormState
 
 
 def attach(

@@ -23,10 +23,10 @@ from torch.optim import Optimizer
 
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, ExchangeError
-from lc3.model import flat_view
-from lc3.session import Session, attaching
-from lc3.state import FormState
-from lc3.transport import MOST_BYTES
+from lc3.module.model import flat_view
+from lc3.session.session import Session, attaching
+from lc3.session.state import FormState
+from lc3.transport.group import MOST_BYTES
 
 try:
     import horovod.torch as hvd
@@ -82,7 +82,7 @@ class HorovodTransport:
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
     ) -> list[Tensor]:
-        """See ``lc3.transport.Transport``. Horovod tells the sizes itself."""
+        """See ``lc3.transport.protocol.Transport``. Horovod tells the sizes itself."""
         if self.world == 1:
             return list(messages)
         outgoing = [0 if r == self.rank else m.numel() for r, m in enumerate(messages)]
@@ -101,11 +101,11 @@ class HorovodTransport:
         return arrived
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        """See ``lc3.transport.Transport``."""
+        """See ``lc3.transport.protocol.Transport``."""
         return self.all_to_all([message] * self.world)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """See ``lc3.transport.Transport``. Counted as a ring sends it."""
+        """See ``lc3.transport.protocol.Transport``. Counted as a ring sends it."""
         self._wait(
             lambda: hvd.allreduce_async_(
                 tensor, name="lc3.sum", op=hvd.Sum, process_set=self._process_set
@@ -116,7 +116,7 @@ class HorovodTransport:
         self.rounds += 2 * (self.world - 1)
 
     def leave_word(self, reason: str) -> None:
-        """See ``lc3.transport.Transport``. Horovod has no place for it."""
+        """See ``lc3.transport.protocol.Transport``. Horovod has no place for it."""
 
     def _wait(self, start: Callable[[], int], timeout_s: float | None) -> Any:
         try:

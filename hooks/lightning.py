@@ -18,7 +18,7 @@ from lc3 import private
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
 from lc3.hooks.frameworks import Attach, FormName, attach_of, figures, missing, require
-from lc3.state import FormState
+from lc3.session.state import FormState
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lc3.applied import unwrapped
 from lc3.checkpoint import UNSENT, Parts
 from lc3.config import Config, Settings, settle
-from lc3.ends import InSite, OneRank
 from lc3.errors import ConfigError, StateError
-from lc3.fragments import UnderWay
-from lc3.handshake import agree, threads_for
-from lc3.held import Shares, holders_of, parts_of
 from lc3.knobs import ALONE, DEFAULT, FOR_TWO, PresetName, knobs_for, preset_of
-from lc3.local_steps import Choose, LocalSteps
-from lc3.says import Says, loaded_alike, share_of
-from lc3.session import (
+from lc3.local.ends import InSite, OneRank
+from lc3.local.fragments import UnderWay
+from lc3.local.held import Shares, holders_of, parts_of
+from lc3.local.local_steps import Choose, LocalSteps
+from lc3.local.says import Says, loaded_alike, share_of
+from lc3.local.site import ranks_of_sites, sites_of
+from lc3.module.applied import unwrapped
+from lc3.module.steps import Written
+from lc3.session.session import (
     alike_in,
     alone,
     attaching,
@@ -42,8 +43,7 @@ from lc3.session import (
     check_module,
     check_owners,
 )
-from lc3.site import ranks_of_sites, sites_of
-from lc3.steps import Written
+from lc3.transport.handshake import agree, threads_for
 from lc3.version import __version__
 
 log = logging.getLogger(__name__)

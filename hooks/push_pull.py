@@ -24,10 +24,11 @@ from lc3 import private
 from lc3.checkpoint import Parts
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
-from lc3.model import flat_view
-from lc3.owners import owners_of
-from lc3.pushes import Pushes
-from lc3.session import (
+from lc3.masters.owners import owners_of
+from lc3.masters.pushes import Pushes
+from lc3.masters.sharded import Groups, Sharded, groups_of
+from lc3.module.model import flat_view
+from lc3.session.session import (
     alike_in,
     attaching_to,
     check_form,
@@ -36,8 +37,7 @@ from lc3.session import (
     check_scaler,
     session_for,
 )
-from lc3.sharded import Groups, Sharded, groups_of
-from lc3.state import FormState
+from lc3.session.state import FormState
 
 
 def attach(
@@ -160,7 +160,8 @@ class PushPull(FormState, Optimizer):
     def grad_norm(self) -> float:
         """Global norm of the last step's mean gradient, before clipping.
 
-        Of what is coded an estimate with a standard error of 4.4 %: see ``lc3.sketch``.
+        Of what is coded an estimate with a standard error of 4.4 %: see
+        ``lc3.module.sketch``.
         """
         return self._pushes.norm
 

@@ -17,14 +17,14 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from lc3.applied import unwrapped
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, ExchangeError
 from lc3.hooks import come_and_go
 from lc3.hooks.come_and_go import Quorum, StopError
 from lc3.hooks.frameworks import missing, require
 from lc3.knobs import FOR_TWO, PresetName, knobs_for, preset_of
-from lc3.session import check_form
+from lc3.module.applied import unwrapped
+from lc3.session.session import check_form
 
 try:
     from torchft.manager import Manager, WorldSizeMode

@@ -18,7 +18,7 @@ from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
 from lc3.hooks.frameworks import Attach, FormName, attach_of, figures, missing, require
-from lc3.state import FormState
+from lc3.session.state import FormState
 
 try:
     from transformers import (

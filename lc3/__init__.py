@@ -27,7 +27,6 @@ from lc3 import hooks
 from lc3.checkpoint import PerRank, load_checkpoint, save_checkpoint
 from lc3.checkpoint import merge as merge_states
 from lc3.choices import show_choices
-from lc3.codec import decode, encode
 from lc3.config import Config, Tuning
 from lc3.errors import (
     AttachError,
@@ -43,6 +42,7 @@ from lc3.errors import (
     StateError,
 )
 from lc3.version import __version__
+from lc3.wire.frame import decode, encode
 
 __all__ = [
     "AttachError",

@@ -5,10 +5,10 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
-from lc3 import doctor, measure
 from lc3.config import check_sparsity
 from lc3.errors import ConfigError, Lc3Error
 from lc3.ship import command as ship
+from lc3.tools import doctor, measure
 from lc3.version import __version__
 
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ranks import Ranks
+from tests.rooms import WHOLE, floors
 
 ROOT = Path(__file__).parents[1]
 _FOLDERS = {str(ROOT / "lc3"): "lc3", str(ROOT / "hooks"): "hooks"}
@@ -36,13 +37,13 @@ def room_of(frame: FrameType | None) -> str | None:
     if frame is None:
         return None
     path = Path(frame.f_code.co_filename)
-    parent = str(path.parent)
     for folder, top in _FOLDERS.items():
-        if parent == folder or (top == "lc3" and parent == f"{folder}/hooks"):
-            inside = "hooks" if parent.endswith("hooks") else top
-            return f"{inside}.{path.stem}"
-        if parent.startswith(f"{folder}/codec"):
-            return "lc3.codec"
+        if not path.is_relative_to(folder):
+            continue
+        package, *_ = path.relative_to(folder).parts
+        if top == "hooks" or package == "hooks":
+            return f"hooks.{path.stem}"
+        return f"lc3.{package if package in WHOLE else path.stem}"
     return None
 
 
@@ -87,7 +88,6 @@ def profiled(calls: Calls) -> Iterator[None]:
 
 def walk(rank: int, world: int, form: str) -> dict[str, Any]:
     """Return what one step of a form takes, on this rank."""
-    from tests.rooms import floors
 
     torch.manual_seed(0)
     module = nn.Linear(256, 64)

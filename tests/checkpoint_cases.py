@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lc3
 from lc3.checkpoint import PerRank
 from lc3.config import Settings, Topology
-from lc3.exchange import gather
+from lc3.engines.exchange import gather
 from lc3.hooks import ddp, local_sgd, push_pull
 from tests.ddp_cases import hash_of
 from tests.local_cases import NEUTRAL

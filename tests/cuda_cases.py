@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lc3.codec import cuda, reference
-from lc3.coder import Coder
-from lc3.engine import Engine
+from lc3.engines.engine import Engine
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from lc3.transport import Transport
+from lc3.transport.protocol import Transport
+from lc3.wire.coder import Coder
 from tests.oracle import Oracle
 from tests.test_engine import SMALL, in_threads, random_gradients
 

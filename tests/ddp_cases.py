@@ -18,18 +18,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lc3 import AttachError, Lc3Error, applied
-from lc3.averages import Averages
-from lc3.buckets import FollowedBuckets
+from lc3 import AttachError, Lc3Error
 from lc3.checkpoint import merge
 from lc3.codec import Encoded, cpu
-from lc3.coder import Coder
 from lc3.config import Settings
+from lc3.engines.two_levels import nodes_of
 from lc3.hooks import ddp
-from lc3.model import flat_view
-from lc3.moments import matrix_of
-from lc3.transport import GroupTransport
-from lc3.two_levels import nodes_of
+from lc3.module import applied
+from lc3.module.model import flat_view
+from lc3.module.moments import matrix_of
+from lc3.session.averages import Averages
+from lc3.session.buckets import FollowedBuckets
+from lc3.transport.group import GroupTransport
+from lc3.wire.coder import Coder
 from tests.oracle import ForOptimizers, Oracle, TwoLevels
 
 CONFIG = Settings(sparsity=1.5, min_numel=64, min_shard=5000)
@@ -383,7 +384,7 @@ def passes_through(rank: int, world: int, kind: str) -> dict[str, Any]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lc3.buckets").addHandler(handler)
+    logging.getLogger("lc3.session.buckets").addHandler(handler)
 
     def train(attached: bool) -> list[Tensor]:
         torch.manual_seed(5)
@@ -412,7 +413,7 @@ def passes_through(rank: int, world: int, kind: str) -> dict[str, Any]:
         return [parameter.detach() for parameter in model.parameters()]
 
     plain, through = train(False), train(True)
-    logging.getLogger("lc3.buckets").removeHandler(handler)
+    logging.getLogger("lc3.session.buckets").removeHandler(handler)
     return {
         "said": said,
         "equal": all(map(torch.equal, plain, through)),

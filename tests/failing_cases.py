@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
-from lc3 import channel, session
-from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
+from lc3.session import session
+from lc3.transport import channel
+from lc3.wire.coder import Coder
 from tests.ddp_cases import Broken, count_held
 
 LATE_S = 1.5

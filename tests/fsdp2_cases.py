@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import lc3
 from lc3.config import Settings
 from lc3.hooks import fsdp2
-from lc3.transport import GroupTransport
+from lc3.transport.group import GroupTransport
 from tests.given_cases import said_by
 from tests.oracle import Oracle
 

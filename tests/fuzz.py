@@ -29,8 +29,8 @@ from lc3.format import (
     max_frame_bytes,
     seal,
 )
-from lc3.message import unpack
 from lc3.plan import Piece
+from lc3.wire.message import unpack
 
 GOLDEN = Path(__file__).parent / "golden"
 TAG = Tag(sender=2, step=9, bucket=1, plan=0xCAFED00D)

@@ -16,7 +16,7 @@ from lc3 import Lc3Error
 from lc3.checkpoint import merge
 from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
-from lc3.transport import GroupTransport
+from lc3.transport.group import GroupTransport
 from tests.ddp_cases import hash_of
 
 

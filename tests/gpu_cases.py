@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3.codec import codec_for
-from lc3.coder import Coder
 from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
+from lc3.wire.coder import Coder
 from tests.ddp_cases import CONFIG, hash_of
 
 CALLS = 10

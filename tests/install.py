@@ -21,9 +21,11 @@ from lc3.version import __version__
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
-    str(path.relative_to(ROOT))
-    for folder in ("lc3", "lc3/codec", "lc3/hooks", "lc3/ship")
-    for path in (ROOT / folder).glob("*.py")
+    {
+        str(path.relative_to(ROOT))
+        for folder in ("lc3", "lc3/hooks")
+        for path in (ROOT / folder).rglob("*.py")
+    }
 )
 USE = """
 import torch, lc3

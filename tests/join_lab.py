@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.models import Transformer
-from lc3.seed import Seed, fetch, warm_up
+from lc3.local.seed import Seed, fetch, warm_up
 
 PORT, KEY, TIMEOUT_S = 29_512, 7, 120.0
 

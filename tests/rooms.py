@@ -2,163 +2,174 @@
 
     python -m tests.rooms CONTRIBUTING.md
 
-writes it there. A room's floor is one more than the highest that it imports.
+writes it there. A room is a file, but of ``WHOLE`` folders. The floor of a room, or of
+a folder, is one more than the highest that it imports.
 """
 
 import argparse
 import ast
+from collections.abc import Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from experiments.tables import grid, insert
 
 ROOT = Path(__file__).parents[1]
-# What each room of lc3 may import.
-BELOW = {
-    "errors": set(),
-    "version": set(),
-    "private": {"errors"},
-    "choices": set(),
-    "knobs": {"config", "errors"},
-    "state": {"checkpoint", "config", "exchange", "meter", "session"},
-    "model": {"errors", "transport", "private"},
-    "says": {"errors"},
-    "meeting": {"errors", "says"},
-    "seed": {"errors", "ship"},
-    "buffers": {"model", "private"},
-    "link": {"buffers", "errors", "private"},
-    "steps": {"errors", "model"},
-    "format": {"errors"},
-    "config": {"errors"},
-    "budget": {"config"},
-    "entropy": {"errors", "format"},
-    "codec": {"config", "entropy", "errors", "format"},
-    "rans": {"codec", "errors", "format"},
-    "transport": {"errors"},
-    "plan": {"config", "errors"},
-    "residual": {"plan"},
-    "files": set(),
-    "checkpoint": {"errors", "files", "plan"},
-    "ship": {"checkpoint", "codec", "errors", "files"},
-    "meter": {"private"},
-    "moments": set(),
-    "sketch": set(),
-    "applied": {"errors", "model", "moments", "residual", "private"},
-    "monitor": {"meter"},
-    "message": {
-        *("codec", "config", "entropy", "errors", "format", "plan", "rans"),
+WHOLE = ("codec", "ship")
+TOP = "__main__"  # the command line, above all folders
+# What each room of lc3 may import, folder by folder; "" is the ground.
+FOLDERS: dict[str, dict[str, str]] = {
+    "": {
+        "__main__": "config doctor errors measure ship version",
+        "budget": "config",
+        "checkpoint": "errors files plan",
+        "choices": "",
+        "config": "errors",
+        "errors": "",
+        "files": "",
+        "format": "errors",
+        "knobs": "config errors",
+        "meter": "private",
+        "monitor": "meter",
+        "plan": "config errors",
+        "private": "errors",
+        "residual": "plan",
+        "version": "",
     },
-    "workers": set(),
-    "coder": {"codec", "workers"},
-    "lane": {"errors"},
-    "handshake": {"config", "errors", "transport", "workers"},
-    "owners": {"engine", "exchange", "format", "plan"},
-    "outer": {"knobs", "owners"},
-    "norm": {"exchange", "format", "sketch"},
-    "sharded": {"checkpoint", "errors"},
-    "edits": {"errors", "exchange", "model", "owners"},
-    "stand_in": {"applied", "errors"},
-    "pushes": {
-        *("edits", "errors", "exchange", "format", "model", "norm", "owners"),
-        *("residual", "stand_in"),
+    "codec": {
+        "codec": "errors format",
     },
-    "fragments": {"errors", "says"},
-    "held": {"errors", "handshake", "model", "private", "site", "transport"},
-    "site": {"channel", "errors", "meter", "private", "says", "transport"},
-    "statistics": {"channel", "model", "says"},
-    "ends": {
-        *("checkpoint", "config", "errors", "held", "link", "model", "says"),
-        *("session", "site", "steps"),
+    "transport": {
+        "channel": "budget errors format meter protocol",
+        "group": "errors protocol",
+        "handshake": "config errors protocol workers",
+        "lane": "errors",
+        "loopback": "errors protocol",
+        "protocol": "",
+        "workers": "",
     },
-    "local_steps": {
-        *("config", "ends", "errors", "fragments", "held", "knobs", "link", "model"),
-        *("outer", "owners", "residual", "says", "session", "state", "statistics"),
-        "steps",
+    "wire": {
+        "coder": "codec workers",
+        "entropy": "errors format",
+        "frame": "codec config entropy errors format",
+        "message": "codec config entropy errors format plan rans",
+        "messages": "budget coder config errors format message meter plan",
+        "rans": "codec errors format",
     },
-    "channel": {"budget", "errors", "format", "meter", "transport"},
-    "messages": {
-        *("budget", "coder", "config", "errors", "format", "message", "meter"),
-        "plan",
+    "module": {
+        "applied": "errors model moments private residual",
+        "buffers": "model private",
+        "link": "buffers errors private",
+        "model": "errors private protocol",
+        "moments": "",
+        "sketch": "",
+        "steps": "errors model",
     },
-    "averages": {
-        *("applied", "buckets", "checkpoint", "config", "errors", "exchange"),
-        *("meter", "model", "session", "state"),
+    "engines": {
+        "auto": "costs engine exchange plan",
+        "costs": "codec config exchange format message plan protocol",
+        "direct": (
+            "budget channel coder config engine exchange format meter plan protocol "
+            "residual"
+        ),
+        "engine": (
+            "budget channel coder config errors exchange format messages meter plan "
+            "protocol residual"
+        ),
+        "exchange": "budget channel config messages meter plan protocol residual",
+        "two_levels": (
+            "channel coder config direct errors exchange meter plan protocol residual"
+        ),
     },
-    "buckets": {"applied", "errors", "exchange", "moments", "private", "sketch"},
-    "exchange": {
-        *("budget", "channel", "config", "messages", "meter", "plan", "residual"),
-        "transport",
-    },
-    "direct": {
-        *("budget", "channel", "coder", "config", "engine", "exchange", "format"),
-        *("meter", "plan", "residual", "transport"),
-    },
-    "two_levels": {
-        *("channel", "coder", "config", "direct", "errors", "exchange", "meter"),
-        *("plan", "residual", "transport"),
+    "masters": {
+        "edits": "errors exchange model owners",
+        "norm": "exchange format sketch",
+        "owners": "engine exchange format plan",
+        "pushes": "edits errors exchange format model norm owners residual stand_in",
+        "sharded": "checkpoint errors",
+        "stand_in": "applied errors",
     },
     "session": {
-        *(
-            "auto",
-            "buffers",
-            "channel",
-            "checkpoint",
-            "codec",
-            "coder",
-            "config",
-            "costs",
-            "direct",
-            "engine",
-            "errors",
-            "exchange",
-            "transport",
-            "handshake",
-            "lane",
-            "link",
+        "averages": (
+            "applied buckets checkpoint config errors exchange meter model session "
+            "state"
         ),
-        *("meter", "model", "plan", "private", "rans", "residual", "two_levels"),
-        "version",
+        "buckets": "applied errors exchange moments private sketch",
+        "session": (
+            "auto buffers channel checkpoint codec coder config costs direct engine "
+            "errors exchange group handshake lane link loopback meter model plan "
+            "private protocol rans residual two_levels version"
+        ),
+        "state": "checkpoint config exchange meter session",
     },
-    "measure": {
-        "applied",
-        *("codec", "coder", "config", "direct", "engine", "errors", "transport"),
-        *("meter", "plan"),
+    "local": {
+        "ends": "checkpoint config errors held link model says session site steps",
+        "fragments": "errors says",
+        "held": "errors handshake model private protocol site",
+        "local_steps": (
+            "config ends errors fragments held knobs link model outer owners "
+            "residual says session state statistics steps"
+        ),
+        "meeting": "errors says",
+        "outer": "knobs owners",
+        "says": "errors",
+        "seed": "errors ship",
+        "site": "channel errors group meter private says",
+        "statistics": "channel model says",
     },
-    "doctor": {
-        "costs",
-        "codec",
-        "config",
-        "transport",
-        "handshake",
-        "knobs",
-        "measure",
-        "version",
-        "workers",
+    "tools": {
+        "doctor": "codec config costs group handshake knobs measure version workers",
+        "measure": (
+            "applied codec coder config direct engine errors loopback meter plan"
+        ),
     },
-    "__main__": {"config", "doctor", "errors", "measure", "ship", "version"},
-    "costs": {
-        *("codec", "config", "exchange", "format", "message", "plan", "transport"),
-    },
-    "auto": {"costs", "engine", "exchange", "plan"},
-    "engine": {
-        *("budget", "channel", "coder", "config", "errors", "exchange", "format"),
-        *("messages", "meter", "plan", "residual", "transport"),
+    "ship": {
+        "ship": "checkpoint codec errors files",
     },
 }
+BELOW = {
+    room: set(below.split())
+    for rooms in FOLDERS.values()
+    for room, below in rooms.items()
+}
+FOLDER_OF = {room: folder for folder, rooms in FOLDERS.items() for room in rooms}
+
+
+def path_of(room: str) -> Path:
+    """Return a room's file, or its folder's front."""
+    if room in WHOLE:
+        return ROOT / "lc3" / room / "__init__.py"
+    return ROOT / "lc3" / FOLDER_OF[room] / f"{room}.py"
+
+
+def heights(below: Mapping[str, set[str]]) -> dict[str, int]:
+    """Return the floor of each.
+
+    Raises:
+        graphlib.CycleError: some import each other in a circle.
+    """
+    found: dict[str, int] = {}
+    for one in TopologicalSorter(below).static_order():
+        found[one] = 1 + max((found[other] for other in below[one]), default=0)
+    return found
 
 
 def floors() -> dict[str, int]:
     """Return for every room, and every hook, how many floors are below it."""
-    found: dict[str, int] = {}
-
-    def height(room: str) -> int:
-        if room not in found:
-            found[room] = 1 + max((height(below) for below in BELOW[room]), default=0)
-        return found[room]
-
-    named = {f"lc3.{room}": height(room) for room in BELOW}
+    named = {f"lc3.{room}": floor for room, floor in heights(BELOW).items()}
     top = 1 + max(named.values())
     hooks = {f"hooks.{path.stem}": top for path in (ROOT / "hooks").glob("*.py")}
     return {**named, **hooks}
+
+
+def folders() -> dict[str, set[str]]:
+    """Return which folders each folder of lc3 imports."""
+    found: dict[str, set[str]] = {folder: set() for folder in FOLDERS}
+    for room, below in BELOW.items():
+        if room != TOP:
+            others = {FOLDER_OF[other] for other in below}
+            found[FOLDER_OF[room]] |= others - {FOLDER_OF[room]}
+    return found
 
 
 def purpose(path: Path) -> str:
@@ -169,18 +180,27 @@ def purpose(path: Path) -> str:
 
 
 def table() -> str:
-    """Return the rooms of lc3 with their floors, the highest first."""
-    found = []
-    for room, floor in floors().items():
-        package, _, name = room.partition(".")
-        folder = ROOT / package
-        path = folder / f"{name}.py"
-        if not path.exists():
-            path = folder / name / "__init__.py"
-        found.append((floor, room, purpose(path)))
-    found.sort(key=lambda one: (-one[0], one[1]))
-    lines = [(str(floor), f"`{room}`", what) for floor, room, what in found]
-    return grid(("floor", "room", "what it is"), lines, words=(1, 2)) + "\n"
+    """Return the folders of lc3 with their floors, the highest first."""
+    found = heights(folders())
+    top = 1 + max(found.values())
+    hooks = sorted(path.stem for path in (ROOT / "hooks").glob("*.py"))
+    lines = [(top, "hooks", purpose(ROOT / "hooks/__init__.py"), hooks[1:])]
+    for folder, floor in found.items():
+        front = ROOT / "lc3" / folder / "__init__.py"
+        what = purpose(front) if folder else "What all others stand on"
+        rooms = sorted(FOLDERS[folder]) if folder not in WHOLE else []
+        if folder in WHOLE:
+            rooms = sorted(path.stem for path in front.parent.glob("*.py"))[1:]
+        name = f"lc3/{folder}".rstrip("/")
+        lines.append((floor, name, what, [room for room in rooms if room != TOP]))
+    lines.sort(key=lambda line: (-line[0], line[1]))
+    rows = [
+        (str(floor), f"`{name}`", what, ", ".join(f"`{room}`" for room in rooms))
+        for floor, name, what, rooms in lines
+    ]
+    return (
+        grid(("floor", "folder", "what it is", "rooms"), rows, words=(1, 2, 3)) + "\n"
+    )
 
 
 def main() -> None:

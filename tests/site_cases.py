@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lc3 import Lc3Error, merge_states
 from lc3.config import Settings
 from lc3.hooks import local_sgd
-from lc3.model import local
+from lc3.module.model import local
 from tests.given_cases import said_by
 
 INSIDE = 2

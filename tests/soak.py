@@ -30,12 +30,12 @@ from rich.progress import track
 
 from lc3.checkpoint import load_checkpoint, merge
 from lc3.codec import codec_for
-from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.direct import engine_for
+from lc3.engines.direct import engine_for
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from lc3.transport import Loopback
+from lc3.transport.loopback import Loopback
+from lc3.wire.coder import Coder
 from tests import checkpoint_cases, signals
 from tests.oracle import Oracle
 from tests.ranks import Ranks

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lc3 import StateError, checkpoint
 from lc3.checkpoint import Parts
-from lc3.engine import Engine
+from lc3.engines.engine import Engine
 from tests.test_engine import SMALL, run
 
 

@@ -12,16 +12,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
-from lc3.auto import TRIAL_STEPS, AutoEngine, Choices
 from lc3.codec import cpu
-from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.costs import Costs, measure
-from lc3.engine import Engine
+from lc3.engines.auto import TRIAL_STEPS, AutoEngine, Choices
+from lc3.engines.costs import Costs, measure
+from lc3.engines.engine import Engine
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from lc3.transport import Transport
+from lc3.transport.protocol import Transport
+from lc3.wire.coder import Coder
 from tests.ranks import Ranks
 from tests.test_engine import SHAPES, SMALL, in_threads, random_gradients
 
@@ -49,7 +49,7 @@ def test_the_form_that_should_arrive_first_is_chosen(
     bit_s: float, elements: int, wire: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     auto = Choices(costs(bit_s), 4, direct=False)
-    with caplog.at_level(logging.INFO, logger="lc3.auto"):
+    with caplog.at_level(logging.INFO, logger="lc3.engines.auto"):
         for _ in range(3):
             assert auto.wire(("a",), elements) == wire
     (said,) = caplog.records

@@ -14,7 +14,7 @@ from torch import Tensor
 from lc3 import ConfigError
 from lc3.budget import LOOK_EVERY, Budget
 from lc3.config import Settings
-from lc3.transport import Transport
+from lc3.transport.protocol import Transport
 from tests.test_engine import engine_of, in_threads
 
 SHAPES = [("a", (120, 130)), ("b", (90, 200)), ("bias", (130,))]

@@ -18,9 +18,9 @@ import lc3
 from lc3 import checkpoint, files
 from lc3.checkpoint import Parts
 from lc3.config import Settings
-from lc3.engine import Engine
+from lc3.engines.engine import Engine
 from lc3.errors import StateError
-from lc3.transport import Loopback
+from lc3.transport.loopback import Loopback
 from tests import checkpoint_cases, state_fuzz
 from tests.ranks import Ranks
 from tests.test_engine import SMALL, engine_of, run

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from lc3.codec import cpu, tensor
-from lc3.coder import Coder
-from lc3.engine import Engine
-from lc3.exchange import pending
+from lc3.engines.engine import Engine
+from lc3.engines.exchange import pending
+from lc3.engines.two_levels import TwoLevels
+from lc3.masters.owners import owners_of
 from lc3.meter import Meter
-from lc3.owners import owners_of
 from lc3.plan import make_plan
-from lc3.transport import LoopbackTransport, Transport
-from lc3.two_levels import TwoLevels
+from lc3.transport.loopback import LoopbackTransport
+from lc3.transport.protocol import Transport
+from lc3.wire.coder import Coder
 from tests.oracle import Oracle
 from tests.oracle import TwoLevels as TwoLevelsOracle
 from tests.pretend import DEVICE, Pretend, on_the_device, there

@@ -13,8 +13,8 @@ from lc3.errors import ExchangeError
 from lc3.hooks import come_and_go
 from lc3.hooks.come_and_go import Quorum, said_of
 from lc3.knobs import knobs_for
-from lc3.meeting import Meeting, Present, meet
-from lc3.says import Says
+from lc3.local.meeting import Meeting, Present, meet
+from lc3.local.says import Says
 
 T_S = 3.0
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from experiments.cuda_kernels import KERNELS
-from lc3 import AttachError, ConfigError, codec, session
+from lc3 import AttachError, ConfigError, codec
 from lc3.codec import tensor
 from lc3.config import Settings
-from lc3.lane import Lane
+from lc3.session import session
+from lc3.transport.lane import Lane
 
 ROOT = Path(__file__).parents[1]
 needs_numba_cuda = pytest.mark.skipif(

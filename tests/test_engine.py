@@ -14,19 +14,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lc3
-from lc3.auto import AutoEngine
 from lc3.codec import Codec, Encoded, cpu, reference
-from lc3.coder import Coder
 from lc3.config import ENTROPY_STAGES, EntropyStage, Settings, Topology
-from lc3.costs import Costs
-from lc3.direct import engine_for
-from lc3.engine import Engine
-from lc3.exchange import Exchange, pending, push_what_owners_owe
+from lc3.engines.auto import AutoEngine
+from lc3.engines.costs import Costs
+from lc3.engines.direct import engine_for
+from lc3.engines.engine import Engine
+from lc3.engines.exchange import Exchange, pending, push_what_owners_owe
 from lc3.format import HEADER_BYTES
-from lc3.handshake import agree
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from lc3.transport import MOST_BYTES, Loopback, Transport
+from lc3.transport.group import MOST_BYTES
+from lc3.transport.handshake import agree
+from lc3.transport.loopback import Loopback
+from lc3.transport.protocol import Transport
+from lc3.wire.coder import Coder
 from tests.oracle import Oracle
 
 SHAPES = [

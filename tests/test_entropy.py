@@ -17,10 +17,10 @@ import lc3
 from lc3 import format as format_
 from lc3.codec import cpu
 from lc3.config import ENTROPY_STAGES, EntropyStage
-from lc3.entropy import compress, decompress
 from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, Tag, seal
-from lc3.message import pack, unpack
 from lc3.plan import Piece
+from lc3.wire.entropy import compress, decompress
+from lc3.wire.message import pack, unpack
 from tests.test_format import damage, data
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/entropy.json").read_text())

@@ -9,8 +9,8 @@ import torch
 
 import lc3
 from lc3.config import Settings
-from lc3.handshake import agree
-from lc3.transport import Transport
+from lc3.transport.handshake import agree
+from lc3.transport.protocol import Transport
 from tests import failing_cases
 from tests.ranks import Ranks
 from tests.test_engine import in_threads

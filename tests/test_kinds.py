@@ -8,7 +8,7 @@ from rich.console import Console
 
 from experiments import record, run, tables
 from experiments.lab import netlab
-from lc3.moments import Moments
+from lc3.module.moments import Moments
 from tests.method_kinds import KINDS
 
 REASON = netlab.missing()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from experiments.lab import netlab
 from lc3 import ExchangeError, FormatError
-from lc3.meeting import Present, meet
-from lc3.says import Says
-from lc3.seed import FACTS, Seed, fetch
+from lc3.local.meeting import Present, meet
+from lc3.local.says import Says
+from lc3.local.seed import FACTS, Seed, fetch
 
 ONE = Present(
     name="a",
@@ -150,7 +150,7 @@ def test_an_offer_that_comes_a_little_later_is_waited_for(seed: Seed) -> None:
 def test_the_last_two_offers_are_kept(
     seed: Seed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lc3.seed._WAIT_S", 0.1)
+    monkeypatch.setattr("lc3.local.seed._WAIT_S", 0.1)
     for key in (1, 2, 3):
         seed.offer(key, {"key": key}, {})
     assert [fetch(seed.address, key, 5.0)[0]["key"] for key in (2, 3)] == [2, 3]

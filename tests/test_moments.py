@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lc3 import applied
-from lc3.moments import Moments, matrix_of
+from lc3.module import applied
+from lc3.module.moments import Moments, matrix_of
 from tests import ddp_cases
 from tests.ranks import Ranks
 

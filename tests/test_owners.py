@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lc3 import ConfigError
-from lc3.exchange import pending
-from lc3.owners import owners_of
-from lc3.session import check_owners
-from lc3.transport import Transport
+from lc3.engines.exchange import pending
+from lc3.masters.owners import owners_of
+from lc3.session.session import check_owners
+from lc3.transport.protocol import Transport
 from tests.oracle import Floats, Servers
 from tests.test_engine import (
     DIRECT,

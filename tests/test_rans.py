@@ -17,11 +17,11 @@ from torch import Tensor
 
 import lc3
 from lc3 import format as format_
-from lc3 import rans
 from lc3.codec import cpu
 from lc3.format import FLAG_ENTROPY_CODED, HEADER_BYTES, MAGIC_RANGE_CODED, Tag, seal
-from lc3.message import unpack
 from lc3.plan import Piece
+from lc3.wire import rans
+from lc3.wire.message import unpack
 from tests.test_format import data
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/range.json").read_text())

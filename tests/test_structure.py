@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from lc3 import AttachError, private
-from tests.rooms import BELOW, ROOT, table
+from tests.rooms import (
+    BELOW,
+    FOLDERS,
+    ROOT,
+    WHOLE,
+    folders,
+    heights,
+    path_of,
+    table,
+)
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -26,25 +35,44 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def sources() -> dict[str, list[Path]]:
-    rooms = {path.stem: [path] for path in (ROOT / "lc3").glob("*.py")}
-    for folder in ("codec", "ship"):
-        rooms[folder] = list((ROOT / "lc3" / folder).glob("*.py"))
-    del rooms["__init__"]
-    return rooms
+    return {
+        room: list(path_of(room).parent.glob("*.py"))
+        if room in WHOLE
+        else [path_of(room)]
+        for room in BELOW
+    }
 
 
 def lc3_imports(path: Path) -> set[str]:
     """Return which rooms of lc3 a file imports."""
     found = set()
     for module in imported(path):
-        top, _, rest = module.partition(".")
-        if top == "lc3" and rest:
-            found.add(rest.split(".")[0])
+        top, *inside = module.split(".")
+        if top != "lc3" or not inside:
+            continue
+        folder, *rest = inside
+        if folder in WHOLE or folder not in FOLDERS:
+            found.add(folder)
+        elif rest:
+            found.add(rest[0])
     return found
 
 
 def test_every_room_is_listed() -> None:
-    assert set(sources()) == set(BELOW)
+    listed = {path for paths in sources().values() for path in paths}
+    listed |= {ROOT / "lc3" / folder / "__init__.py" for folder in FOLDERS}
+    assert listed == set((ROOT / "lc3").rglob("*.py")) - set(
+        (ROOT / "lc3/hooks").glob("*.py")
+    )
+    assert sum(map(len, FOLDERS.values())) == len(BELOW)  # names are one room's
+    for folder in set(FOLDERS) - {"", *WHOLE}:  # says what it is, and imports nothing
+        assert not list(imported(ROOT / "lc3" / folder / "__init__.py"))
+
+
+def test_folders_stand_on_few_floors_and_the_ground_on_nothing() -> None:
+    below = folders()
+    assert not below[""]
+    assert max(heights(below).values()) <= 6  # and the hooks on the seventh
 
 
 @pytest.mark.parametrize("room", BELOW)
@@ -149,8 +177,7 @@ def test_a_torch_without_a_private_name_is_refused(
 
 
 def test_a_framework_is_imported_in_one_file() -> None:
-    files = [*(ROOT / "lc3").glob("*.py"), *(ROOT / "lc3/codec").glob("*.py")]
-    files += (ROOT / "lc3/ship").glob("*.py")
+    files = [path for paths in sources().values() for path in paths]
     for framework in ("horovod", "lightning", "accelerate", "transformers", "torchft"):
         for path in files:
             assert framework not in {m.partition(".")[0] for m in imported(path)}, path
@@ -158,8 +185,8 @@ def test_a_framework_is_imported_in_one_file() -> None:
 
 def test_nothing_runs_a_pickle() -> None:
     forbidden = (" eval(", " exec(", "weights_only=False")
-    for folder in ("lc3", "lc3/codec", "lc3/ship", "hooks"):
-        for path in (ROOT / folder).glob("*.py"):
+    for folder in ("lc3", "hooks"):
+        for path in (ROOT / folder).rglob("*.py"):
             tops = {module.partition(".")[0] for module in imported(path)}
             assert "pickle" not in tops, path
             assert not any(word in path.read_text() for word in forbidden), path

@@ -23,9 +23,9 @@ from lc3 import ConfigError, knobs
 from lc3.__main__ import main
 from lc3.codec import cpu
 from lc3.config import Config, Settings, Tuning, settle
-from lc3.costs import Costs, sent_bits
+from lc3.engines.costs import Costs, sent_bits
 from lc3.hooks import ddp, local_sgd
-from lc3.transport import Transport
+from lc3.transport.protocol import Transport
 from lc3.version import __version__
 from tests import forked, surface_cases
 from tests.ranks import Ranks
@@ -318,7 +318,7 @@ def test_a_process_of_several_without_a_group_is_told(
 
 
 def test_examples_in_docstrings_run() -> None:
-    for name in ("choices", "codec", "config", "checkpoint", "errors"):
+    for name in ("choices", "wire.frame", "config", "checkpoint", "errors"):
         module = importlib.import_module(f"lc3.{name}")
         run_examples(module)
     for module in (ddp, local_sgd):

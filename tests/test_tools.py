@@ -13,9 +13,9 @@ import torch
 
 import lc3
 from lc3 import __main__ as command
-from lc3 import doctor, measure
 from lc3.config import Settings
-from lc3.costs import Costs
+from lc3.engines.costs import Costs
+from lc3.tools import doctor, measure
 from tests import forked
 from tests.oracle import Oracle
 

@@ -11,13 +11,14 @@ import torch
 
 from lc3 import AttachError
 from lc3.codec import cpu
-from lc3.coder import Coder
 from lc3.config import Settings
-from lc3.exchange import pending, push_what_owners_owe
+from lc3.engines.exchange import pending, push_what_owners_owe
+from lc3.engines.two_levels import Nodes, TwoLevels, nodes_of
 from lc3.meter import Meter
 from lc3.plan import make_plan
-from lc3.transport import LoopbackTransport, Transport
-from lc3.two_levels import Nodes, TwoLevels, nodes_of
+from lc3.transport.loopback import LoopbackTransport
+from lc3.transport.protocol import Transport
+from lc3.wire.coder import Coder
 from tests import ddp_cases, two_levels_cases
 from tests.ddp_cases import Case
 from tests.oracle import TwoLevels as Oracle

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lc3.workers import INLINE_WEIGHT, Workers, balanced
+from lc3.transport.workers import INLINE_WEIGHT, Workers, balanced
 
 
 @given(weights=st.lists(st.integers(1, 1000), max_size=40), groups=st.integers(1, 9))

@@ -80,7 +80,7 @@ class Replica:
 
 def text() -> Tensor:
     """Return this repository's sources as codes, int64[*]."""
-    paths = sorted([*ROOT.glob("lc3/*.py"), *ROOT.glob("docs/**/*.md")])
+    paths = sorted([*ROOT.glob("lc3/**/*.py"), *ROOT.glob("docs/**/*.md")])
     whole = "".join(path.read_text(encoding="utf-8") for path in paths)
     return torch.tensor([min(ord(c), 127) for c in whole])
 

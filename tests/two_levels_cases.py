@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
-from lc3.coder import Coder
 from lc3.config import Settings
+from lc3.engines.two_levels import TwoLevels
 from lc3.hooks import ddp
-from lc3.two_levels import TwoLevels
+from lc3.wire.coder import Coder
 from tests.ddp_cases import CONFIG, Broken, Deep, hash_of
 
 

@@ -9,8 +9,8 @@ import torch._dynamo  # with the first optimizer
 import experiments.train
 import launch.train
 import lc3.hooks.fsdp2
-from lc3 import rans
 from lc3.codec import cpu, warm_up
+from lc3.wire import rans
 
 __all__ = ["experiments", "launch", "lc3", "torch"]
 

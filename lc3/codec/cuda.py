@@ -483,7 +483,7 @@ class Batch:
         sparsity: float,
         density: float | None,
     ) -> list[tuple[Tensor, int]]:
-        """See ``lc3.coder.Coder.encode``."""
+        """See ``lc3.wire.coder.Coder.encode``."""
         found: list[tuple[Tensor, int]] = [
             (torch.empty(0, dtype=torch.float32), 0)
         ] * len(values)
@@ -574,7 +574,7 @@ class Batch:
         halves.copy_(chosen[1])
 
     def add(self, sums: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
-        """See ``lc3.coder.Coder.add``."""
+        """See ``lc3.wire.coder.Coder.add``."""
         groups: dict[Any, list[tuple[Tensor, Sequence[Tensor]]]] = {}
         for acc, frames in sums:
             place = acc.untyped_storage().data_ptr(), len(frames)

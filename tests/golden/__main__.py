@@ -11,7 +11,6 @@ import torch
 
 from lc3 import ship
 from lc3.codec import reference
-from lc3.entropy import compress
 from lc3.format import (
     FLAG_ENTROPY_CODED,
     HEADER_BYTES,
@@ -20,8 +19,9 @@ from lc3.format import (
     seal,
     seal_abort,
 )
-from lc3.message import pack
 from lc3.plan import Piece
+from lc3.wire.entropy import compress
+from lc3.wire.message import pack
 
 HERE = Path(__file__).parent
 LENGTHS = (1, 2, 4, 5, 6, 11, 70, 71, 145, 350)

@@ -1,0 +1,1 @@
+"""The path of a gradient between ranks: by owners, in one hop, or on two levels."""

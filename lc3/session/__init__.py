@@ -1,0 +1,1 @@
+"""One model attached to other ranks, and the state that its user holds."""

@@ -1,0 +1,1 @@
+"""Measurements before a training: what compression would save here, and cost."""

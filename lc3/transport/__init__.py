@@ -1,0 +1,1 @@
+"""Between ranks: bytes in rank order, sealed, by a thread of their own."""

@@ -1,0 +1,297 @@
+"""A transport over a process group of torch.distributed."""
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lc3.errors import ExchangeError, FormatError, PeerError
+from lc3.transport.protocol import MOST_BYTES, SIZE_BYTES
+
+if not dist.is_initialized():
+    # DDP imports this with its first model. The default group is the default argument
+    # of all its functions, so if there is one by then they hold it to the very end, and
+    # gloo's threads outlive destroy_process_group() (see ``GroupTransport.leave``).
+    import torch.distributed.nn.functional
+
+_WORD, _WORD_S = (
+    "lc3/stopped",
+    2.0,
+)  # the key, and how long to look for the store's host
+_BUFFER_BYTES, _BUFFERS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
+
+
+class Pairwise:
+    """A ``Transport`` of messages between pairs of ranks, each in one round.
+
+    A receive may be longer than what comes, so nobody has to announce sizes first. What
+    does not fit into the buffer of a receive follows in a second message between just
+    those two ranks. A ragged all_gather is an all_to_all of one message to everybody.
+
+    Args:
+        members: numbers, by which ranks are sent to, of those that exchange.
+        me: this rank's number, which is among them.
+    """
+
+    def __init__(self, members: Sequence[int], me: int) -> None:
+        self._members = members
+        self.rank = members.index(me)
+        self.world = len(members)
+        self.sent_bytes = self.rounds = 0
+        self.most_bytes = MOST_BYTES
+        self._peers = [r for r in range(self.world) if r != self.rank]
+        buffer = min(_BUFFER_BYTES, _BUFFERS_BYTES // self.world)
+        self._buffers = torch.empty(len(self._peers), buffer, dtype=torch.uint8)
+
+    def all_to_all(
+        self, messages: Sequence[Tensor], timeout_s: float | None = None
+    ) -> list[Tensor]:
+        """See ``Transport.all_to_all``."""
+        if self.world == 1:
+            return list(messages)
+        with self._transport_errors():
+            arrived = self._moved(messages, timeout_s)
+        sizes = [messages[peer].numel() for peer in self._peers]
+        self.sent_bytes += sum(sizes) + SIZE_BYTES * (self.world - 1)
+        return arrived
+
+    def _moved(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        """Move messages, and count the rounds."""
+        arrived = self._pairwise(messages, timeout_s)
+        self.rounds += 1
+        return arrived
+
+    def _pairwise(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        """Send and receive with every peer at once; the rest of long ones after it."""
+        buffers = dict(zip(self._peers, self._buffers, strict=True))
+        receiving = {
+            peer: self._receive(buffer, peer) for peer, buffer in buffers.items()
+        }
+        sending: list[Any] = []
+        prefixed: dict[int, Tensor] = {}  # all_gather: one for everybody
+        for peer, buffer in buffers.items():
+            message = messages[peer]
+            if id(message) not in prefixed:
+                size = torch.tensor([message.numel()], dtype=torch.int64).view(
+                    torch.uint8
+                )
+                prefixed[id(message)] = torch.cat([size, message])
+            parts = torch.split(prefixed[id(message)], _parts(message.numel(), buffer))
+            sending += [self._send(part, peer) for part in parts]
+        arrived = list(messages)
+        for peer, buffer in buffers.items():
+            self._wait(receiving[peer], timeout_s)
+            numel = int(buffer[:SIZE_BYTES].view(torch.int64))
+            self._check_size(peer, numel)
+            first, *rest = _parts(numel, buffer)
+            arrived[peer] = torch.empty(numel, dtype=torch.uint8)
+            here = first - SIZE_BYTES
+            arrived[peer][:here] = buffer[SIZE_BYTES:first]
+            if rest:
+                sending.append(self._receive(arrived[peer][here:], peer))
+        for work in sending:
+            self._wait(work, timeout_s)
+        return arrived
+
+    def _check_size(self, peer: int, numel: int) -> None:
+        if not 0 <= numel <= self.most_bytes:
+            raise FormatError(
+                f"rank {peer} announces a message of {numel} bytes; for this model "
+                f"{self.most_bytes} are the most: is it a rank of this job?"
+            )
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """See ``Transport.all_gather``."""
+        return self.all_to_all([message] * self.world)
+
+    @contextmanager
+    def _transport_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except FormatError:
+            raise
+        except (ExchangeError, RuntimeError, ValueError) as error:
+            if (word := self._word()) is not None:
+                raise word from error
+            if isinstance(error, ExchangeError):
+                raise
+            raise ExchangeError(
+                f"the exchange with the other ranks failed ({error}); a rank died, the "
+                "link is down, or the process group's timeout passed: look at the "
+                "other ranks' logs"
+            ) from error
+
+    def _word(self) -> PeerError | None:
+        """Return what a rank that has stopped has left word of."""
+        return None
+
+    def _send(self, data: Tensor, peer: int) -> Any:
+        raise NotImplementedError
+
+    def _receive(self, buffer: Tensor, peer: int) -> Any:
+        raise NotImplementedError
+
+    def _wait(self, work: Any, timeout_s: float | None) -> None:
+        if timeout_s is None:
+            work.wait()
+        elif not work.wait(timedelta(seconds=timeout_s)):
+            raise ExchangeError(f"no answer from the other ranks within {timeout_s} s")
+
+
+class GroupTransport(Pairwise):
+    """A ``Transport`` over a process group that nobody else uses.
+
+    On gloo a message travels in one round, see ``Pairwise``. Other backends (NCCL)
+    exchange sizes, then bytes, by ``all_to_all_single``. Both move the same bytes.
+
+    Args:
+        group: the process group.
+        device: that the backend moves tensors of: the CPU, but for NCCL. Messages are
+            on the CPU all the same.
+        members: ranks in the group that exchange, this one among them. Default: all.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        members: Sequence[int] | None = None,
+    ) -> None:
+        everybody = range(dist.get_world_size(group))
+        super().__init__(
+            everybody if members is None else members, dist.get_rank(group)
+        )
+        self._held = [group]
+        self._device = device
+        self._one_round = dist.get_backend(group) == "gloo"
+
+    def among(self, members: Sequence[int]) -> "GroupTransport":
+        """See ``Divisible.among``."""
+        ranks = [self._members[member] for member in members]
+        part = GroupTransport(self._group, self._device, ranks)
+        part._held = self._held
+        part.most_bytes = self.most_bytes
+        return part
+
+    def leave(self, *, destroy: bool) -> None:
+        """Let go of the group, so that it can end; nothing can be exchanged then.
+
+        What is left of a group that somebody still holds are threads that may need the
+        interpreter's lock when it is gone, at exit, and abort the process
+        (pytorch/pytorch#190489).
+
+        Args:
+            destroy: end the group, too; of a group that was made for this exchange.
+        """
+        if destroy and dist.is_initialized():
+            with suppress(ValueError):  # it has gone with all the others already
+                dist.destroy_process_group(self._group)
+        self._held.clear()
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self._held[0]
+
+    def _moved(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        if self._one_round:
+            return super()._moved(messages, timeout_s)
+        arrived = self._sizes_then_bytes(messages, timeout_s)
+        self.rounds += 2
+        return arrived
+
+    def _sizes_then_bytes(
+        self, messages: Sequence[Tensor], timeout_s: float | None
+    ) -> list[Tensor]:
+        in_job_order = sorted(self._peers, key=lambda peer: self._members[peer])
+        payload = torch.cat([messages[peer] for peer in in_job_order]).to(self._device)
+        outgoing = [0] * dist.get_world_size(self._group)
+        for peer in self._peers:
+            outgoing[self._members[peer]] = messages[peer].numel()
+        announced = torch.tensor(outgoing, dtype=torch.int64, device=self._device)
+        sizes = torch.empty_like(announced)
+        self._wait(self._start(sizes, announced), timeout_s)
+        incoming = sizes.tolist()
+        for peer in self._peers:
+            self._check_size(peer, incoming[self._members[peer]])
+        received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
+        self._wait(self._start(received, payload, incoming, outgoing), timeout_s)
+        parts = torch.split(received.cpu(), incoming)
+        arrived = [parts[member] for member in self._members]
+        arrived[self.rank] = messages[self.rank]
+        return arrived
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """See ``Transport.all_reduce``. Counted as a ring. Not among members only."""
+        assert self.world == dist.get_world_size(self._group)
+        with self._transport_errors():
+            dist.all_reduce(tensor, group=self._group)
+        self.sent_bytes += 2 * (self.world - 1) * tensor.nbytes // self.world
+        self.rounds += 2 * (self.world - 1)
+
+    def leave_word(self, reason: str) -> None:
+        """See ``Transport.leave_word``. In the group's store, where the first stays."""
+        word = f"{self._members[self.rank]} {reason}"
+        with suppress(RuntimeError):
+            if (store := self._store()) is not None:
+                store.compare_set(_WORD, "", word)
+
+    def _word(self) -> PeerError | None:
+        """Return what a rank that has stopped has left word of."""
+        word = ""
+        with suppress(RuntimeError):
+            store = self._store()
+            if store is not None and store.check([_WORD]):
+                word = store.get(_WORD).decode()
+        rank, _, reason = word.partition(" ")
+        return PeerError(int(rank), reason) if rank.isdecimal() else None
+
+    def _store(self) -> Any:
+        """Return the group's store; none if its host is not to be reached.
+
+        What is asked of a store across a cut link is never answered.
+        """
+        store: Any = self._group.get_group_store()
+        host = store
+        while isinstance(host, dist.PrefixStore):
+            host = host.underlying_store
+        if isinstance(host, dist.TCPStore):
+            try:
+                socket.create_connection((host.host, host.port), _WORD_S).close()
+            except OSError:
+                return None
+        return store
+
+    def _send(self, data: Tensor, peer: int) -> Any:
+        return dist.isend(data, group=self._group, group_dst=self._members[peer])
+
+    def _receive(self, buffer: Tensor, peer: int) -> Any:
+        return dist.irecv(buffer, group=self._group, group_src=self._members[peer])
+
+    def _start(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        incoming: list[int] | None = None,
+        outgoing: list[int] | None = None,
+    ) -> Any:
+        return dist.all_to_all_single(
+            received, sent, incoming, outgoing, group=self._group, async_op=True
+        )
+
+
+def _parts(numel: int, buffer: Tensor) -> list[int]:
+    """Return the bytes of each part of a message of ``numel``, its size before it."""
+    whole = SIZE_BYTES + numel
+    first = min(whole, buffer.numel())
+    return [first] if first == whole else [first, whole - first]
