@@ -25,7 +25,7 @@ from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
 from lc3.hooks.frameworks import Attach, FormName, attach_of, missing, require
-from lc3.session.session import alone
+from lc3.session.groups import alone
 from lc3.session.state import FormState
 
 try:

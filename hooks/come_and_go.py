@@ -37,7 +37,8 @@ from lc3.masters.owners import Everybody, owners_of
 from lc3.module.model import together
 from lc3.module.steps import Written
 from lc3.residual import Residuals
-from lc3.session.session import Session, nobody
+from lc3.session.groups import nobody
+from lc3.session.session import Session
 from lc3.transport.channel import Channel
 from lc3.transport.group import Pairwise
 from lc3.transport.handshake import alike

@@ -24,20 +24,15 @@ from torch.optim import Optimizer
 
 from lc3 import private
 from lc3.config import Config, Settings, settle
-from lc3.errors import ConfigError
-from lc3.module.applied import Kind, kind_of, unwrapped
+from lc3.module.applied import Kind, kind_of_all, unwrapped
 from lc3.module.link import Link, Unregistered, linked_hook
 from lc3.module.model import Frozen, named_parameters
+from lc3.session.attaching import attaching_to
 from lc3.session.averages import Alone, Averages
 from lc3.session.buckets import EXTRAS, Buckets, FollowedBuckets, is_coded
-from lc3.session.session import (
-    alone,
-    attaching_to,
-    check_module,
-    check_norm,
-    check_scaler,
-    session_for,
-)
+from lc3.session.checks import check_clipping, check_module, check_scaler
+from lc3.session.groups import alone
+from lc3.session.wrapped import Wrapped, senders, session_for
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +107,7 @@ def attach(
     if alone() and not isinstance(model, DistributedDataParallel):
         check_module(model)
         check_scaler(scaler)
-        _check_clipping(max_norm, [] if optimizer is None else unwrapped(optimizer))
+        check_clipping(max_norm, [] if optimizer is None else unwrapped(optimizer))
         log.info("lc3: one process, so there is nothing to exchange")
         return Alone(settle(config, Settings()))
     with attaching_to(model, group):
@@ -125,7 +120,7 @@ def attach(
             group=group,
             mesh=mesh,
         )
-        state.session.link_to(model, state.take, check_every)
+        state.session.link_to(model, state.reduce, state.uncoded, check_every)
         state.unregistered.close()
     return state
 
@@ -148,6 +143,7 @@ class State(Averages):
     """
 
     form = "ddp"
+    session: Wrapped
 
     def __init__(
         self,
@@ -161,27 +157,22 @@ class State(Averages):
         mesh: DeviceMesh | int | None = None,
     ) -> None:
         optimizers = [] if optimizer is None else unwrapped(optimizer)
-        kinds = {kind_of(one) for one in optimizers}
-        self.kind: Kind | None = None
-        if kinds:
-            self.kind = kinds.pop() if len(kinds) == 1 else "other"
+        self.kind: Kind | None = kind_of_all(optimizers)
         check_scaler(scaler)
-        _check_clipping(max_norm, optimizers)
+        check_clipping(max_norm, optimizers)
         defaults = Settings()
         if self.kind == "adam":
-            two = _senders(model, mesh) == 2
+            two = senders(model, mesh) == 2
             defaults = replace(FOR_ADAM, topology="direct" if two else "owners")
         self.settings = settle(config, defaults)
         facts = {"optimizer": self.kind, "max_norm": max_norm}
         extras = EXTRAS if optimizers else {}
         self.session = session_for(model, self.settings, group, mesh, facts, extras)
-        self.meter = self.session.meter
-        self.engine = self.session.engine
-        if (
-            self.settings != settle(config, Settings())
-            and not self.engine.transport.rank
-        ):
-            log.info("lc3: %s, chosen for %s", self.settings, _kinds(optimizers))
+        self.meter, self.engine = self.session.meter, self.session.engine
+        chosen = self.settings != settle(config, Settings())
+        if chosen and not self.engine.transport.rank:
+            kinds = " and ".join(sorted({type(one).__name__ for one in optimizers}))
+            log.info("lc3: %s, chosen for %s", self.settings, kinds)
         self._group = model.process_group
         self._wrapper = weakref.ref(model)
         self._link: Link | None = None
@@ -195,31 +186,26 @@ class State(Averages):
         self._seen: set[str] = set()
         self._buckets: Buckets
         if optimizers and self.engine.transport.world > 1:
-            names = self.session.names
             self._buckets = FollowedBuckets(
-                self.engine, names, optimizers, self.kind, max_norm
+                self.engine, self.session.names, optimizers, self.kind, max_norm
             )
         else:
             scales = scaler is not None and scaler.is_enabled() and not optimizers
             self._buckets = Buckets(self.engine, scaler if scales else None)
-
-    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Replace every gradient in a bucket that DDP hands to its hook."""
-        return self.session.on_bucket(bucket, self.reduce, self.uncoded)
 
     def link(self) -> Link:
         """Return what leads a model's hook here until this is closed."""
         if self._link is None:
             model = self._wrapper()
             assert model is not None  # its hook has called
-            self._link = self.session.adopt(model, self.take)
+            self._link = self.session.adopt(model, self.reduce, self.uncoded)
             self.unregistered.close()
         return self._link
 
     def reduce(
         self, buffer: Tensor, names: list[str], step: int, bucket: int
     ) -> Tensor:
-        """See ``Buckets.reduce``. Runs on the lane."""
+        """Replace every gradient in a bucket by its mean. Runs on the lane."""
         self.meter.at_step(step + 1)
         if bucket == 0:
             self._seen.clear()
@@ -245,11 +231,9 @@ class State(Averages):
             return None
         self.meter.at_step(step + 1)
         narrow = wire == "bfloat16" and buffer.dtype == torch.float32
-        self.meter.add_all_reduce(
-            buffer.numel(),
-            2 if narrow else buffer.element_size(),
-            self.engine.transport.world,
-        )
+        element_bytes = 2 if narrow else buffer.element_size()
+        world = self.engine.transport.world
+        self.meter.add_all_reduce(buffer.numel(), element_bytes, world)
         return (bf16_compress_hook if narrow else allreduce_hook)(self._group, bucket)
 
     def _knobs(self) -> dict[str, object]:
@@ -260,28 +244,3 @@ class State(Averages):
         self.unregistered.close()
         self._buckets.close()
         self.session.close()
-
-
-def _kinds(optimizers: Sequence[Optimizer]) -> str:
-    return " and ".join(sorted({type(one).__name__ for one in optimizers}))
-
-
-def _check_clipping(max_norm: float | None, optimizers: list[Optimizer]) -> None:
-    check_norm(max_norm)
-    if max_norm is not None and not optimizers:
-        raise ConfigError(
-            f"max_norm={max_norm!r} clips right before the optimizer steps; pass it, "
-            "too: attach(model, optimizer, max_norm=...)"
-        )
-
-
-def _senders(model: DistributedDataParallel, mesh: DeviceMesh | int | None) -> int:
-    """Return how many ranks, or nodes, send each other what they have coded."""
-    if not isinstance(model, DistributedDataParallel):
-        return 0  # which is refused later
-    world = dist.get_world_size(model.process_group)
-    if mesh is None:
-        return world
-    if isinstance(mesh, int):
-        return world // mesh if mesh > 0 else 0
-    return int(mesh.mesh.shape[0]) if isinstance(mesh, DeviceMesh) else 0

@@ -25,7 +25,9 @@ from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError
 from lc3.local.site import peers_of
 from lc3.module.model import Frozen, named_parameters
-from lc3.session.session import Session, alike_in, attaching, check_form
+from lc3.session.attaching import attaching
+from lc3.session.checks import alike_in, check_form
+from lc3.session.session import Session
 from lc3.session.state import FormState
 
 

@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from lc3.config import Config, Settings, settle
 from lc3.errors import AttachError, ConfigError, ExchangeError
 from lc3.module.model import flat_view
-from lc3.session.session import Session, attaching
+from lc3.session.attaching import attaching
+from lc3.session.session import Session
 from lc3.session.state import FormState
 from lc3.transport.group import MOST_BYTES
 

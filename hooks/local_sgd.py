@@ -33,16 +33,9 @@ from lc3.local.says import Says, loaded_alike, share_of
 from lc3.local.site import ranks_of_sites, sites_of
 from lc3.module.applied import unwrapped
 from lc3.module.steps import Written
-from lc3.session.session import (
-    alike_in,
-    alone,
-    attaching,
-    attaching_everywhere,
-    attaching_to,
-    check_form,
-    check_module,
-    check_owners,
-)
+from lc3.session.attaching import attaching, attaching_everywhere, attaching_to
+from lc3.session.checks import alike_in, check_form, check_module, check_owners
+from lc3.session.groups import alone
 from lc3.transport.handshake import agree, threads_for
 from lc3.version import __version__
 

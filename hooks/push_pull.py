@@ -28,16 +28,16 @@ from lc3.masters.owners import owners_of
 from lc3.masters.pushes import Pushes
 from lc3.masters.sharded import Groups, Sharded, groups_of
 from lc3.module.model import flat_view
-from lc3.session.session import (
+from lc3.session.attaching import attaching_to
+from lc3.session.checks import (
     alike_in,
-    attaching_to,
     check_form,
     check_norm,
     check_owners,
     check_scaler,
-    session_for,
 )
 from lc3.session.state import FormState
+from lc3.session.wrapped import Wrapped, session_for
 
 
 def attach(
@@ -95,7 +95,7 @@ def attach(
         optimizer = PushPull(
             model, make_optimizer, settings, params, max_norm, scaler, group
         )
-        optimizer.session.link_to(model, optimizer.take, check_every)
+        optimizer.link_to(model, check_every)
         return optimizer
 
 
@@ -121,6 +121,7 @@ class PushPull(FormState, Optimizer):
     """
 
     form = "push_pull"
+    session: Wrapped
 
     def __init__(
         self,
@@ -152,9 +153,9 @@ class PushPull(FormState, Optimizer):
         self._pushes = Pushes(model, self._parameters, self.owners, self.engine, scaler)
         self._max_norm = max_norm
 
-    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Push a bucket's gradients to their owners; DDP gets what stands for them."""
-        return self.session.on_bucket(bucket, self._pushes.push)
+    def link_to(self, model: DistributedDataParallel, check_every: int | None) -> None:
+        """Let DDP hand its buckets to their owners, and get what stands for them."""
+        self.session.link_to(model, self._pushes.push, check_every=check_every)
 
     @property
     def grad_norm(self) -> float:

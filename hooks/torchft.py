@@ -24,7 +24,7 @@ from lc3.hooks.come_and_go import Quorum, StopError
 from lc3.hooks.frameworks import missing, require
 from lc3.knobs import FOR_TWO, PresetName, knobs_for, preset_of
 from lc3.module.applied import unwrapped
-from lc3.session.session import check_form
+from lc3.session.checks import check_form
 
 try:
     from torchft.manager import Manager, WorldSizeMode

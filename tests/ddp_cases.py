@@ -195,14 +195,17 @@ def check_gradients(
 
 def record_layouts(state: Any) -> list[tuple[int, list[str]]]:
     layouts: list[tuple[int, list[str]]] = []
-    reduce = state.reduce
+    buckets = state._buckets
+    reduce = buckets.reduce
 
-    def recording(buffer: Tensor, names: list[str], step: int, bucket: int) -> Tensor:
+    def recording(
+        buffer: Tensor, names: list[str], step: int, bucket: int, last: bool
+    ) -> Tensor:
         layouts.append((step, names))
-        reduced: Tensor = reduce(buffer, names, step, bucket)
+        reduced: Tensor = reduce(buffer, names, step, bucket, last)
         return reduced
 
-    state.reduce = recording
+    buckets.reduce = recording
     return layouts
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lc3
 from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
-from lc3.session import session
+from lc3.session import attaching
 from lc3.transport import channel
 from lc3.wire.coder import Coder
 from tests.ddp_cases import Broken, count_held
@@ -113,7 +113,7 @@ def failed_attaches(rank: int, world: int, count: int) -> dict[str, int]:
 
 def refuses_alone(rank: int, world: int) -> tuple[str, float]:
     """Attach wrongly on rank 0 only, while the others never attach."""
-    said, took, session._REFUSE_S = "", 0.0, 1.0
+    said, took, attaching._REFUSE_S = "", 0.0, 1.0
     if rank == 0:
         began = time.monotonic()
         try:

@@ -90,24 +90,29 @@ FOLDERS: dict[str, dict[str, str]] = {
         "stand_in": "applied errors",
     },
     "session": {
+        "attaching": "config errors group groups handshake protocol version",
         "averages": (
-            "applied buckets checkpoint config errors exchange meter model session "
-            "state"
+            "applied buckets checkpoint checks config errors exchange meter model state"
         ),
         "buckets": "applied errors exchange moments private sketch",
+        "checks": "config errors model",
+        "groups": "errors group loopback private protocol",
         "session": (
-            "auto buffers channel checkpoint codec coder config costs direct engine "
-            "errors exchange group handshake lane link loopback meter model plan "
-            "private protocol rans residual two_levels version"
+            "attaching auto channel checkpoint checks codec coder config costs "
+            "direct engine errors exchange groups handshake lane meter plan private "
+            "protocol rans residual two_levels version"
         ),
         "state": "checkpoint config exchange meter session",
+        "wrapped": "buffers checks config errors groups link model private session",
     },
     "local": {
-        "ends": "checkpoint config errors held link model says session site steps",
+        "ends": (
+            "checkpoint config errors groups held link model says session site steps"
+        ),
         "fragments": "errors says",
         "held": "errors handshake model private protocol site",
         "local_steps": (
-            "config ends errors fragments held knobs link model outer owners "
+            "checks config ends errors fragments held knobs link model outer owners "
             "residual says session state statistics steps"
         ),
         "meeting": "errors says",

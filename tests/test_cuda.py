@@ -17,7 +17,7 @@ from experiments.cuda_kernels import KERNELS
 from lc3 import AttachError, ConfigError, codec
 from lc3.codec import tensor
 from lc3.config import Settings
-from lc3.session import session
+from lc3.session import checks
 from lc3.transport.lane import Lane
 
 ROOT = Path(__file__).parents[1]
@@ -203,13 +203,13 @@ def test_a_model_on_a_device_that_auto_cannot_serve_is_refused() -> None:
     """Without a GPU: only where tensors are is asked."""
     here = {torch.empty(2, 2): "a"}
     there = {torch.empty(2, 2, device="meta"): "b"}
-    assert session._check_parameters(there, Settings()).type == "meta"
+    assert checks.check_parameters(there, Settings()).type == "meta"
     with pytest.raises(
         ConfigError, match="mode='auto' compares 3LC with an all-reduce"
     ):
-        session._check_parameters(there, Settings(mode="auto"))
+        checks.check_parameters(there, Settings(mode="auto"))
     with pytest.raises(AttachError, match="'a' is on cpu, 'b' on meta"):
-        session._check_parameters(here | there, Settings())
+        checks.check_parameters(here | there, Settings())
 
 
 @needs_numba_cuda

@@ -11,7 +11,7 @@ from torch import Tensor
 from lc3 import ConfigError
 from lc3.engines.exchange import pending
 from lc3.masters.owners import owners_of
-from lc3.session.session import check_owners
+from lc3.session.checks import check_owners
 from lc3.transport.protocol import Transport
 from tests.oracle import Floats, Servers
 from tests.test_engine import (

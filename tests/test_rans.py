@@ -340,7 +340,7 @@ def test_a_body_that_does_not_fit_is_blamed_on_its_sender(
 def test_nothing_compiles_in_a_step() -> None:
     """After ``warm_up`` every kernel knows its types."""
     code = (
-        "import lc3, torch; from lc3 import rans; rans.warm_up();"
+        "import lc3, torch; from lc3.wire import rans; rans.warm_up();"
         "kernels = [k for k in vars(rans).values() if hasattr(k, 'signatures')];"
         "before = [len(k.signatures) for k in kernels]; assert len(kernels) > 7;"
         "frames = [lc3.encode(torch.randn(n) ** 3)[0] for n in (1, 70, 5000)];"

@@ -24,7 +24,8 @@ from lc3.local.site import Sites
 from lc3.module.link import keep_apart, link_of
 from lc3.module.model import Model
 from lc3.module.steps import Written
-from lc3.session.session import Session, alone, nobody, session_beside, world_group
+from lc3.session.groups import alone, nobody, world_group
+from lc3.session.session import Session, session_beside
 
 Trained = Sequence[tuple[str, Tensor]]
 State = dict[str, Any]  # what a rank keeps

@@ -32,7 +32,8 @@ from lc3.module.link import check_unclaimed, claim, release
 from lc3.module.model import Model, like, local, named_parameters, together
 from lc3.module.steps import Counting, Watch, Written
 from lc3.residual import arena_like
-from lc3.session.session import Session, check_module
+from lc3.session.checks import check_module
+from lc3.session.session import Session
 from lc3.session.state import FormState
 
 log = logging.getLogger(__name__)

@@ -488,6 +488,12 @@ def kind_of(optimizer: Optimizer) -> Kind:
     return "sgd" if isinstance(optimizer, SGD) else "other"
 
 
+def kind_of_all(optimizers: Sequence[Optimizer]) -> Kind | None:
+    """Return which form of 3LC suits several together; ``None``: there are none."""
+    kinds = {kind_of(one) for one in optimizers}
+    return kinds.pop() if len(kinds) == 1 else "other" if kinds else None
+
+
 def unsuited(optimizer: Optimizer) -> str:
     """Return the sentence about an optimizer that no form of every step suits."""
     return (

@@ -16,7 +16,7 @@ from lc3.meter import Meter
 from lc3.module.applied import Kind
 from lc3.module.model import flat_view
 from lc3.session.buckets import Buckets
-from lc3.session.session import alike_in
+from lc3.session.checks import alike_in
 from lc3.session.state import FormState
 
 log = logging.getLogger(__name__)

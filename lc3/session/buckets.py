@@ -25,7 +25,7 @@ from lc3.module.sketch import SUMS, Sketch, squares
 log = logging.getLogger(__name__)
 
 _CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NORM = "lc3.masters.norm"  # travels with the last bucket of a step
+_NORM = "lc3.norm"  # travels with the last bucket of a step
 EXTRAS = {_NORM: SUMS + 1}  # of a plan whose gradients are followed
 
 
