@@ -20,7 +20,9 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
+from experiments.methods import AT_RATE
 from experiments.record import RESULTS, ResultError, read_csv
+from experiments.run import at_rate
 from experiments.tables import BASELINE, Row, grid, insert
 from lc3 import knobs
 
@@ -117,7 +119,7 @@ TASKS = (
     ),
     Task(
         "Python sources, each byte seen once: transformer of 0.28 M, AdamW, 4 ranks, "
-        "672 steps, one rate",
+        "672 steps",
         "one-pass-0.25m.csv:one-pass-quarter",
         {
             "float32": "float32",
@@ -160,10 +162,17 @@ TITLES = ("method", "fewer bytes than float32", "than bfloat16")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a method ended: by seed the figure, and the bytes of a rank and step."""
+    """How a method ended, at the best of its learning rates.
+
+    Attributes:
+        figures: by seed.
+        bytes_per_step: that a rank sends.
+        times: of the task's rate; one, where it was not swept.
+    """
 
     figures: dict[str, float]
     bytes_per_step: float
+    times: float = 1.0
 
     @property
     def mean(self) -> float:
@@ -171,21 +180,46 @@ class Outcome:
         return mean(self.figures.values())
 
 
+def swept(task: Task, rows: Sequence[Row]) -> list[float]:
+    """Return the rates that every method has ended at, as factors of the task's."""
+    common: set[float] | None = None
+    for method in task.forms:
+        times = set()
+        for row in rows:
+            if row["step"] != row["steps"]:
+                continue
+            name, _, factor = row["method"].partition(AT_RATE)
+            if row["method"] == method:
+                times.add(1.0)
+            elif name == method:
+                times.add(float(factor))
+        common = times if common is None else common & times
+    return sorted(common or ())
+
+
 def outcomes(task: Task, rows: Sequence[Row]) -> dict[str, Outcome]:
-    """Return how the methods of a task ended.
+    """Return how the methods of a task ended, each at the best of the same rates.
 
     Raises:
         ResultError: the file lacks one of them.
     """
-    column = "accuracy" if task.accuracy else "test_loss"
+    best = max if task.accuracy else min
     found = {}
     for method in task.forms:
-        last = [r for r in rows if r["method"] == method and r["step"] == r["steps"]]
-        if not last:
+        at = [_outcome(task, rows, method, times) for times in swept(task, rows)]
+        ended = [outcome for outcome in at if outcome.figures]
+        if not ended:
             raise ResultError(f"{task.file} has no {method!r}; run it again")
-        sent = mean(int(row["sent_bytes"]) / int(row["steps"]) for row in last)
-        found[method] = Outcome({r["seed"]: float(r[column]) for r in last}, sent)
+        found[method] = best(ended, key=lambda outcome: outcome.mean)
     return found
+
+
+def _outcome(task: Task, rows: Sequence[Row], method: str, times: float) -> Outcome:
+    column = "accuracy" if task.accuracy else "test_loss"
+    name = at_rate(method, times)
+    last = [r for r in rows if r["method"] == name and r["step"] == r["steps"]]
+    sent = mean(int(row["sent_bytes"]) / int(row["steps"]) for row in last)
+    return Outcome({r["seed"]: float(r[column]) for r in last}, sent, times)
 
 
 def compared(
@@ -236,9 +270,17 @@ def table(task: Task, rows: Sequence[Row]) -> str:
             against = compared(mine.figures, base.figures, accuracy=task.accuracy)
         lines.append([form, f"{fewer:.1f} ×", f"{fewer / 2:.1f} ×", figure, against])
     titles = [*TITLES, "accuracy" if task.accuracy else "loss", "against float32"]
+    rates = swept(task, rows)
+    if len(rates) > 1:
+        titles.append("rate")
+        for line, method in zip(lines, task.forms, strict=True):
+            line.append(f"{found[method].times:g} ×")
+    tried = ", ".join(f"{times:g}" for times in rates)
+    said = f"Each at the best of the rates {tried} × the task's.\n"
     return (
         f"### {task.title}\n\n{grid(titles, lines, words=(0, 4))}\n\n"
-        f"Noise (σ of float32's seeds): {noise(base)}.\n{beside(task, found)}"
+        f"Noise (σ of float32's seeds): {noise(base)}.\n{said * (len(rates) > 1)}"
+        f"{beside(task, found)}"
     )
 
 

@@ -387,6 +387,35 @@ def test_each_rival_stands_beside_what_sends_no_more() -> None:
     assert summary.beside(alone, least) == ""
 
 
+def test_each_method_stands_at_the_best_of_the_rates_that_all_have_ended_at() -> None:
+    def row(method: str, loss: float, step: int = 8) -> dict[str, str]:
+        return {
+            "method": method,
+            "seed": "0",
+            "step": str(step),
+            "steps": "8",
+            "sent_bytes": "80",
+            "test_loss": str(loss),
+        }
+
+    task = summary.Task("T", "t.csv:t", {"float32": "float32", "a": "lc3 a"})
+    rows = [
+        *(row("float32", 2.0), row("float32, lr × 2", 3.0), row("float32, lr × 4", 1)),
+        *(row("a", 2.5), row("a, lr × 2", 2.2), row("a, lr × 4", 1.0, step=4)),
+    ]
+    assert summary.swept(task, rows) == [1, 2]
+    found = summary.outcomes(task, rows)
+    assert {name: (one.mean, one.times) for name, one in found.items()} == {
+        "float32": (2.0, 1),
+        "a": (2.2, 2),
+    }
+    said = summary.table(task, rows)
+    assert "| lc3 a | 1.0 × | 0.5 × | 2.2000 | +10.00 %; one seed | 2 × |" in said
+    assert "best of the rates 1, 2 × the task's" in said
+    with pytest.raises(summary.ResultError, match="has no 'float32'"):
+        summary.outcomes(task, rows[3:])
+
+
 def test_methods_are_compared_by_the_seeds_of_both() -> None:
     base = {"0": 2.0, "1": 4.0, "2": 5.0}
     lower = {"0": 1.9, "1": 3.8, "2": 4.75, "9": 1.0}
