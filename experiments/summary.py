@@ -184,7 +184,11 @@ class Outcome:
 
 
 def swept(task: Task, rows: Sequence[Row]) -> list[float]:
-    """Return the rates that every method has ended at, as factors of the task's."""
+    """Return the rates that every method has ended at, as factors of the task's.
+
+    Raises:
+        ResultError: the file lacks one of the methods.
+    """
     common: set[float] | None = None
     for method in task.forms:
         times = set()
@@ -196,6 +200,8 @@ def swept(task: Task, rows: Sequence[Row]) -> list[float]:
                 times.add(1.0)
             elif name == method:
                 times.add(float(factor))
+        if not times:
+            raise ResultError(f"{task.file} has no {method!r}; run it again")
         common = times if common is None else common & times
     return sorted(common or ())
 
@@ -204,16 +210,16 @@ def outcomes(task: Task, rows: Sequence[Row]) -> dict[str, Outcome]:
     """Return how the methods of a task ended, each at the best of the same rates.
 
     Raises:
-        ResultError: the file lacks one of them.
+        ResultError: see ``swept``; or they have ended at no rate alike.
     """
     best = max if task.accuracy else min
+    rates = swept(task, rows)
+    if not rates:
+        raise ResultError(f"{task.file}: no rate that all methods have; run it again")
     found = {}
     for method in task.forms:
-        at = [_outcome(task, rows, method, times) for times in swept(task, rows)]
-        ended = [outcome for outcome in at if outcome.figures]
-        if not ended:
-            raise ResultError(f"{task.file} has no {method!r}; run it again")
-        found[method] = best(ended, key=lambda outcome: outcome.mean)
+        at = [_outcome(task, rows, method, times) for times in rates]
+        found[method] = best(at, key=lambda outcome: outcome.mean)
     return found
 
 
