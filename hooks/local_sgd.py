@@ -9,10 +9,8 @@ fragments, and ``alpha``, Streaming DiLoCo (arXiv 2501.18512).
 That first moments matter in an exchange: DES-LOC (arXiv 2505.22549), which sends them.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,22 +22,26 @@ from torch.optim import Optimizer
 from lc3.checkpoint import UNSENT, Parts
 from lc3.config import Config, Settings, settle
 from lc3.errors import ConfigError, StateError
-from lc3.knobs import ALONE, DEFAULT, FOR_TWO, PresetName, knobs_for, preset_of
-from lc3.local.ends import InSite, OneRank
+from lc3.knobs import (
+    ALONE,
+    DEFAULT,
+    FOR_TWO,
+    PresetName,
+    given_by,
+    knobs_for,
+    preset_of,
+)
+from lc3.local.ends import OneRank
 from lc3.local.fragments import UnderWay
-from lc3.local.held import Shares, holders_of, parts_of
+from lc3.local.joining import join_sites
 from lc3.local.local_steps import Choose, LocalSteps
 from lc3.local.says import Says, loaded_alike, share_of
-from lc3.local.site import ranks_of_sites, sites_of
+from lc3.local.site import ranks_of_sites
 from lc3.module.applied import unwrapped
 from lc3.module.steps import Written
-from lc3.session.attaching import attaching, attaching_everywhere, attaching_to
-from lc3.session.checks import alike_in, check_form, check_module, check_owners
+from lc3.session.attaching import attaching_to
+from lc3.session.checks import alike_in, check_form, check_owners
 from lc3.session.groups import alone
-from lc3.transport.handshake import agree, threads_for
-from lc3.version import __version__
-
-log = logging.getLogger(__name__)
 
 
 def attach(
@@ -149,19 +151,16 @@ def attach(
         ...     state.steps
         1
     """
-    said = {
-        "overlap": overlap,
-        "outer_lr": outer_lr,
-        "outer_momentum": outer_momentum,
-        "residual_decay": residual_decay,
-        "inner_momentum_scale": inner_momentum_scale,
-        "fragments": fragments,
-        "alpha": alpha,
-    }
-    given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
-    if sync_every is not None:
-        given["sync_every"] = None if sync_every == "manual" else sync_every
-
+    given = given_by(
+        sync_every,
+        overlap=overlap,
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+        residual_decay=residual_decay,
+        inner_momentum_scale=inner_momentum_scale,
+        fragments=fragments,
+        alpha=alpha,
+    )
     steps_alone = not given.keys().isdisjoint(("outer_lr", "outer_momentum"))
 
     def chosen() -> tuple[list[Optimizer], Settings, Choose]:
@@ -188,29 +187,7 @@ def attach(
             return State(model, *chosen(), OneRank(group), **own)
     if group is not None:
         raise ConfigError("mesh makes groups of its own; leave group out")
-    state: State | None = None
-    try:
-        with attaching_everywhere() as everybody:
-            optimizers, settings, choose = chosen()
-            knobs, _ = choose(optimizers)
-            check_module(model)
-            ranks = ranks_of_sites(mesh)
-            shapes, parts = parts_of(model, ranks)
-            facts = {"mesh": ranks, "parameters": shapes, **knobs.said()}
-            threads = threads_for(everybody, settings)
-            agree(everybody, __version__, settings, [], lambda: None, facts)
-            holders = holders_of(parts, ranks, everybody)
-            sites = sites_of(mesh)
-            with attaching(lambda: (sites.between, sites.leave)):
-                logs = settings.log_every if dist.get_rank() == 0 else None
-                settings = replace(settings, threads=threads, log_every=logs)
-                end = InSite(sites, Shares(sites.site, holders))
-                state = State(model, optimizers, settings, choose, end, **own)
-    except BaseException:
-        if state is not None:
-            state.close()
-        raise
-    return state
+    return join_sites(model, mesh, chosen, partial(State, **own))
 
 
 class State(LocalSteps):
@@ -229,18 +206,11 @@ class State(LocalSteps):
             self._loaded = False
             self._model.parameters()
             if self.engine.transport.world == 1:
-                self._apply_owed()
+                self._outer.apply_owed(self._model.flats(), self.knobs)
             self._model.mark()
             self._fresh = ()
         elif not self._idle:
             self._watch.look(self.owners.replica, fresh=self._fresh, new=new)
-
-    def _apply_owed(self) -> None:
-        """Apply what several ranks had not sent: one rank has nobody to send it to."""
-        flats = self._model.flats()
-        for name, owed in self.engine.residuals.sent.items():
-            flats[name].sub_(owed.to(flats[name]), alpha=self.knobs.outer_lr)
-            owed.zero_()
 
     def rebase(self) -> None:
         """Go on from what rank 0's model holds now, and owe nothing; collective.
@@ -273,22 +243,6 @@ class State(LocalSteps):
         self._copy_replica()
         self._look_anew()
 
-    def gather_state(self) -> list[dict[str, Any]]:
-        """See ``FormState.gather_state``.
-
-        Of sites the states of all ranks, site after site, come to the first rank of the
-        mesh; their shards pass through the first site.
-        """
-        return self._end.gathered(super().gather_state())
-
-    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """See ``FormState.load_gathered``; sites need ranks as many as they had each.
-
-        Raises:
-            StateError: it does not fit; nothing was changed.
-        """
-        super().load_gathered(self._end.mine_of(states))
-
     def check_replicas(self) -> None:
         """Raise ``ReplicasDiffer`` if ranks do, after an exchange; collective."""
         with self._end.heard():
@@ -307,7 +261,7 @@ class State(LocalSteps):
             alike = loaded_alike(everybody)
             self._watch.told(written, alike=alike)
             if alike:
-                self._go_on_from_written(written, far=mine.far)
+                self._outer.go_on_from(written, self._moved, far=mine.far)
             counted = sum([said.finite for said in everybody])
             share = share_of(mine, everybody) if mine.finite else 0.0
             for moved in some.values() if share != 1 else ():
@@ -324,15 +278,6 @@ class State(LocalSteps):
                 pull(some, step, 0)
                 self._outer.forget(self.knobs, some)
             return self._statistics.mean(everybody, mine, step)
-
-    def _go_on_from_written(self, written: Written, *, far: bool) -> None:
-        """Let what all ranks were given be what they have moved from."""
-        for name, flat in written.base.items():
-            self._moved[name].add_(flat - self.owners.replica[name])
-            if name in written.late:
-                self._moved[name].add_(written.late[name])
-        self._outer.rebase(written.base, forget=written.whole or far)
-        log.info("lc3: all ranks were given other parameters; they go on from these")
 
     def state_dict(self) -> dict[str, Any]:
         """See ``FormState.state_dict``.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ from lc3.errors import AttachError, ConfigError, ExchangeError
 from lc3.hooks import come_and_go
 from lc3.hooks.come_and_go import Quorum, StopError
 from lc3.hooks.frameworks import missing, require
-from lc3.knobs import FOR_TWO, PresetName, knobs_for, preset_of
+from lc3.knobs import FOR_TWO, PresetName, given_by, knobs_for, preset_of
 from lc3.module.applied import unwrapped
 from lc3.session.checks import check_form
 
@@ -113,14 +113,12 @@ def attach(
         >>> state = lc3.hooks.torchft.attach(model, optimizer, manager, sync_every=16)
     """
     require("torchft", version("torchft"), _LEAST)
-    said = {
-        "outer_lr": outer_lr,
-        "residual_decay": residual_decay,
-        "inner_momentum_scale": inner_momentum_scale,
-    }
-    given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
-    if sync_every is not None:
-        given["sync_every"] = None if sync_every == "manual" else sync_every
+    given = given_by(
+        sync_every,
+        outer_lr=outer_lr,
+        residual_decay=residual_decay,
+        inner_momentum_scale=inner_momentum_scale,
+    )
     if sync_every_s is not None:
         if sync_every is not None:
             raise ConfigError(

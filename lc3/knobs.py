@@ -171,6 +171,16 @@ def preset_of(name: PresetName | None) -> Preset | None:
     return PRESETS[name]
 
 
+def given_by(
+    sync_every: int | Literal["manual"] | None, **said: float | None
+) -> dict[str, Any]:
+    """Return the knobs that a user has given, by name."""
+    given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
+    if sync_every is not None:
+        given["sync_every"] = None if sync_every == "manual" else sync_every
+    return given
+
+
 def knobs_for(
     optimizers: Sequence[Optimizer],
     settings: Settings,

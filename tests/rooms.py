@@ -111,12 +111,15 @@ FOLDERS: dict[str, dict[str, str]] = {
         ),
         "fragments": "errors says",
         "held": "errors handshake model private protocol site",
+        "joining": (
+            "attaching checks config ends handshake held local_steps site version"
+        ),
         "local_steps": (
             "checks config ends errors fragments held knobs link model outer owners "
             "residual says session state statistics steps"
         ),
         "meeting": "errors says",
-        "outer": "knobs owners",
+        "outer": "knobs owners steps",
         "says": "errors",
         "seed": "errors ship",
         "site": "channel errors group meter private says",

@@ -8,11 +8,18 @@ exchange, and goes on from what comes. How ranks exchange is for the forms to sa
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -447,6 +454,22 @@ class LocalSteps(FormState):
 
     def _knobs(self) -> dict[str, object]:
         return self.knobs.said()
+
+    def gather_state(self) -> list[dict[str, Any]]:
+        """See ``FormState.gather_state``.
+
+        Of sites the states of all ranks, site after site, come to the first rank of the
+        mesh; their shards pass through the first site.
+        """
+        return self._end.gathered(super().gather_state())
+
+    def load_gathered(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """See ``FormState.load_gathered``; sites need ranks as many as they had each.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        super().load_gathered(self._end.mine_of(states))
 
     def close(self) -> None:
         """Stop counting steps; end the lane and the group it made.

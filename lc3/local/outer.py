@@ -5,6 +5,7 @@ since their last exchange (DiLoCo, arXiv 2311.08105), here with Nesterov's momen
 with a decay of what was not sent (SparseLoCo, arXiv 2508.15706).
 """
 
+import logging
 from collections.abc import Collection, Mapping
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from lc3.knobs import Knobs
 from lc3.masters.owners import Owners
+from lc3.module.steps import Written
+
+log = logging.getLogger(__name__)
 
 
 class Outer:
@@ -85,3 +89,31 @@ class Outer:
             for name, tensor in held.items():
                 if name in base:
                     tensor.zero_()
+
+    def go_on_from(
+        self, written: Written, moved: Mapping[str, Tensor], *, far: bool
+    ) -> None:
+        """Let what all ranks were given be what they have moved from.
+
+        Args:
+            written: what they were given.
+            moved: by name [numel], what this rank has moved; changed.
+            far: whether it is so far away that nothing is owed any longer.
+        """
+        for name, flat in written.base.items():
+            moved[name].add_(flat - self.owners.replica[name])
+            if name in written.late:
+                moved[name].add_(written.late[name])
+        self.rebase(written.base, forget=written.whole or far)
+        log.info("lc3: all ranks were given other parameters; they go on from these")
+
+    def apply_owed(self, flats: Mapping[str, Tensor], knobs: Knobs) -> None:
+        """Apply what several ranks had not sent: one rank has nobody to send it to.
+
+        Args:
+            flats: the model's parameters by name [numel]; changed.
+            knobs: say how far.
+        """
+        for name, owed in self.owners.engine.residuals.sent.items():
+            flats[name].sub_(owed.to(flats[name]), alpha=knobs.outer_lr)
+            owed.zero_()
