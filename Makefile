@@ -19,7 +19,7 @@ $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(l
 endef
 
 demo: $(READY)
-	$(BIN)/python -m experiments.demo
+	$(BIN)/python -m experiments.harness.demo
 
 # How many test files run at a time. Most tests start two to four ranks, so more than half
 # of the cores do not help.
@@ -42,7 +42,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m experiments.bench_codec --out experiments/results --docs docs/explanation/codec.md
+	$(BIN)/python -m experiments.bench.codec --out experiments/results --docs docs/explanation/codec.md
 
 # Of rate-limited links, as root: sudo make evaluate. Otherwise times are computed.
 # Goes on where it was stopped. EXPERIMENT names a file of experiments/configs.
@@ -54,8 +54,8 @@ evaluate: .venv-adapters/ready
 	.venv-adapters/bin/python -m experiments.scripts --text $(TEXT) --out $(RESULTS)/scripts.csv
 else
 evaluate: $(READY)
-	$(BIN)/python -m experiments.run experiments/configs/$(EXPERIMENT).toml --out $(RESULTS)
-	$(BIN)/python -m experiments.report $(RESULTS)/$(EXPERIMENT)/results.csv --page $(RESULTS)/$(EXPERIMENT)/report
+	$(BIN)/python -m experiments.harness.run experiments/configs/$(EXPERIMENT).toml --out $(RESULTS)
+	$(BIN)/python -m experiments.report.build $(RESULTS)/$(EXPERIMENT)/results.csv --page $(RESULTS)/$(EXPERIMENT)/report
 endif
 
 # Shipped models beside their rivals: exact, coarse, pruned; an hour on one core. WEIGHTS
@@ -64,7 +64,7 @@ endif
 DATA := /usr/share/datasets/fashion-mnist
 WEIGHTS :=
 ship-bench: .venv-ship/ready
-	.venv-ship/bin/python -m experiments.bench_ship --data-dir $(DATA) --models $(RESULTS)/models \
+	.venv-ship/bin/python -m experiments.ship.bench --data-dir $(DATA) --models $(RESULTS)/models \
 		$(if $(WEIGHTS),--weights $(WEIGHTS)) --out experiments/results/ship.csv --docs docs/explanation/ship.md
 
 .venv-ship/ready: $(READY)
@@ -181,7 +181,7 @@ gpu-check: .venv/cuda-ready
 		$(BIN)/python -W ignore -m tests.cuda_cases special_values whole_exchange; fi
 
 gpu-bench: .venv/cuda-ready
-	$(BIN)/python -m experiments.bench_gpu --out experiments/results --docs docs/explanation/codec.md
+	$(BIN)/python -m experiments.bench.gpu --out experiments/results --docs docs/explanation/codec.md
 
 .venv-horovod/ready: $(READY) launch/install_horovod.sh
 	$(call beside,.venv-horovod)

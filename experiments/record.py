@@ -114,7 +114,7 @@ def read_csv(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
 
     Args:
         path: path of a result file, or ``chars.csv:chars-long``: an experiment of those
-            that one file keeps (``experiments.keep``).
+            that one file keeps (``experiments.harness.keep``).
         columns: columns that the caller needs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tables and plots from the rows of ``experiments.train``."""
+"""Tables and plots from the rows of ``experiments.harness.train``."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass

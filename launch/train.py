@@ -23,9 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import lc3
+from experiments.harness.tasks import TASKS
+from experiments.harness.train import (
+    average_buffers,
+    batches,
+    evaluate,
+    schedule,
+    train_step,
+)
 from experiments.lab import ranks
-from experiments.tasks import TASKS
-from experiments.train import average_buffers, batches, evaluate, schedule, train_step
 from lc3.hooks import ddp, local_sgd, push_pull
 
 # What is called instead of the module, what is stepped, what keeps lc3's state.

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.models import Transformer
+from experiments.harness.models import Transformer
 from lc3.local.seed import Seed, fetch, warm_up
 
 PORT, KEY, TIMEOUT_S = 29_512, 7, 120.0

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 from torch import Tensor, nn
 
-from experiments import rivals, rivals_each_step
+from experiments.harness import rivals, rivals_each_step
 from tests.ddp_cases import hash_of
 
 EVERY, EXCHANGES = 3, 4

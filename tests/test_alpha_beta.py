@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import alpha_beta, record
-from experiments.alpha_beta import Costs, Job, Point
+from experiments import record
+from experiments.bench import alpha_beta
+from experiments.bench.alpha_beta import Costs, Job, Point
 from experiments.lab import netlab
 
 

@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.baselines import Baseline, Int8, Largest, OneBit, StochasticTernary
-from experiments.methods import METHODS
+from experiments.harness.baselines import (
+    Baseline,
+    Int8,
+    Largest,
+    OneBit,
+    StochasticTernary,
+)
+from experiments.harness.methods import METHODS
 from lc3.codec import decode_add
 from lc3.errors import FormatError
 from tests.ranks import Ranks

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 import lc3
-from experiments.gradients import Recorded, recorded
+from experiments.bench.gradients import Recorded, recorded
 from lc3.codec import cpu, decode_add, reference, tensor
 from lc3.format import max_frame_bytes
 from tests.oracle import quantize

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.cuda_kernels import KERNELS
+from experiments.bench.cuda_kernels import KERNELS
 from lc3 import AttachError, ConfigError, codec
 from lc3.codec import tensor
 from lc3.config import Settings
@@ -59,7 +59,7 @@ def test_kernels_compile_for_every_target_and_spill_nothing() -> None:
     """To machine code, without a GPU; no multiplication fused with an addition."""
     pytest.importorskip("nvidia.cuda_nvcc", reason="make test-cuda installs it")
     script = (
-        "from experiments.cuda_kernels import TARGETS, compiled\n"
+        "from experiments.bench.cuda_kernels import TARGETS, compiled\n"
         "for target in TARGETS:\n"
         "    for row in compiled(target):\n"
         "        print(row['kernel'], row['target'], row['stack'], row['spills'], "

@@ -14,26 +14,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import (
-    bench_codec,
-    bench_gpu,
-    demo,
-    growth,
-    keep,
-    memory,
-    methods,
-    prose,
-    record,
-    ship_tables,
-    ship_works,
-    summary,
-    tables,
-    train,
-)
+from experiments import record, tables
 from experiments.average import Average
-from experiments.lab import site_loss
-from experiments.methods import DEMO
+from experiments.bench import codec as bench_codec
+from experiments.bench import gpu as bench_gpu
+from experiments.bench import growth, memory, site_loss
+from experiments.harness import demo, keep, methods, train
+from experiments.harness.methods import DEMO
+from experiments.report import prose, summary
 from experiments.scripts.__main__ import page_block
+from experiments.ship import tables as ship_tables
+from experiments.ship import works as ship_works
 from lc3 import knobs
 from tests import churn, forked, speeds
 
@@ -236,7 +227,7 @@ def test_rows_of_an_average_stand_beside_the_others(tmp_path: Path) -> None:
     arguments = ["--steps", "32", "--seeds", "1", "--evaluate-every", "12"]
     arguments += ["--averaged", "--methods", "float32", "local H=8"]
     done = torchrun(
-        *("-m", "experiments.train", *arguments, "--out", str(path)), cwd=ROOT
+        *("-m", "experiments.harness.train", *arguments, "--out", str(path)), cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     rows = record.read_csv(path)
@@ -299,7 +290,7 @@ def test_the_demo_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "argv", ["demo", *options, "--out", "/out"])
     assert demo.main() == 3
     (command,) = started
-    passed = command[command.index("experiments.train") + 1 :]
+    passed = command[command.index("experiments.harness.train") + 1 :]
     expected = train.parse([*options, "--out", "/out/chars.csv"])
     assert train.parse(passed) == expected
     assert all(

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import frontier, pages
-from experiments.pages import curves
 from experiments.record import stamped, write_csv
+from experiments.report import frontier, pages
+from experiments.report.pages import curves
 
 
 def rows() -> list[dict[str, str]]:

@@ -69,7 +69,7 @@ def test_the_harness_trains_on_a_gpu(tmp_path: Path) -> None:
     methods = ["float32", "3LC s=1.00", "local H=8", "preconditioned s=1.00"]
     options = ["--device", "cuda", "--steps", "32", "--seeds", "1", "--out", str(out)]
     start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    training = ["experiments.train", "--methods", *methods, *options]
+    training = ["experiments.harness.train", "--methods", *methods, *options]
     command = [sys.executable, "-m", *start, "-m", *training]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)
     rows = read_csv(out)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import record, run, tables
+from experiments import record, tables
+from experiments.harness import run
 from experiments.lab import netlab
 from lc3.module.moments import Moments
 from tests.method_kinds import KINDS

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import quantized, rivals, rivals_each_step
+from experiments.harness import quantized, rivals, rivals_each_step
 from tests import rivals_cases
 from tests.ranks import Ranks
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import keep, record, report, run, tables, train
+from experiments import record, tables
+from experiments.harness import keep, run, train
 from experiments.record import ResultError
+from experiments.report import build as report
 from tests import forked
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +140,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, text)
     folder = tmp_path / "out" / "some"
     arguments = [str(tmp_path / "some.toml"), "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "experiments.run", *arguments]
+    command = [sys.executable, "-m", "experiments.harness.run", *arguments]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     kept = spec.trainings()[0].kept(folder)
     deadline = time.monotonic() + 90
@@ -185,10 +187,10 @@ def test_a_failing_method_leaves_the_others(tmp_path: Path) -> None:
     failed = run.run(spec, tmp_path / "out", None, QUIET)
     assert [training.method for training in failed] == ["local H=16"]
     (log,) = (tmp_path / "out").glob("*.log")
-    line = (
-        "experiments.train: 'local H=16' exchanges every 16 steps, so ranks would end"
+    line = "experiments.harness.train: 'local H=16' exchanges every 16 steps, so ranks"
+    assert (
+        f"\n{line} would end apart after 20; give a multiple of 16\n" in log.read_text()
     )
-    assert f"\n{line} apart after 20; give a multiple of 16\n" in log.read_text()
     assert "StepsError" not in log.read_text()
     assert "exchanges every 16 steps" in log.read_text()
     rows = record.read_csv(tmp_path / "out" / "results.csv")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import record, scale
-from experiments.tasks import TASKS
+from experiments import record
+from experiments.bench import scale
+from experiments.harness.tasks import TASKS
 from lc3.config import Settings
 from tests.oracle import Oracle
 

@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import huffman, ship_equal, ship_memory, ship_tables, ship_works
+from experiments.ship import equal as ship_equal
+from experiments.ship import huffman
+from experiments.ship import memory as ship_memory
+from experiments.ship import tables as ship_tables
+from experiments.ship import works as ship_works
 
 
 @given(st.lists(st.sampled_from([0] * 30 + [1, -2, 3]), min_size=1, max_size=900))

@@ -126,6 +126,25 @@ def test_packages_import_only_what_is_below_them() -> None:
         assert not tops & above, f"{name} imports {tops & above}"
 
 
+# Folders of experiments, those that stand on them below.
+EXPERIMENTS = (("",), ("lab",), ("harness",), ("report",), ("bench", "ship"))
+
+
+def test_folders_of_experiments_import_only_what_is_below_them() -> None:
+    floor = {folder: at for at, row in enumerate(EXPERIMENTS) for folder in row}
+    files = (ROOT / "experiments").rglob("*.py")
+    for path in files:
+        folder = path.parent.relative_to(ROOT / "experiments").as_posix()
+        if folder in ("examples", "scripts"):  # of a user's, and beside the others
+            continue
+        own = floor["" if folder == "." else folder]
+        for module in imported(path):
+            top, *inside = module.split(".")
+            if top == "experiments" and inside:
+                other = inside[0] if inside[0] in floor else ""
+                assert floor[other] < own or other == folder or not other, path
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     known = modules()
     graph = {}

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.optim import SGD, AdamW
 from torch.utils.data import TensorDataset
 
-from experiments import models, sources, train
-from experiments.tasks import TASKS, DataError, chars, cifar10, fashion_mnist
-from experiments.train import evaluate, loss_of
+from experiments.harness import models, sources, train
+from experiments.harness.tasks import TASKS, DataError, chars, cifar10, fashion_mnist
+from experiments.harness.train import evaluate, loss_of
 
 ROOT = Path(__file__).parents[1]
 

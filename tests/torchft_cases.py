@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from experiments.models import Transformer
-from experiments.train import loss_of
+from experiments.harness.models import Transformer
+from experiments.harness.train import loss_of
 
 ROOT = Path(__file__).parents[1]
 BATCH, CONTEXT = 8, 32

@@ -6,7 +6,7 @@ import importlib.util
 import torch
 import torch._dynamo  # with the first optimizer
 
-import experiments.train
+import experiments.harness.train
 import launch.train
 import lc3.hooks.fsdp2
 from lc3.codec import cpu, warm_up

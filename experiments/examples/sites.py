@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 
 import lc3
-from experiments.models import Transformer
+from experiments.harness.models import Transformer
 from lc3.hooks import local_sgd
 
 dist.init_process_group("gloo")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from experiments.examples.digits import accuracy, datasets
-from experiments.models import small_cnn
+from experiments.harness.models import small_cnn
 from lc3.hooks import accelerate as lc3_accelerate
 
 

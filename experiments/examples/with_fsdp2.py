@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from experiments.examples.digits import accuracy, datasets
-from experiments.models import small_cnn
+from experiments.harness.models import small_cnn
 from lc3.hooks import fsdp2
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from experiments.examples.digits import accuracy, datasets
-from experiments.models import small_cnn
+from experiments.harness.models import small_cnn
 from lc3.hooks.lightning import LC3
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchft import Manager, ProcessGroupGloo
 
 from experiments.examples.digits import accuracy, datasets
-from experiments.models import small_cnn
+from experiments.harness.models import small_cnn
 from lc3.hooks import torchft as lc3_torchft
 
 TIMEOUT = timedelta(seconds=float(os.environ.get("TIMEOUT_S", "20")))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from experiments.examples.digits import accuracy, collate, datasets
-from experiments.models import small_cnn
+from experiments.harness.models import small_cnn
 from lc3.hooks import transformers as lc3_transformers
 
 
