@@ -1,0 +1,1 @@
+"""Measurements of codec, steps and memory, and of bytes and loss between sites."""

@@ -1,0 +1,1 @@
+"""Trainings: methods, tasks and models, and how runs are made and kept."""
