@@ -400,6 +400,8 @@ def test_each_method_stands_at_the_best_of_the_rates_that_all_have_ended_at() ->
         "float32": (2.0, 1),
         "a": (2.2, 2),
     }
+    more = [{**row("a, lr × 2", 9.0), "seed": "1"}]  # worse, and only that rate's
+    assert summary.outcomes(task, rows + more)["a"].figures == {"0": 2.2, "1": 9.0}
     said = summary.table(task, rows)
     assert "| lc3 a | 1.0 × | 0.5 × | 2.2000 | +10.00 %; one seed | 2 × |" in said
     assert "best of the rates 1, 2 × the task's" in said

@@ -57,6 +57,7 @@ def spec_of(tmp_path: Path, text: str) -> run.Spec:
         (GOOD + "evaluate_every = -1\n", "evaluate_every = -1 must be 0 or more"),
         (GOOD + 'rates = ["fast"]\n', "'fast' is not a rate"),
         (GOOD.replace("steps = 20", ""), "has no 'steps'"),
+        (GOOD + "[seeds_of]\nDeMo = 2\n", "'DeMo', which is not trained; there are"),
     ],
 )
 def test_a_bad_description_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -77,6 +78,9 @@ def test_every_method_is_trained_at_every_rate() -> None:
     assert [training.method for training in spec.trainings()] == [
         *("float32, lr × 0.5", "float32", "DeMo, lr × 0.5", "DeMo"),
     ]
+    spec.seeds_of["DeMo, lr × 0.5"] = 2  # this rate, and no other
+    more = [(one.method, one.seed) for one in spec.trainings()][4:]
+    assert more == [("DeMo, lr × 0.5", 1)]
 
 
 def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:

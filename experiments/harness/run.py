@@ -69,7 +69,8 @@ class Spec:
         seeds: how many, from 0 up.
         ranks: number of ranks of each job; with rates, hosts of one rank each.
         rates: rates of the links, as ``tc`` writes them; none: over loopback.
-        seeds_of: number of seeds by method, instead of ``seeds``.
+        seeds_of: number of seeds by method and rate, "float32, lr × 2", instead of
+            ``seeds``: rates are swept with one, and the best of them has more.
         evaluate_every: steps between evaluations; 0: a tenth of all.
         averaged: whether a moving average of the parameters is evaluated, too.
         learning_rates: factors of the task's rate that every method is trained at.
@@ -92,13 +93,17 @@ class Spec:
         """Return all trainings, job after job, seed after seed."""
         most = max(self.seeds, *self.seeds_of.values(), 1)
         return [
-            Training(at_rate(method, times), seed, rate)
+            Training(name, seed, rate)
             for seed in range(most)
             for rate in self.rates or [LOOPBACK]
-            for method in self.methods
-            if seed < self.seeds_of.get(method, self.seeds)
-            for times in self.learning_rates or [1.0]
+            for name in self.names()
+            if seed < self.seeds_of.get(name, self.seeds)
         ]
+
+    def names(self) -> list[str]:
+        """Return the methods, each at every learning rate."""
+        rates = self.learning_rates or [1.0]
+        return [at_rate(method, times) for method in self.methods for times in rates]
 
 
 def at_rate(method: str, times: float) -> str:
@@ -148,6 +153,12 @@ def read_spec(path: Path) -> Spec:
             find(method)
         except KeyError as error:
             raise SpecError(f"{path}: {error.args[0]}") from error
+    for name in spec.seeds_of:
+        if name not in spec.names():
+            raise SpecError(
+                f"{path}: seeds_of has {name!r}, which is not trained; there are "
+                f"{', '.join(map(repr, spec.names()))}"
+            )
     lowest = {"steps": 1, "seeds": 1, "ranks": 1, "evaluate_every": 0}
     for key, low in lowest.items():
         if getattr(spec, key) < low:
