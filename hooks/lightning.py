@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import private
@@ -57,7 +59,11 @@ class LC3(Callback):
             ``functools.partial(lc3.hooks.local_sgd.attach, overlap=2)``. Local
             steps are brought together before they are saved and at the end, and
             validated as the model that all ranks share. With its ``mesh`` sites make
-            local steps, under ``DDPStrategy(process_group=mesh.get_group(1))``.
+            local steps, under ``DDPStrategy(process_group=mesh.get_group(1))``; or
+            under ``ModelParallelStrategy``, where ``configure_model`` shards the model
+            over ``mesh["inside"]``, the mesh's second dimension. Its distributed
+            checkpoints hold of each shard some site's optimizer; those with
+            ``save_distributed_checkpoint=False`` the first one's.
 
     Attributes:
         state: the state that ``attach`` returned, while the Trainer fits.
@@ -65,7 +71,7 @@ class LC3(Callback):
     Raises:
         ConfigError: ``form``, ``sync_every`` and ``attach`` contradict each other.
         AttachError: this Lightning is too old; at the start of ``fit``: the strategy
-            does not wrap the module in DistributedDataParallel.
+            neither wraps the module in DistributedDataParallel nor shards it.
     """
 
     def __init__(
@@ -92,16 +98,15 @@ class LC3(Callback):
             self.state.close()
         model = trainer.strategy.model
         model = private.uncompiled(model)
-        if not isinstance(model, DistributedDataParallel):
+        if not isinstance(model, DistributedDataParallel) and not _is_sharded(model):
+            strategy = type(trainer.strategy).__name__
             raise AttachError(
-                f"lc3 needs Trainer(strategy='ddp'), this one has "
-                f"{type(trainer.strategy).__name__}, which makes the module a "
+                "lc3 needs Trainer(strategy='ddp'), or a model that is sharded inside "
+                f"of sites; this one has {strategy}, which makes the module a "
                 f"{type(model).__name__}"
             )
         self.state = self._attach(model, trainer.optimizers, self.config)
-        if self._loaded:
-            self.state.load_gathered(self._loaded)
-            self._loaded = []
+        self._take_loaded()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: object
@@ -127,8 +132,8 @@ class LC3(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what all ranks have to keep; collective, as saving is.
 
-        The Trainer has not copied the module's parameters yet, so that what this
-        changes in them is saved, too.
+        What this changes in the parameters is saved, too: the Trainer has not copied
+        them yet, or ``on_save_checkpoint`` does so again.
         """
         if self.state is None:
             return {}
@@ -136,9 +141,23 @@ class LC3(Callback):
         self.state.sync()
         return {"ranks": self.state.gather_state()}
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Gather shards again: ``state_dict`` has brought the sites together since."""
+        if self.state is not None and _is_sharded(pl_module):
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember a checkpoint's state until there is a model to attach to."""
+        """Take a checkpoint's state, or remember it until there is a model."""
         self._loaded = state_dict.get("ranks", [])
+        self._take_loaded()
+
+    def _take_loaded(self) -> None:
+        """Load what was remembered; strategies restore before or after attaching."""
+        if self._loaded and self.state is not None:
+            self.state.load_gathered(self._loaded)
+            self._loaded = []
 
     def teardown(
         self, trainer: Trainer, pl_module: LightningModule, stage: str
@@ -147,3 +166,7 @@ class LC3(Callback):
         if self.state is not None:
             self.state.close()
             self.state = None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())

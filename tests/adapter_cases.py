@@ -8,8 +8,8 @@ and ``local_rest`` the same with local steps, against ``local_plain_half``, whic
 and ``local_plain_rest``, which gives all ranks the first one's optimizer; ``plain``,
 ``local_plain`` and ``accumulate_plain``, the same without the framework, on the same
 batches. Modes of sites are named ``sites`` in place of ``local``: of four ranks two
-are a site, with DDP inside. Every rank writes what came of it to
-``FOLDER/FRAMEWORK-MODE-RANK.pt``.
+are a site, with DDP inside; named ``shards``, FSDP2. Every rank writes what came of it
+to ``FOLDER/FRAMEWORK-MODE-RANK.pt``.
 
 Nothing is compared here: a collective just before the end of the process may abort it,
 where a framework still holds the process group (pytorch/pytorch#190489).
@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import (
     DataLoader,
@@ -62,8 +64,11 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01)
 
 
+SITES = ("sites", "shards")  # how modes of sites are named
+
+
 def makes_local_steps(mode: str) -> bool:
-    return mode.startswith(("local", "sites"))
+    return mode.startswith(("local", *SITES))
 
 
 def mesh_of() -> DeviceMesh:
@@ -84,7 +89,20 @@ def said_of(mode: str, mesh: DeviceMesh | None) -> dict[str, Any]:
 
 
 def flat_of(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    flats = []
+    for parameter in net.parameters():
+        held = parameter.detach()
+        whole = held.full_tensor() if isinstance(held, DTensor) else held
+        flats.append(whole.reshape(-1))
+    return torch.cat(flats)
+
+
+def shared(optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
+    """Give all sites the first one's optimizer state, shard by shard."""
+    for state in optimizer.state.values():
+        for held in state.values():
+            mine = held.to_local() if isinstance(held, DTensor) else held
+            dist.broadcast(mine, group=mesh.get_group("between"), group_src=0)
 
 
 def report(
@@ -114,10 +132,13 @@ def batches(framework: str, rank: int, world: int) -> Iterator[tuple[Tensor, Ten
 
 def plain(framework: str, mode: str, folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    mesh = mesh_of() if mode.startswith("sites") else None
+    mesh = mesh_of() if mode.startswith(SITES) else None
     net = network()
     inside = None if mesh is None else mesh.get_group("inside")
-    model = DistributedDataParallel(net, process_group=inside)
+    if mesh is not None and mode.startswith("shards"):
+        model: nn.Module = fully_shard(net, mesh=mesh["inside"])
+    else:
+        model = DistributedDataParallel(net, process_group=inside)
     optimizer = adamw(net.parameters())
     state: Any
     if makes_local_steps(mode):
@@ -129,15 +150,20 @@ def plain(framework: str, mode: str, folder: Path) -> None:
         if epoch == EPOCHS // 2 and mode.endswith("plain_half"):
             break
         if epoch == EPOCHS // 2 and mode.endswith("plain_rest"):
-            for _ in range(1 + (framework == "lightning")):  # its end, and its saving
-                state.sync()
-            said: list[Any] = [optimizer.state_dict()]
-            dist.broadcast_object_list(said)
-            optimizer.load_state_dict(said[0])
+            state.sync()  # for what was saved
+            if mesh is not None and mode.startswith("shards"):
+                shared(optimizer, mesh)
+            else:
+                said: list[Any] = [optimizer.state_dict()]
+                dist.broadcast_object_list(said)
+                optimizer.load_state_dict(said[0])
         dealt = batches(framework, dist.get_rank(), dist.get_world_size())
         for count, (x, y) in enumerate(dealt, 1):
             last = count % passes == 0
-            with nullcontext() if last else model.no_sync():
+            waits = (
+                model.no_sync if isinstance(model, DistributedDataParallel) else None
+            )
+            with nullcontext() if last or waits is None else waits():
                 (nn.functional.cross_entropy(model(x), y) / passes).backward()
             if last:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -152,7 +178,7 @@ def plain(framework: str, mode: str, folder: Path) -> None:
 
 def with_lightning(mode: str, folder: Path) -> None:
     import lightning
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     from lc3.hooks.lightning import LC3
 
@@ -162,6 +188,11 @@ def with_lightning(mode: str, folder: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.net = network()
+
+        def configure_model(self) -> None:
+            if mode.startswith("shards"):
+                assert mesh is not None
+                fully_shard(self.net, mesh=mesh["inside"])
 
         def training_step(self, batch: Any, _: int) -> Tensor:
             x, y = batch
@@ -178,17 +209,18 @@ def with_lightning(mode: str, folder: Path) -> None:
             meter = callback.state.meter
             report("lightning", mode, folder, self.net, meter, evaluated)
 
-    mesh = mesh_of() if mode.startswith("sites") else None
+    mesh = mesh_of() if mode.startswith(SITES) else None
+    strategy: Any = "ddp"
+    if mesh is not None:
+        strategy = DDPStrategy(process_group=mesh.get_group("inside"))
+    if mode.startswith("shards"):
+        strategy = ModelParallelStrategy(4, 1, save_distributed_checkpoint=False)
     callback = LC3(**said_of(mode, mesh))
     half = mode.endswith("half")
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=2 if mesh is None else mesh.size(),
-        strategy=(
-            "ddp"
-            if mesh is None
-            else DDPStrategy(process_group=mesh.get_group("inside"))
-        ),
+        strategy=strategy,
         gradient_clip_val=CLIP,
         max_epochs=EPOCHS // 2 if half else EPOCHS,
         callbacks=[callback],
@@ -206,8 +238,9 @@ def with_lightning(mode: str, folder: Path) -> None:
     saved = str(folder / "lightning.ckpt")
 
     class Saving(lightning.Callback):
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            trainer.save_checkpoint(saved)
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch + 1 == trainer.max_epochs:  # in mid-interval
+                trainer.save_checkpoint(saved)
 
     if half:
         trainer.callbacks.append(Saving())

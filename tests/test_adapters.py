@@ -53,7 +53,7 @@ def torchrun(folder: Path, *arguments: str, world: int = 2) -> str:
 
 def trained(framework: str, mode: str, folder: Path) -> dict[str, Any]:
     """Return what rank 0 found; the other ranks' parameters are the same."""
-    world = 4 if mode.startswith("sites") else 2
+    world = 4 if mode.startswith(("sites", "shards")) else 2
     torchrun(folder, "tests.adapter_cases", framework, mode, str(folder), world=world)
     found: dict[str, Any]
     found, *others = (
@@ -128,6 +128,18 @@ def test_sites_in_a_framework_train_what_a_loop_of_sites_does_and_resume(
     assert torch.equal(half["parameters"], stopped["parameters"])
     plain = trained(framework, "sites_plain_rest", tmp_path)
     rest = trained(framework, "sites_rest", tmp_path)
+    assert torch.equal(rest["parameters"], plain["parameters"])
+    assert not torch.equal(rest["parameters"], half["parameters"])
+
+
+def test_sites_in_lightning_shard_the_model_and_resume(tmp_path: Path) -> None:
+    """Two sites of two ranks, FSDP2 inside: bit for bit, and on all ranks."""
+    needs("lightning")
+    stopped = trained("lightning", "shards_plain_half", tmp_path)
+    half = trained("lightning", "shards_half", tmp_path)
+    assert torch.equal(half["parameters"], stopped["parameters"])
+    plain = trained("lightning", "shards_plain_rest", tmp_path)
+    rest = trained("lightning", "shards_rest", tmp_path)
     assert torch.equal(rest["parameters"], plain["parameters"])
     assert not torch.equal(rest["parameters"], half["parameters"])
 
