@@ -29,6 +29,7 @@ from lc3 import knobs
 
 _SURE = 0.05  # p from which on nothing is claimed
 _HALVED = "all coded, decay 0.8, rans, momentum 0.5, outer rate 2"
+PICTURED = ":one-pass-quarter"  # the experiment with all rivals
 COMMANDS = ("measure", "doctor", "ship", "unship", "inspect")
 
 
@@ -383,24 +384,38 @@ def command_line(_: Path) -> str:
 
 
 def plot(results: Path, path: Path) -> None:
-    """Draw the loss of every form of the short text against its bytes."""
-    task = TASKS[3]
+    """Draw the loss of lc3's forms and of its rivals against their bytes.
+
+    Each at the best of the task's rates; a bar is the σ of its seeds.
+    """
+    (task,) = (one for one in TASKS if one.file.endswith(PICTURED))
     found = outcomes(task, read_csv(results / task.file))
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for method, outcome in found.items():
-        name = task.forms[method].replace("*", "").replace("`", "")
-        sent = outcome.bytes_per_step / 1e3
+        name = task.forms[method].replace("`", "")
+        sent, figures = outcome.bytes_per_step / 1e3, outcome.figures.values()
         ours = name.startswith("lc3")
-        axes.plot(
-            sent, outcome.mean, "o" if ours else "s", color="C0" if ours else "C7"
+        axes.errorbar(
+            sent,
+            outcome.mean,
+            yerr=stdev(figures) if len(figures) > 1 else None,
+            fmt="o" if ours else "s",
+            color="C0" if ours else "C7",
+            capsize=3,
         )
         axes.annotate(
-            name, (sent, outcome.mean), (0, 7), textcoords="offset points", ha="center"
+            name,
+            (sent, outcome.mean),
+            (0, -8 if ours else 8),
+            textcoords="offset points",
+            ha="center",
+            va="top" if ours else "bottom",
+            fontsize=8,
+            color="C0" if ours else "0.3",
         )
     axes.set(xscale="log", xlabel="kB sent by a rank in a step", ylabel="test loss")
-    axes.set_xlim(1.5, 8e3)
-    axes.margins(y=0.25)
+    axes.margins(x=0.14, y=0.14)
     figure.savefig(path, dpi=150)
 
 
