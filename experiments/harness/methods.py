@@ -219,6 +219,7 @@ class Fields:
         mode: see ``lc3.Tuning``.
         all_coded: whether biases and norms are, too.
         adam: whether the hook is given the optimizer, an Adam.
+        max_update: see ``lc3.hooks.ddp.attach``.
         residual_decay: see ``lc3.hooks.local_sgd.attach``.
         inner_momentum_scale: see there.
         outer_lr: see there.
@@ -244,6 +245,7 @@ class Fields:
     mode: Mode | None = None
     all_coded: bool = False
     adam: bool = False
+    max_update: float | None = None
     residual_decay: float | None = None
     inner_momentum_scale: float | None = None
     outer_lr: float | None = None
@@ -484,7 +486,7 @@ def _preconditioned(fields: Fields) -> Method:
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model = wrapped(module)
-        state = ddp.attach(model, optimizers, config)
+        state = ddp.attach(model, optimizers, config, max_update=fields.max_update)
         traffic = Metered(state.meter, state.close, direct=state.engine.direct)
         return Training(model, optimizers, traffic)
 
@@ -530,6 +532,7 @@ def label(fields: Fields) -> str:
         "pull": fields.pull_sparsity and f"s={fields.pull_sparsity:.2f}",
         "all coded": fields.all_coded and "",
         "direct": "" if fields.topology == "direct" else None,
+        "updates": fields.max_update and f"≤ {fields.max_update:g}",
         "decay": fields.residual_decay,
         "rans": "" if fields.entropy == "rans" else None,
         "momentum": fields.inner_momentum_scale,

@@ -13,7 +13,7 @@ first ten steps and then in every tenth.
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod, sqrt
+from math import inf, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class Moments:
         shapes: shapes by parameter name.
         beta2: Adam's, of one step, by parameter name.
         device: device of the gradients.
+        most: bounds every element of a divided gradient. Default: Adam's own bound, of
+            a gradient that comes out of nothing. 3LC's scale is the largest element, so
+            a lower bound sends more values, and each in smaller steps. Adafactor bounds
+            its updates in the same way (arXiv 1804.04235, section 6).
 
     Attributes:
         kept: by parameter name float32[*]: means of the squares of each block's rows
@@ -44,11 +48,12 @@ class Moments:
         shapes: Mapping[str, Sequence[int]],
         beta2: Mapping[str, float],
         device: torch.device,
+        most: float | None = None,
     ) -> None:
         self._grids = {name: _Grid(*matrix_of(shape)) for name, shape in shapes.items()}
         self._decay = {name: beta2[name] ** REFRESH for name in shapes}
-        # Adam's own steps are no larger, of a gradient that comes out of nothing.
-        self._most = {name: 1 / sqrt(1 - beta2[name]) for name in shapes}
+        bound = inf if most is None else most
+        self._most = {name: min(bound, 1 / sqrt(1 - beta2[name])) for name in shapes}
         self.kept = {
             name: torch.zeros(grid.numbers + 1, device=device, dtype=torch.float32)
             for name, grid in self._grids.items()
@@ -104,7 +109,7 @@ class Moments:
     def divide(self, grads: Mapping[str, Tensor]) -> None:
         """Divide gradients by the roots of their moments, in place.
 
-        Elements are bounded by Adam's bound, 1 / √(1 − β2); inf and nan become nan.
+        Elements are bounded; inf and nan become nan.
 
         Args:
             grads: by parameter name, float32[numel], contiguous.

@@ -199,6 +199,7 @@ class FollowedBuckets(Buckets):
         kind: of the optimizers. For "adam" gradients are divided by their second
             moments before they are coded.
         max_norm: clips the gradient by its global norm; ``None``: the script may.
+        max_update: see ``Moments``.
 
     Attributes:
         applied: follows the optimizers.
@@ -211,6 +212,7 @@ class FollowedBuckets(Buckets):
         optimizers: Sequence[Optimizer],
         kind: Kind | None,
         max_norm: float | None,
+        max_update: float | None,
     ) -> None:
         super().__init__(engine)
         self.follows = True
@@ -219,7 +221,7 @@ class FollowedBuckets(Buckets):
             betas = _betas_of(optimizers, names)
             shapes = {n: list(p.shape) for p, n in names.items() if n in plan.coded}
             known = {name: betas.get(name, 0.999) for name in shapes}
-            self.moments = Moments(shapes, known, device)
+            self.moments = Moments(shapes, known, device, max_update)
         elif kind == "other":
             log.warning("lc3: %s", unsuited(_least_suited(optimizers)))
         self._sketch = Sketch(plan.numel, device)

@@ -44,6 +44,22 @@ def check_clipping(max_norm: float | None, optimizers: Sequence[Optimizer]) -> N
         )
 
 
+def check_update(max_update: object, kind: str | None) -> None:
+    """Raise ``ConfigError`` unless what Adam steps by can be bounded by this."""
+    if max_update is None:
+        return
+    is_number = isinstance(max_update, int | float) and max_update is not True
+    if not is_number or not 0 < max_update < math.inf:  # type: ignore[operator]
+        raise ConfigError(
+            f"max_update={max_update!r} must be a positive number, like 3.0, or None"
+        )
+    if kind != "adam":
+        raise ConfigError(
+            f"max_update={max_update!r} bounds what Adam steps by, and no Adam was "
+            "given; leave it out"
+        )
+
+
 def check_scaler(scaler: object) -> None:
     """Raise ``ConfigError`` unless this is ``None`` or a GradScaler."""
     if scaler is not None and not isinstance(scaler, GradScaler):
