@@ -46,6 +46,7 @@ class Case:
         options: of DistributedDataParallel.
         mesh: of attach; ranks in a node.
         adam: whether AdamW is the optimizer that attach is given.
+        max_update: see ``ddp.attach``.
         device: of the model.
     """
 
@@ -59,6 +60,7 @@ class Case:
     mesh: int | None = None
     device: str = "cpu"
     adam: bool = False
+    max_update: float | None = None
 
 
 class Net(nn.Module):
@@ -568,10 +570,11 @@ def optimizers_equal_the_oracle(rank: int, world: int, case: Case) -> dict[str, 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.9))
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    state = ddp.attach(wrapped, optimizer, case.config)
+    state = ddp.attach(wrapped, optimizer, case.config, max_update=case.max_update)
     assert isinstance(state._buckets, FollowedBuckets)
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-    oracle = ForOptimizers(shapes, world, case.config, 10**0.5)
+    most = case.max_update or 10**0.5  # Adam's own bound
+    oracle = ForOptimizers(shapes, world, case.config, most)
     named = {n: p for n, p in model.named_parameters() if p.numel()}
     errors = []
     before = clone_of_moments(state)

@@ -128,6 +128,9 @@ def refused(rank: int, world: int) -> list[str]:
     for attach in (
         lambda: ddp.attach(model, optimizer, max_norm=wrong),
         lambda: ddp.attach(model, optimizer, max_norm=True),
+        lambda: ddp.attach(model, optimizer, max_update=wrong),
+        lambda: ddp.attach(model, optimizer, max_update=0.0),
+        lambda: ddp.attach(model, make(model.parameters()), max_update=3.0),
         lambda: ddp.attach(model, optimizer, scaler=wrong),
         lambda: ddp.attach(model, optimizer, group=wrong),
         lambda: ddp.attach(model, optimizer, mesh=wrong),

@@ -123,6 +123,7 @@ WITH_OPTIMIZER = {
     "Adam, direct": Case(
         config=dataclasses.replace(ADAM, topology="direct"), adam=True
     ),
+    "Adam, bounded": Case(config=ADAM, adam=True, max_update=1.5),
     "Adam, biases raw": Case(config=ddp_cases.CONFIG, adam=True),
 }
 

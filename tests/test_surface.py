@@ -398,6 +398,11 @@ def test_arguments_of_the_wrong_kind_are_lc3s_errors(ranks: Pools) -> None:
         assert "registered as this model's communication hook" in said[4]
         starts = [
             *["ConfigError: max_norm='x' must be a positive", "ConfigError: max_norm="],
+            *[
+                "ConfigError: max_update='x' must be",
+                "ConfigError: max_update=0.0 must",
+            ],
+            "ConfigError: max_update=3.0 bounds what Adam steps by, and no Adam was",
             *["ConfigError: scaler='x' must be a torch", "AttachError: group='x' must"],
             *[
                 "AttachError: mesh='x' must be the",
