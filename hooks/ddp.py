@@ -76,7 +76,7 @@ def attach(
             script does; needs the optimizer.
         max_update: for Adam: bounds every element of a gradient divided by the root of
             its second moment, so in learning rates. Less, like 3, follows Adam more
-            closely, for about twice the bytes. Default: Adam's bound, 1 / √(1 − β2).
+            closely, for a third more bytes or so. Default: Adam's bound, 1 / √(1 − β2).
         scaler: that multiplies the loss; needed only without ``optimizer``. Residuals
             follow its scale, and a step that it skips is undone.
         group: a process group that nobody else uses, over the ranks of the model's.

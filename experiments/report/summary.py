@@ -126,6 +126,7 @@ TASKS = (
         {
             "float32": "float32",
             "preconditioned s=1.00, rans": "lc3 `ddp` for Adam, s = 1, rans",
+            "preconditioned s=1.00, updates ≤ 3, rans": "lc3 `ddp`, `max_update=3`",
             f"local H=8, density 11.5 %, {_HALVED}": 'lc3 `preset="adamw"`',
             f"local H=32, density 11.5 %, {_HALVED}": 'lc3 `preset="fewest-bytes"`',
             "1-bit Adam": "1-bit Adam",
