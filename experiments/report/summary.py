@@ -416,7 +416,7 @@ def plot(results: Path, path: Path) -> None:
             color="C0" if ours else "0.3",
         )
     axes.set(xscale="log", xlabel="kB sent by a rank in a step", ylabel="test loss")
-    axes.margins(x=0.14, y=0.14)
+    axes.margins(x=0.2, y=0.14)
     figure.savefig(path, dpi=150)
 
 
