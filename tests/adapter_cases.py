@@ -136,7 +136,7 @@ def plain(framework: str, mode: str, folder: Path) -> None:
     net = network()
     inside = None if mesh is None else mesh.get_group("inside")
     if mesh is not None and mode.startswith("shards"):
-        model: nn.Module = fully_shard(net, mesh=mesh["inside"])
+        model: Any = fully_shard(net, mesh=mesh["inside"])
     else:
         model = DistributedDataParallel(net, process_group=inside)
     optimizer = adamw(net.parameters())
