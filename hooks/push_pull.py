@@ -31,8 +31,8 @@ from lc3.module.model import flat_view
 from lc3.session.attaching import attaching_to
 from lc3.session.checks import (
     alike_in,
+    check_bound,
     check_form,
-    check_norm,
     check_owners,
     check_scaler,
 )
@@ -81,7 +81,7 @@ def attach(
     """
     model = cast(DistributedDataParallel, private.uncompiled(model))
     with attaching_to(model, group):
-        check_norm(max_norm)
+        check_bound("max_norm", max_norm)
         check_scaler(scaler)
         if not callable(make_optimizer):
             raise AttachError(

@@ -23,20 +23,20 @@ def check_module(model: object) -> None:
         )
 
 
-def check_norm(max_norm: object) -> None:
-    """Raise ``ConfigError`` unless this is ``None`` or a norm to clip to."""
-    if max_norm is None:
+def check_bound(name: str, value: object) -> None:
+    """Raise ``ConfigError`` unless a value is ``None`` or a positive number."""
+    if value is None:
         return
-    is_number = isinstance(max_norm, int | float) and not isinstance(max_norm, bool)
-    if not is_number or not 0 < max_norm < math.inf:  # type: ignore[operator]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]
         raise ConfigError(
-            f"max_norm={max_norm!r} must be a positive number, like 1.0, or None"
+            f"{name}={value!r} must be a positive number, like 1.0, or None"
         )
 
 
 def check_clipping(max_norm: float | None, optimizers: Sequence[Optimizer]) -> None:
     """Raise ``ConfigError`` unless gradients can be clipped to this norm."""
-    check_norm(max_norm)
+    check_bound("max_norm", max_norm)
     if max_norm is not None and not optimizers:
         raise ConfigError(
             f"max_norm={max_norm!r} clips right before the optimizer steps; pass it, "
@@ -46,14 +46,8 @@ def check_clipping(max_norm: float | None, optimizers: Sequence[Optimizer]) -> N
 
 def check_update(max_update: object, kind: str | None) -> None:
     """Raise ``ConfigError`` unless what Adam steps by can be bounded by this."""
-    if max_update is None:
-        return
-    is_number = isinstance(max_update, int | float) and max_update is not True
-    if not is_number or not 0 < max_update < math.inf:  # type: ignore[operator]
-        raise ConfigError(
-            f"max_update={max_update!r} must be a positive number, like 3.0, or None"
-        )
-    if kind != "adam":
+    check_bound("max_update", max_update)
+    if max_update is not None and kind != "adam":
         raise ConfigError(
             f"max_update={max_update!r} bounds what Adam steps by, and no Adam was "
             "given; leave it out"
