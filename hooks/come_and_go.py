@@ -126,11 +126,11 @@ class _Between(Pairwise):
         ranks = [self._members[member] for member in members]
         return _Between(self._group, ranks, self._members[self.rank])
 
-    def _send(self, data: Tensor, peer: int) -> Any:
-        return self._group.send([data], self._members[peer], 0)
+    def _send(self, data: Tensor, peer: int, part: int) -> Any:
+        return self._group.send([data], self._members[peer], part)
 
-    def _receive(self, buffer: Tensor, peer: int) -> Any:
-        return self._group.recv([buffer], self._members[peer], 0)
+    def _receive(self, buffer: Tensor, peer: int, part: int) -> Any:
+        return self._group.recv([buffer], self._members[peer], part)
 
     def all_reduce(self, tensor: Tensor) -> NoReturn:  # noqa: ARG002  # nothing asks
         """See ``Transport.all_reduce``: none."""

@@ -35,6 +35,26 @@ dist.destroy_process_group()
 """
 
 
+ROUNDS = """
+import time, torch, torch.distributed as dist
+from lc3.transport.group import GroupTransport
+dist.init_process_group("gloo")
+transport = GroupTransport(dist.group.WORLD, torch.device("cpu"))
+data = torch.arange(1000).to(torch.uint8)
+seconds = []
+for number in range(12):
+    time.sleep(0.05)  # what a step computes
+    start = time.perf_counter()
+    for _ in range(2):  # a push and a pull
+        for arrived in transport.all_gather(data):
+            assert torch.equal(arrived, data)
+    seconds.append(time.perf_counter() - start)
+if dist.get_rank() == 0:
+    print(f"seconds {min(seconds[1:]):.4f}")
+dist.destroy_process_group()
+"""
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "experiments.lab.netlab", *arguments]
 
@@ -87,6 +107,28 @@ for _ in range(3):
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+@lab
+@pytest.mark.timeout(150)
+def test_a_message_takes_one_way_over_a_link_with_a_delay(tmp_path: Path) -> None:
+    """Of 15 ms a link, 30 between hosts: two rounds in 60 ms, and not in 120.
+
+    gloo's messages wait for the receiver's word, unless it was there before.
+    """
+    (tmp_path / "rounds.py").write_text(ROUNDS)
+    done = subprocess.run(
+        command("--delay", "15ms", "--", str(tmp_path / "rounds.py")),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"seconds ([\d.]+)", done.stdout)
+    assert found is not None
+    assert 0.060 <= float(found[1]) < 0.090
 
 
 @lab
@@ -170,6 +212,8 @@ def test_a_killed_lab_leaves_nothing_behind(tmp_path: Path) -> None:
     [
         (["--rate", "fast", "--", "x.py"], "'fast' is not a rate"),
         (["--rate", "1bit", "--", "x.py"], "'1bit' is not a rate"),
+        (["--delay", "20s", "--", "x.py"], "'20s' is not a delay"),
+        (["--delay", "2000ms", "--", "x.py"], "a delay from 0ms to 1000ms"),
         (["--hosts", "1", "--", "x.py"], "--hosts 1 must be 2 to 64"),
         (["--ranks", "0", "--", "x.py"], "--ranks 1 or more"),
         ([], "there is no job"),

@@ -3,8 +3,9 @@
     python -m experiments.bench.site_loss --seeds 0 1 2 --out sites.csv
 
 For each seed two ranks train, and then two sites of two ranks with FSDP2 inside, on the
-same batches of a site: one rank on all of a batch, or each of two on half of it. A row
-says the test loss of the model that all share at the end.
+same batches of a site: one rank on all of a batch, or each of two on half of it. The
+learning rate falls to nothing, as the harness's does, so that the end depends less on
+the last batches. A row says the test loss of the model that all share at the end.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from experiments.harness.models import Transformer
+from experiments.harness.train import schedule
 from experiments.record import RESULTS, read_csv, stamped, write_csv
 from experiments.tables import grid, insert
 from lc3.hooks import local_sgd
@@ -47,6 +49,7 @@ def train(seed: int, steps: int, rate: float, out: Path) -> None:
         shard: Any = fully_shard
         shard(model, mesh=mesh["inside"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    rates = schedule(optimizer, steps)
     state = local_sgd.attach(model, optimizer, mesh=mesh, sync_every=SYNC_EVERY)
 
     def loss_of(at: Tensor) -> Tensor:
@@ -61,6 +64,7 @@ def train(seed: int, steps: int, rate: float, out: Path) -> None:
         optimizer.zero_grad()
         loss_of(at.chunk(inside)[place]).backward()
         optimizer.step()
+        rates.step()
     state.sync()
     with torch.no_grad():
         tested = torch.arange(trained, len(text) - CONTEXT - 1, CONTEXT + 1)

@@ -3,6 +3,8 @@
     torchrun --nproc-per-node 2 -m experiments.bench.step
     sudo python -m experiments.lab.netlab --hosts 2 --rate 100mbit -- \
         -m experiments.bench.step --rate 100mbit
+    sudo python -m experiments.lab.netlab --hosts 2 --rate 100mbit --delay 10ms -- \
+        -m experiments.bench.step --rate 100mbit --delay 10ms
 
 All methods are attached to models of their own and take turns, so that what else the
 machine does meets all of them. PyTorch's no-op hook, which sends nothing, is the
@@ -52,6 +54,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "VGG, 6.9 M": (models.vgg, (8, 3, 32, 32)),
     "VGG's, computed elsewhere": (lambda: models.Elsewhere(0.2), (8, 3, 32, 32)),
 }
+PLACE = ("model", "ranks", "rate", "delay")
 STEPS, WARM_UP_TURNS = 5, 4  # auto has decided after twelve steps
 
 
@@ -106,7 +109,9 @@ def seconds_of_a_round() -> float:
     return mean_over_ranks(median(seconds))[0]
 
 
-def measure(model_name: str, rate: str, turns: int) -> list[dict[str, object]]:
+def measure(
+    model_name: str, rate: str, delay: str, turns: int
+) -> list[dict[str, object]]:
     """Let all methods take turns; collective."""
     contenders = {m: Contender(model_name, m) for m in (NOOP, *COMPARED)}
     sent = dict.fromkeys(contenders, 0)
@@ -126,6 +131,7 @@ def measure(model_name: str, rate: str, turns: int) -> list[dict[str, object]]:
         row: dict[str, object] = {
             "model": model_name,
             "rate": rate,
+            "delay": delay,
             "ranks": dist.get_world_size(),
             "method": method,
             "step_ms": round(1e3 * steps[method], 3),
@@ -157,23 +163,21 @@ def measure(model_name: str, rate: str, turns: int) -> list[dict[str, object]]:
 
 def table(path: Path) -> str:
     """Return step and exposed milliseconds by model, link and method, in Markdown."""
-    rows = read_csv(path, ["model", "rate", "method", "step_ms", "exposed_ms"])
+    rows = read_csv(path, ["model", "rate", "delay", "method", "step_ms", "exposed_ms"])
     methods = dict.fromkeys(row["method"] for row in rows)
     lines = [
         f"| model | ranks | link | {' | '.join(methods)} |",
         f"| --- | ---: | --- |{' ---: |' * len(methods)}",
     ]
-    for model, ranks_, rate in dict.fromkeys(
-        (row["model"], row["ranks"], row["rate"]) for row in rows
-    ):
-        cells = [
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[c] for c in PLACE), {})[row["method"]] = (
             f"{float(row['step_ms']):.1f} ({float(row['exposed_ms']):.1f})"
-            for method in methods
-            for row in rows
-            if (row["model"], row["ranks"], row["rate"], row["method"])
-            == (model, ranks_, rate, method)
-        ]
-        lines.append(f"| {model} | {ranks_} | {rate} | {' | '.join(cells)} |")
+        )
+    for (model, ranks_, rate, delay), of in cells.items():
+        link = f"{rate}, {delay}" if delay else rate
+        measured = " | ".join(of.get(method, "") for method in methods)
+        lines.append(f"| {model} | {ranks_} | {link} | {measured} |")
     return "\n".join(lines)
 
 
@@ -181,6 +185,7 @@ def main() -> None:
     """Measure every model, and add what was found to the file on rank 0."""
     parser = argparse.ArgumentParser(prog="experiments.bench.step")
     parser.add_argument("--rate", default="loopback", choices=["loopback", *RATES])
+    parser.add_argument("--delay", default="", help="of the lab's links, to be noted")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--turns", type=int, default=20, help="of 5 steps each")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.csv")
@@ -189,17 +194,14 @@ def main() -> None:
     rows = [
         row
         for model in options.models
-        for row in measure(model, options.rate, options.turns)
+        for row in measure(model, options.rate, options.delay, options.turns)
     ]
     if dist.get_rank() == 0:
         before = read_csv(options.out) if options.out.exists() else []
-        new = {(row["model"], row["rate"], str(row["ranks"])) for row in rows}
+        new = {tuple(str(row[c]) for c in PLACE) for row in rows}
         blank = dict.fromkeys(rows[0], "")
-        others = [
-            {**blank, **row}
-            for row in before
-            if (row["model"], row["rate"], row["ranks"]) not in new
-        ]
+        kept = [{**blank, **row} for row in before]
+        others = [row for row in kept if tuple(row[c] for c in PLACE) not in new]
         write_csv(options.out, [*others, *stamped(rows)])
         print(table(options.out))
     dist.destroy_process_group()

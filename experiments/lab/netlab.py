@@ -11,7 +11,9 @@ job; the output of the first is shown.
     sudo python -m experiments.lab.netlab --sites 2 --ranks 2 --rate 10mbit -- train.py
 
 makes two sites of two hosts with one rank each: links inside of a site are as fast as
-the machine, and ``tc tbf`` limits the one between each site and the others.
+the machine, and ``tc tbf`` limits the one between each site and the others. With
+``--delay 20ms`` a packet is 20 ms on its way over each limited link, so that it is 40
+from one host, or site, to another, and an answer takes 80.
 """
 
 import argparse
@@ -28,6 +30,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from experiments.lab.delay import DelayedLink
 
 TOOLS = {
     "ip": "iproute2",
@@ -104,6 +108,18 @@ def rate_bits(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def delay_seconds(text: str) -> float:
+    """Return seconds of a delay as tc writes it: 20ms.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)ms", text)
+    if found is None or float(found[1]) > 1000:
+        raise ValueError(f"{text!r} is not a delay from 0ms to 1000ms, like 20ms")
+    return float(found[1]) / 1000
+
+
 def burst_bytes(rate: int) -> int:
     """Return how many bytes a link of ``rate`` bits per second lets pass at once."""
     return max(16_384, int(rate / 8 * BURST_S))
@@ -116,9 +132,14 @@ class Lab:
         hosts: how many, in each site if there are sites.
         rate: bits per second of every host's link, or every site's, in each direction.
         sites: how many; 0: all hosts are on one switch.
+        delay_s: that a packet is on its way over such a link.
     """
 
-    def __init__(self, hosts: int, rate: int, sites: int = 0) -> None:
+    def __init__(
+        self, hosts: int, rate: int, sites: int = 0, delay_s: float = 0.0
+    ) -> None:
+        self._delay_s = delay_s
+        self._delayed: list[DelayedLink] = []
         self.holders: list[subprocess.Popen[bytes]] = []
         self._samples: list[tuple[float, dict[str, tuple[int, int]]]] = []
         self._ended = threading.Event()
@@ -135,7 +156,7 @@ class Lab:
         for site in range(sites):
             inside, up, down = f"site{site}", f"up{site}", f"down{site}"
             _add_switch(inside)
-            _run("ip", "link", "add", up, "type", "veth", "peer", "name", down)
+            self._link(up, down, delay_s)
             _run("ip", "link", "set", up, "master", inside, "up")
             _run("ip", "link", "set", down, "master", "switch", "up")
             for end in (up, down):
@@ -154,8 +175,9 @@ class Lab:
                 raise LabError(f"host {host} got no network namespace")
             time.sleep(0.01)
         port = f"port{host}"
-        peer = ("peer", "name", "eth0", "netns", str(holder.pid))
-        _run("ip", "link", "add", port, "type", "veth", *peer)
+        end = f"end{host}"
+        self._link(port, end, self._delay_s if limits else 0.0)
+        _run("ip", "link", "set", end, "netns", str(holder.pid), "name", "eth0")
         _run("ip", "link", "set", port, "master", switch, "up")
         _run(*self.on(host, "ip", "link", "set", "lo", "up"))
         _run(*self.on(host, "ip", "addr", "add", f"{address(host)}/24", "dev", "eth0"))
@@ -163,6 +185,18 @@ class Lab:
         if limits:
             _run(*self.on(host, "tc", "qdisc", "add", "dev", "eth0", *limits))
             _run("tc", "qdisc", "add", "dev", port, *limits)
+
+    def _link(self, one: str, other: str, delay_s: float) -> None:
+        """Make two interfaces that are joined."""
+        if not delay_s:
+            _run("ip", "link", "add", one, "type", "veth", "peer", "name", other)
+            return
+        try:
+            self._delayed.append(DelayedLink((one, other), delay_s))
+        except OSError as error:
+            raise LabError(
+                f"no interface of /dev/net/tun for a delay: {error}"
+            ) from error
 
     def on(self, host: int, *command: str) -> list[str]:
         """Return the command that runs ``command`` on a host."""
@@ -237,6 +271,8 @@ class Lab:
         for holder in self.holders:
             holder.kill()
             holder.wait()
+        for link in self._delayed:
+            link.close()
 
 
 def _add_switch(name: str) -> None:
@@ -306,6 +342,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="per host, or per site")
     parser.add_argument("--sites", type=int, default=0, help="instead of hosts, 2 to 8")
     parser.add_argument("--rate", default="100mbit", help="of each link, both ways")
+    parser.add_argument("--delay", default="0ms", help="of each link, one way")
     parser.add_argument(
         "--each",
         action="store_true",
@@ -324,6 +361,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sites {options.sites} must be 2 to 8, --ranks at most 8")
     try:
         options.rate = rate_bits(options.rate)
+        options.delay = delay_seconds(options.delay)
     except ValueError as error:
         parser.error(str(error))
     if reason := missing():
@@ -339,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _inside_namespaces(given)
     try:
         hosts = options.ranks if options.sites else options.hosts
-        lab = Lab(hosts, options.rate, options.sites)
+        lab = Lab(hosts, options.rate, options.sites, options.delay)
         start = time.perf_counter()
         if options.each:
             status = lab.each(options.job)

@@ -1,6 +1,8 @@
 """A transport over a process group of torch.distributed."""
 
 import socket
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -24,6 +26,12 @@ _WORD, _WORD_S = (
     2.0,
 )  # the key, and how long to look for the store's host
 _BUFFER_BYTES, _BUFFERS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
+_FIRST, _REST = 0, 1  # parts of a message
+_TAG = 0x3C3000
+_AHEAD = 2  # rounds: a push and a pull
+_TRANSPORTS: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = (
+    weakref.WeakKeyDictionary()
+)  # made over a group so far
 
 
 class Pairwise:
@@ -33,20 +41,29 @@ class Pairwise:
     does not fit into the buffer of a receive follows in a second message between just
     those two ranks. A ragged all_gather is an all_to_all of one message to everybody.
 
+    gloo sends a message only when it knows of the receive that waits for it, so that a
+    round takes the way there and back. Receives posted some rounds ahead are known by
+    then: it takes one way.
+
     Args:
         members: numbers, by which ranks are sent to, of those that exchange.
         me: this rank's number, which is among them.
+        ahead: rounds, for which receives are posted before their turn. They stay when
+            the exchange ends, so what is sent there next must not be taken for theirs.
     """
 
-    def __init__(self, members: Sequence[int], me: int) -> None:
+    def __init__(self, members: Sequence[int], me: int, ahead: int = 0) -> None:
         self._members = members
         self.rank = members.index(me)
         self.world = len(members)
         self.sent_bytes = self.rounds = 0
         self.most_bytes = MOST_BYTES
         self._peers = [r for r in range(self.world) if r != self.rank]
-        buffer = min(_BUFFER_BYTES, _BUFFERS_BYTES // self.world)
-        self._buffers = torch.empty(len(self._peers), buffer, dtype=torch.uint8)
+        buffers = max(1, ahead) * len(self._peers)
+        buffer = min(_BUFFER_BYTES, _BUFFERS_BYTES // max(1, buffers))
+        self._buffers = torch.empty(buffers, buffer, dtype=torch.uint8)
+        self._ahead = ahead
+        self._posted: dict[int, deque[tuple[Tensor, Any]]] = {}
 
     def all_to_all(
         self, messages: Sequence[Tensor], timeout_s: float | None = None
@@ -72,35 +89,66 @@ class Pairwise:
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
         """Send and receive with every peer at once; the rest of long ones after it."""
-        buffers = dict(zip(self._peers, self._buffers, strict=True))
-        receiving = {
-            peer: self._receive(buffer, peer) for peer, buffer in buffers.items()
-        }
+        self._post()
         sending: list[Any] = []
         prefixed: dict[int, Tensor] = {}  # all_gather: one for everybody
-        for peer, buffer in buffers.items():
+        for peer in self._peers:
             message = messages[peer]
             if id(message) not in prefixed:
                 size = torch.tensor([message.numel()], dtype=torch.int64).view(
                     torch.uint8
                 )
                 prefixed[id(message)] = torch.cat([size, message])
-            parts = torch.split(prefixed[id(message)], _parts(message.numel(), buffer))
-            sending += [self._send(part, peer) for part in parts]
+            first, *rest = self._parts(prefixed[id(message)])
+            sending.append(self._send(first, peer, _FIRST))
+            sending += [self._send(part, peer, _REST) for part in rest]
         arrived = list(messages)
-        for peer, buffer in buffers.items():
-            self._wait(receiving[peer], timeout_s)
+        read: list[tuple[int, Tensor]] = []
+        for peer in self._peers:
+            buffer, receiving = self._posted[peer].popleft()
+            self._wait(receiving, timeout_s)
             numel = int(buffer[:SIZE_BYTES].view(torch.int64))
             self._check_size(peer, numel)
-            first, *rest = _parts(numel, buffer)
             arrived[peer] = torch.empty(numel, dtype=torch.uint8)
-            here = first - SIZE_BYTES
-            arrived[peer][:here] = buffer[SIZE_BYTES:first]
-            if rest:
-                sending.append(self._receive(arrived[peer][here:], peer))
+            first, *rest = self._parts(arrived[peer], SIZE_BYTES)
+            first.copy_(buffer[SIZE_BYTES : SIZE_BYTES + first.numel()])
+            sending += [self._receive(part, peer, _REST) for part in rest]
+            read.append((peer, buffer))
         for work in sending:
             self._wait(work, timeout_s)
+        if self._ahead:
+            self._post_again(read)
         return arrived
+
+    def _post(self) -> None:
+        """Post receives of this round and some more, where none is posted."""
+        if self._posted and all(self._posted.values()):
+            return
+        per_peer = torch.tensor_split(self._buffers, len(self._peers))
+        for peer, buffers in zip(self._peers, per_peer, strict=True):
+            if not self._posted.setdefault(peer, deque()):
+                for buffer in buffers:
+                    self._post_to(peer, buffer)
+
+    def _post_again(self, read: Sequence[tuple[int, Tensor]]) -> None:
+        """Post receives of a later round into buffers that have been read.
+
+        When all of this round has arrived: if it was the last one a peer may be gone,
+        which is an error only to a round that waits for it. Nor does word of a receive
+        then reach a peer that closes behind what it has sent: that would reset the
+        connection, and what was sent could be lost.
+        """
+        for peer, buffer in read:
+            with suppress(RuntimeError):
+                self._post_to(peer, buffer)
+
+    def _post_to(self, peer: int, buffer: Tensor) -> None:
+        self._posted[peer].append((buffer, self._receive(buffer, peer, _FIRST)))
+
+    def _parts(self, data: Tensor, before: int = 0) -> list[Tensor]:
+        """Return what of a message goes with its size, and what after that, if any."""
+        first = self._buffers.shape[1] - before
+        return [data] if data.numel() <= first else [data[:first], data[first:]]
 
     def _check_size(self, peer: int, numel: int) -> None:
         if not 0 <= numel <= self.most_bytes:
@@ -134,10 +182,10 @@ class Pairwise:
         """Return what a rank that has stopped has left word of."""
         return None
 
-    def _send(self, data: Tensor, peer: int) -> Any:
+    def _send(self, data: Tensor, peer: int, part: int) -> Any:
         raise NotImplementedError
 
-    def _receive(self, buffer: Tensor, peer: int) -> Any:
+    def _receive(self, buffer: Tensor, peer: int, part: int) -> Any:
         raise NotImplementedError
 
     def _wait(self, work: Any, timeout_s: float | None) -> None:
@@ -168,9 +216,12 @@ class GroupTransport(Pairwise):
     ) -> None:
         everybody = range(dist.get_world_size(group))
         super().__init__(
-            everybody if members is None else members, dist.get_rank(group)
+            everybody if members is None else members, dist.get_rank(group), _AHEAD
         )
         self._held = [group]
+        # Ranks make theirs in the same order, so that they number them alike.
+        self._number = _TRANSPORTS.get(group, 0)
+        _TRANSPORTS[group] = self._number + 1
         self._device = device
         self._one_round = dist.get_backend(group) == "gloo"
 
@@ -196,6 +247,7 @@ class GroupTransport(Pairwise):
             with suppress(ValueError):  # it has gone with all the others already
                 dist.destroy_process_group(self._group)
         self._held.clear()
+        self._posted.clear()
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -272,11 +324,17 @@ class GroupTransport(Pairwise):
                 return None
         return store
 
-    def _send(self, data: Tensor, peer: int) -> Any:
-        return dist.isend(data, group=self._group, group_dst=self._members[peer])
+    def _send(self, data: Tensor, peer: int, part: int) -> Any:
+        to = self._members[peer]
+        return dist.isend(data, group=self._group, tag=self._tag(part), group_dst=to)
 
-    def _receive(self, buffer: Tensor, peer: int) -> Any:
-        return dist.irecv(buffer, group=self._group, group_src=self._members[peer])
+    def _receive(self, buffer: Tensor, peer: int, part: int) -> Any:
+        of = self._members[peer]
+        return dist.irecv(buffer, group=self._group, tag=self._tag(part), group_src=of)
+
+    def _tag(self, part: int) -> int:
+        """Return what tells messages from those of others over the same group."""
+        return _TAG + 2 * self._number + part
 
     def _start(
         self,
@@ -288,10 +346,3 @@ class GroupTransport(Pairwise):
         return dist.all_to_all_single(
             received, sent, incoming, outgoing, group=self._group, async_op=True
         )
-
-
-def _parts(numel: int, buffer: Tensor) -> list[int]:
-    """Return the bytes of each part of a message of ``numel``, its size before it."""
-    whole = SIZE_BYTES + numel
-    first = min(whole, buffer.numel())
-    return [first] if first == whole else [first, whole - first]
