@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class Pairwise:
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
         """Send and receive with every peer at once; the rest of long ones after it."""
-        self._post()
+        if not (self._posted and all(self._posted.values())):
+            self._post()
         sending: list[Any] = []
         prefixed: dict[int, Tensor] = {}  # all_gather: one for everybody
         for peer in self._peers:
@@ -99,9 +101,8 @@ class Pairwise:
                     torch.uint8
                 )
                 prefixed[id(message)] = torch.cat([size, message])
-            first, *rest = self._parts(prefixed[id(message)])
-            sending.append(self._send(first, peer, _FIRST))
-            sending += [self._send(part, peer, _REST) for part in rest]
+            parts = self._parts(prefixed[id(message)])
+            sending += map(self._send, parts, repeat(peer), (_FIRST, _REST))
         arrived = list(messages)
         read: list[tuple[int, Tensor]] = []
         for peer in self._peers:
@@ -112,25 +113,24 @@ class Pairwise:
             arrived[peer] = torch.empty(numel, dtype=torch.uint8)
             first, *rest = self._parts(arrived[peer], SIZE_BYTES)
             first.copy_(buffer[SIZE_BYTES : SIZE_BYTES + first.numel()])
-            sending += [self._receive(part, peer, _REST) for part in rest]
+            sending += map(self._receive, rest, repeat(peer), repeat(_REST))
             read.append((peer, buffer))
         for work in sending:
             self._wait(work, timeout_s)
         if self._ahead:
-            self._post_again(read)
+            self._post_ahead(read)
         return arrived
 
     def _post(self) -> None:
-        """Post receives of this round and some more, where none is posted."""
-        if self._posted and all(self._posted.values()):
-            return
+        """Post receives of this round and of those ahead."""
         per_peer = torch.tensor_split(self._buffers, len(self._peers))
         for peer, buffers in zip(self._peers, per_peer, strict=True):
             if not self._posted.setdefault(peer, deque()):
                 for buffer in buffers:
-                    self._post_to(peer, buffer)
+                    receiving = self._receive(buffer, peer, _FIRST)
+                    self._posted[peer].append((buffer, receiving))
 
-    def _post_again(self, read: Sequence[tuple[int, Tensor]]) -> None:
+    def _post_ahead(self, read: Sequence[tuple[int, Tensor]]) -> None:
         """Post receives of a later round into buffers that have been read.
 
         When all of this round has arrived: if it was the last one a peer may be gone,
@@ -140,10 +140,8 @@ class Pairwise:
         """
         for peer, buffer in read:
             with suppress(RuntimeError):
-                self._post_to(peer, buffer)
-
-    def _post_to(self, peer: int, buffer: Tensor) -> None:
-        self._posted[peer].append((buffer, self._receive(buffer, peer, _FIRST)))
+                receiving = self._receive(buffer, peer, _FIRST)
+                self._posted[peer].append((buffer, receiving))
 
     def _parts(self, data: Tensor, before: int = 0) -> list[Tensor]:
         """Return what of a message goes with its size, and what after that, if any."""
@@ -220,8 +218,9 @@ class GroupTransport(Pairwise):
         )
         self._held = [group]
         # Ranks make theirs in the same order, so that they number them alike.
-        self._number = _TRANSPORTS.get(group, 0)
-        _TRANSPORTS[group] = self._number + 1
+        number = _TRANSPORTS.get(group, 0)
+        _TRANSPORTS[group] = number + 1
+        self._tags = [_TAG + 2 * number + part for part in (_FIRST, _REST)]
         self._device = device
         self._one_round = dist.get_backend(group) == "gloo"
 
@@ -325,16 +324,12 @@ class GroupTransport(Pairwise):
         return store
 
     def _send(self, data: Tensor, peer: int, part: int) -> Any:
-        to = self._members[peer]
-        return dist.isend(data, group=self._group, tag=self._tag(part), group_dst=to)
+        to, tag = self._members[peer], self._tags[part]
+        return dist.isend(data, group=self._group, tag=tag, group_dst=to)
 
     def _receive(self, buffer: Tensor, peer: int, part: int) -> Any:
-        of = self._members[peer]
-        return dist.irecv(buffer, group=self._group, tag=self._tag(part), group_src=of)
-
-    def _tag(self, part: int) -> int:
-        """Return what tells messages from those of others over the same group."""
-        return _TAG + 2 * self._number + part
+        of, tag = self._members[peer], self._tags[part]
+        return dist.irecv(buffer, group=self._group, tag=tag, group_src=of)
 
     def _start(
         self,
