@@ -30,7 +30,7 @@ from lc3.module.model import Frozen, named_parameters
 from lc3.session.attaching import attaching_to
 from lc3.session.averages import Alone, Averages
 from lc3.session.buckets import EXTRAS, Buckets, FollowedBuckets, is_coded
-from lc3.session.checks import check_clipping, check_module, check_scaler, check_update
+from lc3.session.checks import check_clipping, check_module, check_scaler, update_bound
 from lc3.session.groups import alone
 from lc3.session.wrapped import Wrapped, senders, session_for
 
@@ -75,8 +75,8 @@ def attach(
         max_norm: clips the gradient by its global norm, as ``clip_grad_norm_`` in the
             script does; needs the optimizer.
         max_update: for Adam: bounds every element of a gradient divided by the root of
-            its second moment, so in learning rates. Less, like 3, follows Adam more
-            closely, for a third more bytes or so. Default: Adam's bound, 1 / √(1 − β2).
+            its second moment, so in learning rates. Less follows Adam more closely, for
+            more bytes. Default: 3. ``math.inf`` is Adam's own bound, 1 / √(1 − β2).
         scaler: that multiplies the loss; needed only without ``optimizer``. Residuals
             follow its scale, and a step that it skips is undone.
         group: a process group that nobody else uses, over the ranks of the model's.
@@ -113,7 +113,7 @@ def attach(
         check_scaler(scaler)
         optimizers = [] if optimizer is None else unwrapped(optimizer)
         check_clipping(max_norm, optimizers)
-        check_update(max_update, kind_of_all(optimizers))
+        update_bound(max_update, kind_of_all(optimizers))
         log.info("lc3: one process, so there is nothing to exchange")
         return Alone(settle(config, Settings()))
     with attaching_to(model, group):
@@ -160,14 +160,13 @@ class State(Averages):
         self.kind: Kind | None = kind_of_all(optimizers)
         check_scaler(scaler)
         check_clipping(max_norm, optimizers)
-        check_update(max_update, self.kind)
-        self._max_update = max_update
+        self._max_update = update_bound(max_update, self.kind)
         defaults = Settings()
         if self.kind == "adam":
             two = senders(model, mesh) == 2
             defaults = replace(FOR_ADAM, topology="direct" if two else "owners")
         self.settings = settle(config, defaults)
-        clips = {"max_norm": max_norm, "max_update": max_update}
+        clips = {"max_norm": max_norm, "max_update": self._max_update}
         facts = {"optimizer": self.kind, **clips}
         extras = EXTRAS if optimizers else {}
         self.session = session_for(model, self.settings, group, mesh, facts, extras)

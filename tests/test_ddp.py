@@ -1,6 +1,7 @@
 """The DDP hook on real gloo ranks equals the oracle bit for bit, in every DDP mode."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -124,6 +125,7 @@ WITH_OPTIMIZER = {
         config=dataclasses.replace(ADAM, topology="direct"), adam=True
     ),
     "Adam, bounded": Case(config=ADAM, adam=True, max_update=1.5),
+    "Adam, its own bound": Case(config=ADAM, adam=True, max_update=math.inf),
     "Adam, biases raw": Case(config=ddp_cases.CONFIG, adam=True),
 }
 

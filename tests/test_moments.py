@@ -61,7 +61,7 @@ def test_what_comes_out_of_nothing_is_bounded() -> None:
 
 
 def test_an_update_is_bounded_by_the_lower_of_two() -> None:
-    for most, bound in ((3.0, 3.0), (20.0, 10.0), (None, 10.0)):
+    for most, bound in ((3.0, 3.0), (20.0, 10.0), (math.inf, 10.0)):
         moments = Moments({"a": (4,)}, {"a": 0.99}, torch.device("cpu"), most)
         moments.take(["a"], moments.of({"a": torch.zeros(4)}))
         gradient = torch.tensor([1.0, -1.0, 0.0, torch.inf])

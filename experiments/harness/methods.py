@@ -219,7 +219,7 @@ class Fields:
         mode: see ``lc3.Tuning``.
         all_coded: whether biases and norms are, too.
         adam: whether the hook is given the optimizer, an Adam.
-        max_update: see ``lc3.hooks.ddp.attach``.
+        max_update: see ``lc3.hooks.ddp.attach``. Default: Adam's own bound.
         residual_decay: see ``lc3.hooks.local_sgd.attach``.
         inner_momentum_scale: see there.
         outer_lr: see there.
@@ -486,7 +486,8 @@ def _preconditioned(fields: Fields) -> Method:
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model = wrapped(module)
-        state = ddp.attach(model, optimizers, config, max_update=fields.max_update)
+        most = math.inf if fields.max_update is None else fields.max_update
+        state = ddp.attach(model, optimizers, config, max_update=most)
         traffic = Metered(state.meter, state.close, direct=state.engine.direct)
         return Training(model, optimizers, traffic)
 

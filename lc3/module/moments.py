@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812  # its usual name
 BLOCK = 64
 REFRESH = 10  # steps from one exchange of moments to the next
 FIRST = 10  # steps that all exchange them
+MOST = 3.0  # that attach lets an element of a divided gradient be
 _EPSILON = 1e-8
 
 
@@ -48,12 +49,11 @@ class Moments:
         shapes: Mapping[str, Sequence[int]],
         beta2: Mapping[str, float],
         device: torch.device,
-        most: float | None = None,
+        most: float = inf,
     ) -> None:
         self._grids = {name: _Grid(*matrix_of(shape)) for name, shape in shapes.items()}
         self._decay = {name: beta2[name] ** REFRESH for name in shapes}
-        bound = inf if most is None else most
-        self._most = {name: min(bound, 1 / sqrt(1 - beta2[name])) for name in shapes}
+        self._most = {name: min(most, 1 / sqrt(1 - beta2[name])) for name in shapes}
         self.kept = {
             name: torch.zeros(grid.numbers + 1, device=device, dtype=torch.float32)
             for name, grid in self._grids.items()

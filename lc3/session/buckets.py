@@ -199,7 +199,7 @@ class FollowedBuckets(Buckets):
         kind: of the optimizers. For "adam" gradients are divided by their second
             moments before they are coded.
         max_norm: clips the gradient by its global norm; ``None``: the script may.
-        max_update: see ``Moments``.
+        max_update: see ``Moments``; ``None`` without Adam.
 
     Attributes:
         applied: follows the optimizers.
@@ -218,6 +218,7 @@ class FollowedBuckets(Buckets):
         self.follows = True
         plan, device = engine.plan, engine.messages.coder.device
         if kind == "adam":
+            assert max_update is not None
             betas = _betas_of(optimizers, names)
             shapes = {n: list(p.shape) for p, n in names.items() if n in plan.coded}
             known = {name: betas.get(name, 0.999) for name in shapes}

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lc3.config import Settings
 from lc3.errors import AttachError, ConfigError
 from lc3.module.model import named_parameters
+from lc3.module.moments import MOST
 
 _CPU = torch.device("cpu")
 
@@ -44,14 +45,22 @@ def check_clipping(max_norm: float | None, optimizers: Sequence[Optimizer]) -> N
         )
 
 
-def check_update(max_update: object, kind: str | None) -> None:
-    """Raise ``ConfigError`` unless what Adam steps by can be bounded by this."""
-    check_bound("max_update", max_update)
-    if max_update is not None and kind != "adam":
+def update_bound(max_update: float | None, kind: str | None) -> float | None:
+    """Return what bounds the steps of such an optimizer; ``None``: nothing does.
+
+    Raises:
+        ConfigError: this is no bound, or the optimizer is not Adam.
+    """
+    if max_update is None:
+        return MOST if kind == "adam" else None
+    if max_update != math.inf:
+        check_bound("max_update", max_update)
+    if kind != "adam":
         raise ConfigError(
             f"max_update={max_update!r} bounds what Adam steps by, and no Adam was "
             "given; leave it out"
         )
+    return max_update
 
 
 def check_scaler(scaler: object) -> None:
