@@ -257,3 +257,20 @@ def test_a_gpu_that_is_not_there_is_said(
         with pytest.raises(SystemExit):
             train.parse(["--out", "x.csv", *arguments])
         assert reason in capsys.readouterr().err
+
+
+def test_trainings_are_added_to_an_experiment_or_take_its_place() -> None:
+    def row(method: str, seed: str, loss: str) -> dict[str, str]:
+        return {"method": method, "seed": seed, "rate": "", "test_loss": loss}
+
+    old = [
+        {"experiment": name, **row(method, "0", "1.0")}
+        for name, method in (("a", "float32"), ("a", "3LC s=1.00"), ("b", "float32"))
+    ]
+    new = [row("3LC s=1.00", "0", "2.0"), row("3LC s=1.00", "1", "3.0")]
+    of_a = [("3LC s=1.00", "2.0"), ("3LC s=1.00", "3.0")]
+    for add, first in ((False, []), (True, [("float32", "1.0")])):
+        kept = keep.together(old, new, "a", add=add)
+        found = [(r["method"], r["test_loss"]) for r in kept if r["experiment"] == "a"]
+        assert found == [*first, *of_a]
+        assert [r["method"] for r in kept if r["experiment"] == "b"] == ["float32"]

@@ -4,7 +4,8 @@
 
 adds them to ``experiments/results/chars.csv`` as the experiment ``chars-long``, in
 place of rows of that name. Columns say of every row what its method is. Of a folder
-instead of a file, what has ended so far is added.
+instead of a file, what has ended so far is added. With ``--add`` rows of trainings that
+the new ones do not repeat stay.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from experiments.tables import COLUMNS, Row
 
 
 def together(
-    old: Sequence[Row], new: Sequence[Row], experiment: str
+    old: Sequence[Row], new: Sequence[Row], experiment: str, *, add: bool = False
 ) -> list[dict[str, object]]:
     """Return ``old`` rows with ``new`` ones as those of ``experiment``.
 
@@ -36,9 +37,14 @@ def together(
         old: of a task, with their experiments.
         new: of one experiment.
         experiment: its name; rows of ``old`` that have it are left out.
+        add: leave out only those of trainings that are among the new ones.
     """
-    rows: list[dict[str, object]] = []
-    rows += [{**row} for row in old if row[EXPERIMENT] != experiment]
+    again = {_training(row) for row in new}
+    rows: list[dict[str, object]] = [
+        {**row}
+        for row in old
+        if row[EXPERIMENT] != experiment or (add and _training(row) not in again)
+    ]
     for row in new:
         fields = columns(row["method"].removesuffix(AVERAGED))
         rows.append({EXPERIMENT: experiment, **row, **fields, **row})
@@ -46,6 +52,10 @@ def together(
     for name in provenance():  # at the end
         names[name] = names.pop(name)
     return [{name: row.get(name, "") for name in names} for row in rows]
+
+
+def _training(row: Row) -> tuple[str, ...]:
+    return row["method"], row["seed"], row.get("rate", "")
 
 
 def _files(path: Path) -> list[Path]:
@@ -70,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="files of experiments.harness.train, or files or folders of .run",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="a file per task")
+    parser.add_argument("--add", action="store_true", help="to trainings of the name")
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     for path in options.results:
@@ -78,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             new = [row for file in _files(path) for row in read_csv(file, COLUMNS)]
             out = options.out / f"{new[0]['task']}.csv"
             old = read_whole(out) if out.exists() else []
-            write_csv(out, together(old, new, experiment))
+            write_csv(out, together(old, new, experiment, add=options.add))
         except ResultError as error:
             parser.error(str(error))
         console.print(f"{len(new)} rows of {experiment} are in {out}")

@@ -90,7 +90,8 @@ TASKS = (
         "chars.csv:chars-warm-up",
         {
             "float32": "float32",
-            "preconditioned s=1.00, rans": "lc3 `ddp` for Adam, s = 1, rans",
+            "preconditioned s=1.00, updates ≤ 3, rans": "lc3 `ddp`",
+            "preconditioned s=1.00, rans": "lc3 `ddp`, `max_update=inf`",
             f"local H=8, density 11.5 %, {_HALVED}, lr × 2": (
                 'lc3 `preset="adamw"`, twice the rate'
             ),
@@ -103,7 +104,8 @@ TASKS = (
         "chars.csv:chars-long",
         {
             "float32": "float32",
-            "preconditioned s=1.00": "lc3 `ddp` for Adam, s = 1",
+            "preconditioned s=1.00, updates ≤ 3, rans": "lc3 `ddp`",
+            "preconditioned s=1.00": "lc3 `ddp`, `max_update=inf`, zstd",
             "local H=8, decay 0.8, momentum 0.5, outer rate 2": (
                 "lc3 `local_sgd`, H = 8, 10 %"
             ),
@@ -125,8 +127,8 @@ TASKS = (
         "one-pass-0.25m.csv:one-pass-quarter",
         {
             "float32": "float32",
-            "preconditioned s=1.00, rans": "lc3 `ddp` for Adam, s = 1, rans",
-            "preconditioned s=1.00, updates ≤ 3, rans": "lc3 `ddp`, `max_update=3`",
+            "preconditioned s=1.00, updates ≤ 3, rans": "lc3 `ddp`",
+            "preconditioned s=1.00, rans": "lc3 `ddp`, `max_update=inf`",
             f"local H=8, density 11.5 %, {_HALVED}": 'lc3 `preset="adamw"`',
             f"local H=32, density 11.5 %, {_HALVED}": 'lc3 `preset="fewest-bytes"`',
             "1-bit Adam": "1-bit Adam",
