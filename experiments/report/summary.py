@@ -104,7 +104,6 @@ TASKS = (
         "chars.csv:chars-long",
         {
             "float32": "float32",
-            "preconditioned s=1.00, updates ≤ 3, rans": "lc3 `ddp`",
             "preconditioned s=1.00": "lc3 `ddp`, `max_update=inf`, zstd",
             "local H=8, decay 0.8, momentum 0.5, outer rate 2": (
                 "lc3 `local_sgd`, H = 8, 10 %"
