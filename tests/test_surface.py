@@ -266,7 +266,8 @@ def test_every_form_shows_itself_in_a_line(ranks: Pools) -> None:
     for shown in ranks(2).run(surface_cases.shown):
         assert re.fullmatch(
             r"<lc3 ddp: 2 ranks; 1,\d+ of 1,\d+ parameters coded; .*sparsity=1\.1.*"
-            r"optimizer='adam'; \d+\.\d times fewer bytes than float32 so far>",
+            r"optimizer='adam', max_update=3\.0; "
+            r"\d+\.\d times fewer bytes than float32 so far>",
             shown["ddp"],
         )
         assert "sync_every=16, overlap=0" in shown["local_sgd"]

@@ -39,6 +39,7 @@ from lc3.codec import Codec
 from lc3.config import EntropyStage, Mode, Settings, Topology
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.meter import Meter
+from lc3.module.applied import kind_of_all
 from lc3.wire.coder import Coder
 
 Future = torch.futures.Future[torch.Tensor]
@@ -486,7 +487,9 @@ def _preconditioned(fields: Fields) -> Method:
 
     def start(module: nn.Module, optimizers: Sequence[Optimizer]) -> Training:
         model = wrapped(module)
-        most = math.inf if fields.max_update is None else fields.max_update
+        most = fields.max_update
+        if most is None and kind_of_all(optimizers) == "adam":
+            most = math.inf
         state = ddp.attach(model, optimizers, config, max_update=most)
         traffic = Metered(state.meter, state.close, direct=state.engine.direct)
         return Training(model, optimizers, traffic)

@@ -22,7 +22,6 @@ from torch.nn import functional as F  # noqa: N812  # its usual name
 BLOCK = 64
 REFRESH = 10  # steps from one exchange of moments to the next
 FIRST = 10  # steps that all exchange them
-MOST = 3.0  # that attach lets an element of a divided gradient be
 _EPSILON = 1e-8
 
 

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from lc3.config import Settings
 from lc3.errors import AttachError, ConfigError
 from lc3.module.model import named_parameters
-from lc3.module.moments import MOST
 
 _CPU = torch.device("cpu")
+_MOST_UPDATE = 3.0  # of Adam where nothing is said, in learning rates
 
 
 def check_module(model: object) -> None:
@@ -52,7 +52,7 @@ def update_bound(max_update: float | None, kind: str | None) -> float | None:
         ConfigError: this is no bound, or the optimizer is not Adam.
     """
     if max_update is None:
-        return MOST if kind == "adam" else None
+        return _MOST_UPDATE if kind == "adam" else None
     if max_update != math.inf:
         check_bound("max_update", max_update)
     if kind != "adam":
