@@ -113,7 +113,6 @@ def attach(
             exchanged once in ``sync_every`` steps, at other steps than the others, so
             the peak of traffic is that of the largest of them. At most ``sync_every``.
             A budget (``bytes_per_step``) is then of one fragment's exchange.
-            With Adam ``outer_lr`` 1 is chosen then.
         alpha: with ``overlap``, the weight, in [0, 1), of a rank's own parameters
             beside those that arrive, as in Streaming DiLoCo. Default: what a rank has
             trained while the exchange was under way is added to what arrives.

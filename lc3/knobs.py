@@ -203,8 +203,6 @@ def knobs_for(
     every = {}
     if preset is not None:
         chosen = {knob: preset.knobs.get(knob, value) for knob, value in chosen.items()}
-        if fragments != 1:
-            chosen["outer_lr"] = min(chosen["outer_lr"], 1.0)
         every = {k: v for k, v in preset.knobs.items() if k not in chosen}
         why = f"the preset is for {preset.purpose}"
     knobs = Knobs(**{**every, **chosen, **given})
@@ -223,14 +221,10 @@ def chosen_for(
 
     Where a density of 0.3 or less is sent and Adam or AdamW trains everything,
     ``outer_lr`` 2, ``residual_decay`` 0.8 and ``inner_momentum_scale`` 0.5 (without
-    owners 1.5, 0.9 and 0.8): what they bring, and where, see
-    docs/explanation/local-steps.md. Without owners, with SGD without momentum:
-    ``outer_lr`` 1.25, since what waits in residuals is a momentum that is not there
-    otherwise. Else 1.
-
-    With fragments ``outer_lr`` 1, ``residual_decay`` 0.8 and ``inner_momentum_scale``
-    0.5 for Adam and AdamW: while one fragment goes beyond the mean, the others are each
-    rank's own, and what 2 brings is lost.
+    owners 1.5, 0.9 and 0.8), with fragments, too: what they bring, and where, see
+    docs/explanation/local-steps.md. Without owners and fragments, with SGD without
+    momentum: ``outer_lr`` 1.25, since what waits in residuals is a momentum that is not
+    there otherwise. Else 1.
     """
     names = "outer_lr", "residual_decay", "inner_momentum_scale"
     kinds = " and ".join(sorted({type(one).__name__ for one in optimizers}))
@@ -242,9 +236,6 @@ def chosen_for(
         if all(isinstance(one, Adam) for one in optimizers):
             chosen = (1.5, 0.9, 0.8) if direct else (2.0, 0.8, 0.5)
             why = f"{kinds}, density {settings.density:g}"
-            if fragments != 1:
-                chosen = (1.0, 0.8, 0.5)
-                why += f", fragments {fragments}"
         elif direct and fragments == 1 and all(map(_without_momentum, optimizers)):
             chosen, why = (1.25, 1.0, 1.0), "SGD without momentum, in one hop"
     return dict(zip(names, chosen, strict=True)), why

@@ -207,17 +207,19 @@ def test_what_is_chosen(
     assert ("plain" in why) == (chosen == NEUTRAL)
 
 
-@pytest.mark.parametrize("topology", ["owners", "direct"])
-def test_what_is_chosen_with_fragments(topology: Any) -> None:
+@pytest.mark.parametrize(
+    ("topology", "chosen"), [("owners", (2.0, 0.8, 0.5)), ("direct", (1.5, 0.9, 0.8))]
+)
+def test_what_is_chosen_with_fragments(topology: Any, chosen: Any) -> None:
     adam = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, 2))])]
     config = Settings(density=0.1, topology=topology)
     given = {"fragments": 4, "sync_every": 8}
     found, why = knobs.knobs_for(adam, config, given)
-    assert (found.outer_lr, found.residual_decay) == (1.0, 0.8)
-    assert found.inner_momentum_scale == 0.5
-    assert "AdamW, density 0.1, fragments 4" in why
+    decays = found.residual_decay, found.inner_momentum_scale
+    assert (found.outer_lr, *decays) == chosen
+    assert "AdamW, density 0.1" in why
     found, _ = knobs.knobs_for(adam, config, given, knobs.PRESETS["muon"])
-    assert found.outer_lr == 1.0
+    assert found.outer_lr == 2.0
     sgd = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1)]
     found, _ = knobs.knobs_for(sgd, config, given)
     assert found.outer_lr == 1.0
