@@ -59,6 +59,18 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "experiments.lab.netlab", *arguments]
 
 
+def ran(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 @lab
 @pytest.mark.timeout(200)
 def test_links_have_their_rate_and_count_bytes(tmp_path: Path) -> None:
@@ -76,15 +88,7 @@ def test_links_have_their_rate_and_count_bytes(tmp_path: Path) -> None:
         "--",
         str(tmp_path / "send.py"),
     )
-    done = subprocess.run(
-        command(*arguments),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ran(*arguments, timeout=120)
     assert done.returncode == 0, done.stderr
     found = re.search(r"seconds ([\d.]+)", done.stdout)
     assert found is not None
@@ -117,14 +121,7 @@ def test_a_message_takes_one_way_over_a_link_with_a_delay(tmp_path: Path) -> Non
     gloo's messages wait for the receiver's word, unless it was there before.
     """
     (tmp_path / "rounds.py").write_text(ROUNDS)
-    done = subprocess.run(
-        command("--delay", "15ms", "--", str(tmp_path / "rounds.py")),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ran("--delay", "15ms", "--", str(tmp_path / "rounds.py"), timeout=120)
     assert done.returncode == 0, done.stderr
     found = re.search(r"seconds ([\d.]+)", done.stdout)
     assert found is not None
@@ -138,15 +135,7 @@ def test_links_between_sites_are_limited_and_counted(tmp_path: Path) -> None:
     (tmp_path / "send.py").write_text(INSIDE_AND_BETWEEN)
     report = tmp_path / "report.json"
     given = ("--sites", "2", "--ranks", "2", "--rate", "10mbit", "--report")
-    done = subprocess.run(
-        command(*given, str(report), "--", str(tmp_path / "send.py")),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = ran(*given, str(report), "--", str(tmp_path / "send.py"), timeout=150)
     assert done.returncode == 0, done.stderr
     assert "site 1: 2," in done.stderr
     found = json.loads(report.read_text())
@@ -250,15 +239,7 @@ def test_rates() -> None:
 def test_a_cut_link_is_an_error_on_both_sides(tmp_path: Path, hook: str) -> None:
     """Within the group's timeout and 5 s, no thread left, and the processes end."""
     job = [sys.executable, "-m", "tests.cut_link", str(tmp_path), hook]
-    done = subprocess.run(
-        command("--hosts", "2", "--each", "--", *job),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ran("--hosts", "2", "--each", "--", *job, timeout=120)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
