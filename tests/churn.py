@@ -7,9 +7,10 @@ Every 20 to 60 seconds a random replica is killed (-9), stopped or cut off for 5
 seconds, or a new one joins; 2 to 6 are there. With ``--rate`` each has a network
 namespace of its own (root), without it all share the loopback and no link is cut. A
 replica that ends by itself is started again, as a launcher would. Then the same number
-of tokens is trained by replicas that nobody disturbs, as many as there were on average,
-so that exchanges are as many, too. The loss is that of the model that ranks share. Rows
-of a file that are of the same campaign are replaced.
+of tokens is trained by replicas that nobody disturbs, as many as there were on average
+and with a batch of what is left over, so that exchanges are as many, too. The learning
+rate falls to zero over either. The loss is that of the model that ranks share. Rows of
+a file that are of the same campaign are replaced.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from typing import Any
 from experiments.lab import netlab
 from experiments.record import read_whole, stamped, write_csv
 from experiments.tables import grid, insert
-from tests.torchft_cases import BATCH, CONTEXT, Replica
+from tests.torchft_cases import BATCH, CONTEXT, Replica, tell_done
 
 HOSTS, LEAST, AT_FIRST = 6, 2, 4
 GRACE_S = 5.0
@@ -119,7 +120,8 @@ class Campaign:
             for _ in range(self.at_first):
                 self.join()
             self.wait_until_joined(self.at_first)
-            end = time.monotonic() + seconds
+            began = time.monotonic()
+            end = began + seconds
             due = time.monotonic() + chance.uniform(*self.every_s)
             while time.monotonic() < end:
                 time.sleep(0.2)
@@ -127,8 +129,12 @@ class Campaign:
                 if churn and time.monotonic() > due:
                     self.disturb(chance)
                     due = time.monotonic() + chance.uniform(*self.every_s)
-                if tokens and self.counted() >= tokens:
-                    break
+                done = (time.monotonic() - began) / seconds
+                if tokens:
+                    done = self.counted() / tokens
+                    if done >= 1:
+                        break
+                tell_done(self.folder, done)
             for one in self.live:
                 self._heal(one)
             (self.folder / "stop").touch()
@@ -329,6 +335,7 @@ class Campaign:
             "tokens trained": trained,
             "tokens counted": self.counted(),
             "goodput": round(self.counted() / trained, 4),
+            "batch": self.given.get("batch", BATCH),
             "loss": round(statistics.mean(losses), 4) if losses else None,
             "kill to next exchange s": _spread(
                 [self._next_after(event, good) for event in killed]
@@ -410,7 +417,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     titles = [
         *("method", "minutes", "events every", "seeds", "kills, stops, cuts, joins"),
         *("million tokens trained", "goodput", "hangs"),
-        *("loss", "undisturbed, with replicas", "beside it"),
+        *("loss", "undisturbed, replicas × batch", "beside it"),
         *("MB sent per million tokens", "ended with an error"),
     ]
     lines = []
@@ -437,7 +444,10 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
             return sum(int(row[column]) for row in of)
 
         beside = mean("loss") / mean("loss", some["undisturbed"]) - 1
-        replicas = [row["events: join"] for row in some["undisturbed"]]
+        replicas = [
+            "{} × {}".format(row["events: join"], row["batch"])
+            for row in some["undisturbed"]
+        ]
         undisturbed = f"{mean('loss', some['undisturbed']):.4f} ({', '.join(replicas)})"
         lines.append(
             [
@@ -530,11 +540,13 @@ def train(
     }
     if method.endswith("_taken"):
         given["given"] = {"optimizer_state": "taken"}
-    tokens, ranks = 0, AT_FIRST
+    tokens, ranks, batch = 0, AT_FIRST, BATCH
     if churned is not None:
         tokens = int(churned["tokens counted"])
-        of_one = options.sync_every * BATCH * CONTEXT
-        ranks = max(1, round(tokens / of_one / int(churned["exchanges"])))
+        of_all = tokens / options.sync_every / CONTEXT / int(churned["exchanges"])
+        ranks = max(1, round(of_all / BATCH))
+        batch = round(of_all / ranks)
+    given["batch"] = batch
     folder = Path(tempfile.mkdtemp(prefix="lc3-churn-"))
     one = Campaign(
         *(folder, given, lab, seed, tuple(options.every), options.away),

@@ -52,7 +52,8 @@ class Replica:
         fault: what goes wrong in it, see ``Faults``.
         host: address under which the others reach it.
         width: of the transformer.
-        lr: of AdamW.
+        batch: windows of a step.
+        lr: of AdamW, at first: it falls as ``tell_done`` says.
         tokens: what ``tokens_of`` steps is reckoned from; 0: nothing is said.
         mass: whether to write, at each exchange, where the mass is: see ``Mass``.
     """
@@ -73,6 +74,7 @@ class Replica:
     fault: str = ""
     host: str = "127.0.0.1"
     width: int = 32
+    batch: int = BATCH
     lr: float = 4e-3
     tokens: int = 0
     mass: bool = False
@@ -85,16 +87,31 @@ def text() -> Tensor:
     return torch.tensor([min(ord(c), 127) for c in whole])
 
 
-def batches(codes: Tensor, seed: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(codes: Tensor, replica: Replica) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a replica's own windows of the first nine tenths, for ever."""
-    generator = torch.Generator().manual_seed(1000 * seed + number)
+    generator = torch.Generator().manual_seed(1000 * replica.seed + replica.number)
     last = len(codes) * 9 // 10 - CONTEXT - 1
     while True:
-        starts = torch.randint(last, (BATCH,), generator=generator).tolist()
+        starts = torch.randint(last, (replica.batch,), generator=generator).tolist()
         yield (
             torch.stack([codes[s : s + CONTEXT] for s in starts]),
             torch.stack([codes[s + 1 : s + CONTEXT + 1] for s in starts]),
         )
+
+
+def tell_done(folder: Path, share: float) -> None:
+    """Tell replicas what share of the training is done."""
+    new = folder / "done.new"
+    new.write_text(f"{share}")
+    new.replace(folder / "done")
+
+
+def let_fall(optimizer: torch.optim.Optimizer, replica: Replica) -> None:
+    """Set the learning rate for what is done of the training, if that is told."""
+    told = Path(replica.folder) / "done"
+    if told.exists():
+        left = max(0.0, 1 - float(told.read_text()))
+        optimizer.param_groups[0]["lr"] = replica.lr * left
 
 
 def tokens_of(tokens: int, step: int) -> int:
@@ -246,13 +263,12 @@ def train(replica: Replica, line: Line) -> None:
     stop = Path(replica.folder) / "stop"
     trained = counted = 0
     since = 0
-    for step, (inputs, labels) in enumerate(
-        batches(codes, replica.seed, replica.number), start=1
-    ):
+    for step, (inputs, labels) in enumerate(batches(codes, replica), start=1):
         before = state.exchanges, state.failed
         if mass is not None:
             held = mass.held()
             state.tokens = 1  # all weigh the same
+        let_fall(optimizer, replica)
         optimizer.zero_grad()
         loss = loss_of(model(inputs), labels)
         loss.backward()
@@ -351,9 +367,8 @@ def train_as_torchft_does(replica: Replica, line: Line) -> None:
     stop = Path(replica.folder) / "stop"
     trained = counted = since = failed = 0
     with method:
-        for step, (inputs, labels) in enumerate(
-            batches(codes, replica.seed, replica.number), start=1
-        ):
+        for step, (inputs, labels) in enumerate(batches(codes, replica), start=1):
+            let_fall(optimizer, replica)
             optimizer.zero_grad()
             loss = loss_of(model(inputs), labels)
             loss.backward()
@@ -505,7 +520,7 @@ def local_sgd_alone(
     found = []
     since = 0
     with local_sgd.attach(model, optimizer, direct, sync_every="manual") as state:
-        data = batches(codes, replica.seed, rank)
+        data = batches(codes, replica)
         for step in range(1, steps + 1):
             inputs, labels = next(data)
             optimizer.zero_grad()
