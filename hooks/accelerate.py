@@ -7,6 +7,7 @@ Accelerate's own list of communication hooks is closed; what ``prepare`` returns
 DistributedDataParallel that takes any.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -30,7 +32,11 @@ from lc3.session.state import FormState
 
 try:
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        save_fsdp_model,
+        save_fsdp_optimizer,
+    )
 except ModuleNotFoundError as error:
     raise missing("accelerate", error) from error
 
@@ -62,17 +68,37 @@ class _Inside:
         self._given.register_comm_hook(model)
 
 
-def inside(accelerator: Accelerator, mesh: DeviceMesh) -> None:
-    """Let ``prepare`` wrap models in DDP over the ranks of a site, not of the job.
+def inside(accelerator: Accelerator, mesh: DeviceMesh | None = None) -> None:
+    """Let ``prepare`` share gradients and shards inside of a site, not across the job.
 
     Before ``prepare``, or before a Trainer trains, with ``trainer.accelerator``. Then
     ``attach=partial(lc3.hooks.local_sgd.attach, mesh=mesh, sync_every=8)`` lets sites
     make local steps.
 
+    With FSDP2 the mesh is Accelerate's own, ``mesh=accelerator.torch_device_mesh``:
+    ``ParallelismConfig(dp_replicate_size=sites, dp_shard_size=ranks_of_a_site)``.
+
     Args:
-        accelerator: the Accelerator that will prepare the model.
-        mesh: two dimensions, between sites and inside of them.
+        accelerator: the Accelerator that will prepare the model. Changed.
+        mesh: for DDP: two dimensions, between sites and inside of them.
+
+    Raises:
+        AttachError: there is no mesh, or FSDP2 has one of its own that has no sites.
     """
+    if getattr(accelerator, "is_fsdp2", False):
+        config = copy.copy(accelerator.parallelism_config)
+        if mesh is not None or config is None or not config.dp_replicate_enabled:
+            raise AttachError(
+                "with FSDP2 the sites are Accelerate's own: leave mesh out, and pass "
+                "Accelerator(parallelism_config=ParallelismConfig(dp_replicate_size="
+                "sites, dp_shard_size=ranks_of_a_site))"
+            )
+        shards = {"fsdp_dim_names": ["dp_shard_cp"]}  # not "dp_replicate"
+        config.__class__ = type("Sites", (type(config),), shards)
+        accelerator.state.parallelism_config = config
+        return
+    if mesh is None:
+        raise AttachError("name the mesh of the sites: inside(accelerator, mesh)")
     given = accelerator.ddp_handler or DistributedDataParallelKwargs()
     accelerator.ddp_handler = _Inside(given, mesh.get_group(1))
 
@@ -130,17 +156,19 @@ def attach(
 
     Raises:
         ConfigError: ``form``, ``sync_every`` and ``attach`` contradict each other.
-        AttachError: this Accelerate is too old, or the model is not wrapped in
-            DistributedDataParallel; and what ``ddp.attach`` raises.
+        AttachError: this Accelerate is too old, or the model is neither wrapped in
+            DistributedDataParallel nor sharded by FSDP2; and what ``attach`` raises.
     """
     require("accelerate", version("accelerate"), _LEAST)
     make = attach_of(form, sync_every, attach)
     inner = private.uncompiled(model)
-    if not isinstance(inner, DistributedDataParallel) and not alone():
+    sharded = isinstance(inner, FSDPModule)
+    if not (isinstance(inner, DistributedDataParallel) or sharded or alone()):
         raise AttachError(
             "lc3 needs a model that accelerator.prepare wrapped in "
-            f"DistributedDataParallel; with {accelerator.num_processes} process(es) "
-            f"and {accelerator.distributed_type} it is a {type(model).__name__}"
+            "DistributedDataParallel or sharded by FSDP2; with "
+            f"{accelerator.num_processes} process(es) and "
+            f"{accelerator.distributed_type} it is a {type(model).__name__}"
         )
     if optimizer is None:
         optimizer = list(accelerator._optimizers)  # there is no public list
@@ -149,8 +177,13 @@ def attach(
     number = _ATTACHED[accelerator] = _ATTACHED.get(accelerator, -1) + 1
     file = f"lc3_{number}.pt"
 
-    def save(_: object, __: object, folder: str) -> None:
+    def save(models: list[nn.Module], _: object, folder: str) -> None:
         state.sync()
+        if sharded:  # both were saved before this is called
+            place, plugin = models.index(model), accelerator.state.fsdp_plugin
+            own = accelerator._optimizers[place]
+            save_fsdp_model(plugin, accelerator, model, folder, place)
+            save_fsdp_optimizer(plugin, accelerator, own, model, folder, place)
         ranks = state.gather_state()
         if ranks:
             save_checkpoint(ranks, Path(folder) / file)

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import private
@@ -73,7 +74,7 @@ def attach(
     Raises:
         ConfigError: ``form``, ``sync_every`` and ``attach`` contradict each other.
         AttachError: this Transformers is too old; in ``train()``: the Trainer does not
-            wrap its model in DistributedDataParallel.
+            wrap its model in DistributedDataParallel or shard it with FSDP2.
     """
     require("transformers", version("transformers"), _LEAST)
     make = attach_of(form, sync_every, attach)
@@ -117,10 +118,10 @@ class LC3Callback(TrainerCallback):
             self.state.close()
         model = self._trainer.model_wrapped
         model = private.uncompiled(model)
-        if not isinstance(model, DistributedDataParallel):
+        if not isinstance(model, DistributedDataParallel | FSDPModule):
             raise AttachError(
-                f"lc3 needs a Trainer that trains with DistributedDataParallel; its "
-                f"model is a {type(model).__name__}: leave fsdp and deepspeed out"
+                "lc3 needs a Trainer that trains with DistributedDataParallel or "
+                f"FSDP2; its model is a {type(model).__name__}: leave deepspeed out"
             )
         self.state = self._attach(model, self._trainer.optimizer, self._config)
         if state.global_step:

@@ -252,6 +252,29 @@ def with_lightning(mode: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def pass_for_gpu() -> None:
+    """Let Accelerate take the CPU for a GPU, as on CPUs it does not shard."""
+    from accelerate import DistributedType, PartialState
+
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+
+def sharding_accelerator() -> Any:
+    """Return one with FSDP2 for two sites."""
+    from accelerate import Accelerator, ParallelismConfig
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    pass_for_gpu()
+    return Accelerator(
+        parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2),
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        ),
+    )
+
+
 def with_accelerate(mode: str, folder: Path) -> None:
     from accelerate import Accelerator
 
@@ -259,8 +282,13 @@ def with_accelerate(mode: str, folder: Path) -> None:
 
     passes = ACCUMULATE if mode == "accumulate" else 1
     mesh = mesh_of() if mode.startswith("sites") else None
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=passes)
-    if mesh is not None:
+    if mode.startswith("shards"):
+        accelerator = sharding_accelerator()
+        adapter.inside(accelerator)
+        mesh = accelerator.torch_device_mesh
+    else:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=passes)
+    if mode.startswith("sites"):
         adapter.inside(accelerator, mesh)
     net = network()
     loader = DataLoader(dataset(accelerator.num_processes), batch_size=BATCH)
@@ -288,6 +316,7 @@ def with_accelerate(mode: str, folder: Path) -> None:
 
 
 def with_transformers(mode: str, folder: Path) -> None:
+    from accelerate import ParallelismConfig
     from transformers import Trainer, TrainingArguments
 
     from lc3.hooks import accelerate
@@ -310,11 +339,30 @@ def with_transformers(mode: str, folder: Path) -> None:
         def _get_train_sampler(self, *_: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
+        def create_optimizer(self, *_: Any) -> Any:
+            self.optimizer = adamw(self.model.parameters())
+            return self.optimizer
+
+        def create_scheduler(self, *_: Any, **__: Any) -> Any:
+            constant = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: 1.0)
+            self.lr_scheduler = constant
+            return constant
+
     def collate(examples: Sequence[Any]) -> dict[str, Tensor]:
         x, y = zip(*examples, strict=True)
         return {"x": torch.stack(x), "labels": torch.stack(y)}
 
     steps = EPOCHS * BATCHES
+    sharded: dict[str, Any] = {}
+    if mode.startswith("shards"):
+        two_sites = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+        sharded["parallelism_config"] = two_sites
+        sharded["fsdp"] = True
+        sharded["fsdp_config"] = {
+            "version": 2,
+            "cpu_ram_efficient_loading": False,
+            "state_dict_type": "FULL_STATE_DICT",
+        }
     options = TrainingArguments(
         str(folder / "trainer"),
         use_cpu=True,
@@ -329,10 +377,11 @@ def with_transformers(mode: str, folder: Path) -> None:
         report_to=[],
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
+        **sharded,
     )
+    if sharded:
+        pass_for_gpu()
     module = Module()
-    optimizer = adamw(module.parameters())
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     world = options.world_size
     trainer = InOrder(
         module,
@@ -340,9 +389,11 @@ def with_transformers(mode: str, folder: Path) -> None:
         collate,
         dataset(world),
         dataset(world) if mode == "local" else None,
-        optimizers=(optimizer, scheduler),
     )
-    if mesh is not None:
+    if mode.startswith("shards"):
+        accelerate.inside(trainer.accelerator)
+        mesh = trainer.accelerator.torch_device_mesh
+    elif mesh is not None:
         accelerate.inside(trainer.accelerator, mesh)
     callback = adapter.attach(trainer, **said_of(mode, mesh))
     trainer.train(resume_from_checkpoint=True if mode.endswith("rest") else None)

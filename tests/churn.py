@@ -336,6 +336,7 @@ class Campaign:
             "tokens counted": self.counted(),
             "goodput": round(self.counted() / trained, 4),
             "batch": self.given.get("batch", BATCH),
+            "rate": "falling",
             "loss": round(statistics.mean(losses), 4) if losses else None,
             "kill to next exchange s": _spread(
                 [self._next_after(event, good) for event in killed]
@@ -417,7 +418,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     titles = [
         *("method", "minutes", "events every", "seeds", "kills, stops, cuts, joins"),
         *("million tokens trained", "goodput", "hangs"),
-        *("loss", "undisturbed, replicas × batch", "beside it"),
+        *("learning rate", "loss", "undisturbed, replicas × batch", "beside it"),
         *("MB sent per million tokens", "ended with an error"),
     ]
     lines = []
@@ -455,7 +456,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
                 ", ".join(str(total(f"events: {kind}")) for kind in EVENTS[:4]),
                 f"{mean('tokens trained') / 1e6:.2f}",
                 *(f"{100 * mean('goodput'):.1f} %", str(total("hangs"))),
-                *(f"{mean('loss'):.4f}", undisturbed),
+                *(churn[0]["rate"], f"{mean('loss'):.4f}", undisturbed),
                 f"{100 * beside:+.1f} %",
                 f"{total('bytes') / total('tokens counted'):,.0f}",
                 str(total("events: ended")),

@@ -132,14 +132,17 @@ def test_sites_in_a_framework_train_what_a_loop_of_sites_does_and_resume(
     assert not torch.equal(rest["parameters"], half["parameters"])
 
 
-def test_sites_in_lightning_shard_the_model_and_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_sites_in_a_framework_shard_the_model_and_resume(
+    framework: str, tmp_path: Path
+) -> None:
     """Two sites of two ranks, FSDP2 inside: bit for bit, and on all ranks."""
-    needs("lightning")
-    stopped = trained("lightning", "shards_plain_half", tmp_path)
-    half = trained("lightning", "shards_half", tmp_path)
+    needs(framework)
+    stopped = trained(framework, "shards_plain_half", tmp_path)
+    half = trained(framework, "shards_half", tmp_path)
     assert torch.equal(half["parameters"], stopped["parameters"])
-    plain = trained("lightning", "shards_plain_rest", tmp_path)
-    rest = trained("lightning", "shards_rest", tmp_path)
+    plain = trained(framework, "shards_plain_rest", tmp_path)
+    rest = trained(framework, "shards_rest", tmp_path)
     assert torch.equal(rest["parameters"], plain["parameters"])
     assert not torch.equal(rest["parameters"], half["parameters"])
 
@@ -194,6 +197,25 @@ def test_lightning_without_ddp_is_refused() -> None:
     callback = LC3()
     callback.on_fit_start(trainer, module)
     assert callback.state is None
+
+
+def test_accelerate_is_told_what_sites_it_lacks() -> None:
+    needs("accelerate")
+    from types import SimpleNamespace
+
+    from accelerate import ParallelismConfig
+
+    from lc3.hooks import accelerate
+
+    one_site = ParallelismConfig(dp_shard_size=4)
+    refused: list[tuple[Any, Any]] = [(None, None), (one_site, None), (one_site, 2)]
+    for config, mesh in refused:
+        sharding: Any = SimpleNamespace(is_fsdp2=True, parallelism_config=config)
+        with pytest.raises(AttachError, match="with FSDP2 the sites are Accelerate's"):
+            accelerate.inside(sharding, mesh)
+    plain: Any = SimpleNamespace(is_fsdp2=False)
+    with pytest.raises(AttachError, match="name the mesh of the sites"):
+        accelerate.inside(plain)
 
 
 def test_accelerate_on_one_process_trains_as_without_lc3(

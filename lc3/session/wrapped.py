@@ -167,7 +167,8 @@ def session_for(
     if not isinstance(model, DistributedDataParallel):
         raise AttachError(
             f"attach needs a DistributedDataParallel, got {type(model).__name__}; wrap "
-            "the module first: model = DistributedDataParallel(model)"
+            "the module first: model = DistributedDataParallel(model); for one that "
+            "fully_shard has sharded there are hooks.fsdp2 and hooks.local_sgd"
         )
     if private.gives_no_buckets(model):
         raise AttachError(
