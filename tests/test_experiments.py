@@ -155,7 +155,8 @@ def campaign(method: str, seed: int, kind: str, **said: object) -> dict[str, obj
     events = {f"events: {kind}": 1 for kind in churn.EVENTS}
     figures = {"goodput": 0.9, "hangs": 0, "bytes": 3_000_000, "loss": 2.0}
     tokens = {"tokens counted": 1000, "tokens trained": 1_500_000}
-    return {**named, **events, **figures, **tokens, **said}
+    how = {"batch": 8, "rate": "falling"}
+    return {**named, **events, **figures, **tokens, **how, **said}
 
 
 def test_rows_of_a_campaign_replace_those_that_it_had() -> None:
@@ -177,9 +178,13 @@ def test_a_campaign_stands_beside_its_undisturbed_training() -> None:
     said = churn.table([{k: str(v) for k, v in row.items()} for row in rows])
     _, _, ours, theirs = (line.split(" | ") for line in said.splitlines())
     assert ours[3:8] == ["2", "2, 2, 2, 2", "1.50", "90.0 %", "0"]
-    assert ours[8:] == ["2.2000", "2.0000 (1, 1)", "+10.0 %", "3,000", "2 |"]
+    assert ours[8:] == [
+        *("falling", "2.2000", "2.0000 (1 × 8, 1 × 8)"),
+        *("+10.0 %", "3,000", "2 |"),
+    ]
     assert theirs[0] == "| torchft's DiLoCo"
-    assert theirs[6:11] == ["90.0 %", "3", "2.0000", "4.0000 (1)", "-50.0 %"]
+    assert theirs[6:8] == ["90.0 %", "3"]
+    assert theirs[9:12] == ["2.0000", "4.0000 (1 × 8)", "-50.0 %"]
 
 
 def test_an_average_is_of_the_last_tenth_and_leaves_the_model_alone() -> None:
