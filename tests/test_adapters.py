@@ -104,45 +104,21 @@ def test_a_framework_makes_local_steps(framework: str, tmp_path: Path) -> None:
             assert torch.equal(here, there)
 
 
+@pytest.mark.parametrize("steps_of", ["local", "sites", "shards"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_framework_resumes_local_steps(framework: str, tmp_path: Path) -> None:
-    """Bit for bit what a loop does that syncs and shares an optimizer there."""
-    needs(framework)
-    stopped = trained(framework, "local_plain_half", tmp_path)
-    half = trained(framework, "local_half", tmp_path)
-    assert torch.equal(half["parameters"], stopped["parameters"])
-    plain = trained(framework, "local_plain_rest", tmp_path)
-    rest = trained(framework, "local_rest", tmp_path)
-    assert torch.equal(rest["parameters"], plain["parameters"])
-    assert not torch.equal(rest["parameters"], half["parameters"])
-
-
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_sites_in_a_framework_train_what_a_loop_of_sites_does_and_resume(
-    framework: str, tmp_path: Path
+def test_a_framework_resumes_local_steps(
+    framework: str, steps_of: str, tmp_path: Path
 ) -> None:
-    """Two sites of two ranks, DDP inside: bit for bit, and on all ranks."""
-    needs(framework)
-    stopped = trained(framework, "sites_plain_half", tmp_path)
-    half = trained(framework, "sites_half", tmp_path)
-    assert torch.equal(half["parameters"], stopped["parameters"])
-    plain = trained(framework, "sites_plain_rest", tmp_path)
-    rest = trained(framework, "sites_rest", tmp_path)
-    assert torch.equal(rest["parameters"], plain["parameters"])
-    assert not torch.equal(rest["parameters"], half["parameters"])
+    """Bit for bit what a loop does that syncs and shares an optimizer there.
 
-
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_sites_in_a_framework_shard_the_model_and_resume(
-    framework: str, tmp_path: Path
-) -> None:
-    """Two sites of two ranks, FSDP2 inside: bit for bit, and on all ranks."""
+    Of ranks, and of two sites of two ranks with DDP or FSDP2 inside; on all ranks.
+    """
     needs(framework)
-    stopped = trained(framework, "shards_plain_half", tmp_path)
-    half = trained(framework, "shards_half", tmp_path)
+    stopped = trained(framework, f"{steps_of}_plain_half", tmp_path)
+    half = trained(framework, f"{steps_of}_half", tmp_path)
     assert torch.equal(half["parameters"], stopped["parameters"])
-    plain = trained(framework, "shards_plain_rest", tmp_path)
-    rest = trained(framework, "shards_rest", tmp_path)
+    plain = trained(framework, f"{steps_of}_plain_rest", tmp_path)
+    rest = trained(framework, f"{steps_of}_rest", tmp_path)
     assert torch.equal(rest["parameters"], plain["parameters"])
     assert not torch.equal(rest["parameters"], half["parameters"])
 
