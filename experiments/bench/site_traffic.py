@@ -127,9 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         site, hosts = found["between"][0], found["hosts"]
         hosts = hosts[: len(hosts) // 2]
         within = sum(host["sent_bytes"] for host in hosts) - site["sent_bytes"]
+        said = "none" if inside == PLAIN else f"{within:,}"
         print(
             f"| {inside} | {fragments or 'no lc3'} | {site['sent_bytes']:,} "
-            f"| {site['most_in_a_second']:,} | {within:,} |",
+            f"| {site['most_in_a_second']:,} | {said} |",
             flush=True,
         )
 
