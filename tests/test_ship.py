@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +103,20 @@ def test_the_static_coder_returns_its_bytes(counts: list[int], repeat: int) -> N
     columns=st.integers(1, 9),
     scale=st.sampled_from([0.0, 0.3, 3.0, 1e3, 1e7]),
     seed=st.integers(0, 99),
+    predicts=st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=120)
 def test_the_context_coder_returns_its_numbers(
-    rows: int, columns: int, scale: float, seed: int
+    rows: int, columns: int, scale: float, seed: int, predicts: bool
 ) -> None:
     random = np.random.default_rng(seed)
     numbers = np.rint(random.laplace(size=rows * columns) * scale)
     numbers = numbers.clip(-contexts.LARGEST, contexts.LARGEST).astype(np.int32)
-    code = contexts.encode(numbers, rows)
-    found = contexts.decode(memoryview(code), numbers.size, rows)
-    assert (found == numbers).all()
+    code = contexts.encode(numbers, rows, predicts=predicts)
+    decode = partial(contexts.decode, rows=rows, predicts=predicts)
+    assert (decode(memoryview(code), numbers.size) == numbers).all()
     with pytest.raises(FormatError, match=" are there"):
-        contexts.decode(memoryview(code + b"\0"), numbers.size, rows)
+        decode(memoryview(code + b"\0"), numbers.size)
 
 
 def test_quiet_rows_and_columns_cost_little() -> None:
@@ -130,6 +132,46 @@ def test_quiet_rows_and_columns_cost_little() -> None:
     _, counts = np.unique(plain, return_counts=True)
     order_0 = float((counts * np.log2(plain.size / counts)).sum()) / 8
     assert len(contexts.encode(plain, 80)) < 1.03 * order_0
+
+
+def test_rows_that_are_combinations_of_others_cost_little() -> None:
+    """As those of a gradient of a small batch; rows of noise cost no more."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 16)) @ random.normal(size=(16, 300)) * 2
+    for rows, most in ((x, 0.7), (random.normal(size=x.shape) * 8, 1.01)):
+        numbers = np.rint(rows).astype(np.int32).reshape(-1)
+        plain = len(contexts.encode(numbers, 200))
+        code = contexts.encode(numbers, 200, predicts=True)
+        assert len(code) < most * plain
+        found = contexts.decode(memoryview(code), numbers.size, 200, predicts=True)
+        assert (found == numbers).all()
+    assert contexts.encode(numbers, 1, predicts=True) == contexts.encode(numbers, 1)
+
+
+@pytest.mark.parametrize("largest", [3, 40_000, contexts.LARGEST])
+def test_the_filter_is_that_of_the_format(largest: int) -> None:
+    """Written out with Python's integers, of 70 rows, so that places are reused."""
+    random = np.random.default_rng(largest)
+    matrix = random.integers(-largest, largest + 1, (70, 5)).tolist()
+    filtered = contexts._Filter(np.zeros((5, 64), np.int32), np.zeros(64, np.int32))
+    for r, row in enumerate(matrix):
+        weights = [0] * 64
+        filtered.weights[:] = 0
+        for c, number in enumerate(row):
+            before: list[int] = [matrix[b][c] for b in range(max(0, r - 64), r)]
+            seen = [min(max(x, -32767), 32767) for x in before]
+            at = [b % 64 for b in range(max(0, r - 64), r)]
+            total = sum(weights[k] * x for k, x in zip(at, seen, strict=True)) // 2**8
+            expected = min(max(total, -(2**23)), 2**23)
+            energy = 4 + sum(x * x for x in seen)
+            assert contexts._expected(filtered, c) == (expected, energy)
+            error = 256 * min(max(number, -32767), 32767) - expected
+            gain = 15360 * error // energy
+            for k, x in zip(at, seen, strict=True):
+                weights[k] = (weights[k] + gain * x // 2**8 + 2**31) % 2**32 - 2**31
+            off = contexts._learn(filtered, c, r, number, expected, energy)
+            assert off == abs(error)
+            assert filtered.weights.tolist() == weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

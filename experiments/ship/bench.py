@@ -70,14 +70,18 @@ def coder_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
     for name, named in sources_of(kept).items():
         for size in STEP_SIZES:
             step = Steps(size * deviation(named))
-            ours = zstd = entropy = 0.0
+            ours = without = zstd = entropy = 0.0
             values = 0
             for tensor in matrices(named).values():
                 numbers = steps.quantize(tensor.double().numpy(), step)
                 assert numbers is not None
-                code = contexts.encode(numbers, len(tensor))
-                again = contexts.decode(memoryview(code), numbers.size, len(tensor))
+                rows = len(tensor)
+                code = contexts.encode(numbers, rows, predicts=True)
+                again = contexts.decode(
+                    memoryview(code), numbers.size, rows, predicts=True
+                )
                 assert (again == numbers).all()
+                without += 8 * len(contexts.encode(numbers, rows))
                 ours += 8 * len(steps.section(numbers, tuple(tensor.shape), step))
                 zstd += 8 * len(
                     planes.compressed(numbers.astype(np.int8).view(np.uint8))
@@ -89,7 +93,8 @@ def coder_rows(network: str, kept: dict[str, Named]) -> Iterator[Row]:
                 bits=ours / values,
                 rival_bits=entropy / values,
                 ratio=ours / entropy,
-                note=f"zstd 3: {zstd / values:.4f} bits",
+                note=f"without prediction {without / values:.4f}, zstd 3 "
+                f"{zstd / values:.4f} bits",
             )
 
 
@@ -216,7 +221,7 @@ def pruned_rows(network: str, kept: dict[str, Named], data: Data) -> Iterator[Ro
             numbers = steps.quantize(tensor.double().numpy(), Steps(step))
             assert numbers is not None
             huffman_bytes += huffman.nbytes(numbers)
-            coder_bytes += len(contexts.encode(numbers, len(tensor)))
+            coder_bytes += len(contexts.encode(numbers, len(tensor), predicts=True))
             flat = tensor.double().numpy().reshape(-1)
             keys = np.flatnonzero(flat)
             values, which = centres.cluster(flat[keys], 16)

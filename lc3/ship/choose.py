@@ -46,7 +46,7 @@ class Lossy:
 
     step: float
     largest_error: float | None = None
-    coder: Coder = "context"
+    coder: Coder = "predictive"
     dither_seed: int | None = None
     transform: bool = True
     cluster: bool = True

@@ -45,8 +45,8 @@ def add_to(commands: Any, positive: Callable[[str], float]) -> None:
     ship.add_argument(
         "--coder",
         choices=CODERS,
-        default="context",
-        help="context is small, zstd fast (default: %(default)s)",
+        default="predictive",
+        help="predictive is smallest, zstd fastest (default: %(default)s)",
     )
     unship = commands.add_parser(
         "unship",

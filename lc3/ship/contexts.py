@@ -6,11 +6,18 @@ model. Each answer is coded with a probability that both ends learn on the way. 
 known so far of the row and of the column, how active they were and which sign they had,
 says most in gradients and deltas, whose quiet rows and columns an order-0 coder cannot
 see. Six such contexts give an opinion each, and an online mixture in the logistic
-domain weighs them. All arithmetic is in integers, so any machine decodes the same
-numbers. With the bytes in ``lc3.ship.format`` this module is the specification.
+domain weighs them.
+
+The predicting coder has two contexts more, of what a filter expects here: rows of a
+gradient, or of a sum of a few, are nearly combinations of each other, and the filter
+learns along a row which combination of the rows before it is.
+
+All arithmetic is in integers, so any machine decodes the same numbers. With the bytes
+in ``lc3.ship.format`` this module is the specification.
 
 Sources: universal coding with nothing sent beforehand, Choi, El-Khamy, Lee, arXiv
-1802.02271; mixing of contexts, Mahoney, PAQ (Florida Tech. CS-2005-16).
+1802.02271; mixing of contexts, Mahoney, PAQ (Florida Tech. CS-2005-16); normalized
+least mean squares, Widrow and Stearns, Adaptive Signal Processing, 1985.
 """
 
 from typing import Any, NamedTuple
@@ -57,8 +64,12 @@ _FIRST, _SECOND = 26, 64  # of the digits below the highest, by how many there a
 _QUESTIONS = 128
 _CLASSES = 24  # of a mean magnitude, two for each octave
 _SETS = _CLASSES + 3  # of weights: by class, for signs, for first and second digits
-_CONTEXTS = 6
+_CONTEXTS, _PREDICTING = 6, 8  # without and with what the filter expects
 _VALUES = 24 * 24  # of a context
+_TAPS = 64  # rows that the filter looks back, or as many as there are
+_MOST = (1 << 15) - 1  # that it sees of a magnitude
+_SPEED = 60 << 8  # of its learning, in units of 2^-16
+_CALM = 4  # squared magnitude below which it learns no faster
 
 _LOW, _HIGH, _CODE, _PLACE = range(4)
 
@@ -83,39 +94,63 @@ class _Model(NamedTuple):
     places: Integers
 
 
-def _model() -> _Model:
-    size = (_CONTEXTS, _VALUES * _QUESTIONS)
-    third = 65536 * 3 // 10
+class _Filter(NamedTuple):
+    """What expects numbers; without taps of a coder that does not predict.
+
+    Attributes:
+        history: int32[columns, taps], the rows before, row r in place r mod taps.
+        weights: int32[taps], of each of them, units of 2^-16.
+    """
+
+    history: Numbers
+    weights: Numbers
+
+
+def _model(count: int) -> _Model:
+    size = (count, _VALUES * _QUESTIONS)
+    share = 65536 * 3 // 10 * _CONTEXTS // count
     return _Model(
         np.full(size, 1 << 21, np.int32),
         np.zeros(size, np.uint8),
-        np.full((_QUESTIONS, _CONTEXTS), third, np.int64),
-        np.full((_SETS, _CONTEXTS), third, np.int64),
-        np.zeros(_CONTEXTS, np.int64),
-        np.zeros(_CONTEXTS, np.int64),
+        np.full((_QUESTIONS, count), share, np.int64),
+        np.full((_SETS, count), share, np.int64),
+        np.zeros(count, np.int64),
+        np.zeros(count, np.int64),
     )
 
 
-def encode(numbers: Numbers, rows: int) -> bytes:
+def _fresh(numel: int, rows: int, predicts: bool) -> tuple[_Model, _Filter]:
+    """Return what a coder begins with."""
+    taps = min(_TAPS, rows - 1) if predicts else 0
+    history = np.zeros((numel // rows, taps), np.int32)
+    count = _PREDICTING if taps else _CONTEXTS
+    return _model(count), _Filter(history, np.zeros(taps, np.int32))
+
+
+def encode(numbers: Numbers, rows: int, *, predicts: bool = False) -> bytes:
     """Return the code of a matrix.
 
     Args:
         numbers: int32[rows · columns], magnitudes at most ``LARGEST``.
         rows: of the matrix.
+        predicts: by the predicting coder. Of one row its code is the same.
     """
     if numbers.size == 0:
         return b""
     room = 2 * numbers.size + 1024
     while True:
         data = np.empty(room, np.uint8)
-        used = _code(numbers, rows, data, False, _model())
+        model, filtered = _fresh(numbers.size, rows, predicts)
+        used = _code(numbers, rows, data, False, model, filtered)
         if used <= room:
             return data[:used].tobytes()
         room *= 4
 
 
-def decode(data: memoryview, numel: int, rows: int) -> Numbers:
-    """Return int32[numel] of a code, of ``rows`` rows.
+def decode(
+    data: memoryview, numel: int, rows: int, *, predicts: bool = False
+) -> Numbers:
+    """Return int32[numel] of a code, of ``rows`` rows, by the coder that wrote it.
 
     Raises:
         FormatError: the code is longer or shorter than such a matrix takes.
@@ -123,7 +158,9 @@ def decode(data: memoryview, numel: int, rows: int) -> Numbers:
     numbers = np.zeros(numel, np.int32)
     if numel == 0:
         return numbers
-    used = _code(numbers, rows, np.frombuffer(data, np.uint8).copy(), True, _model())
+    code = np.frombuffer(data, np.uint8).copy()
+    model, filtered = _fresh(numel, rows, predicts)
+    used = _code(numbers, rows, code, True, model, filtered)
     if used - 3 != len(data):
         raise FormatError(f"a code takes {used - 3} bytes, but {len(data)} are there")
     return numbers
@@ -182,7 +219,7 @@ def _ask(
 ) -> int:
     """Code one answer with what the model knows, and let it learn; return it."""
     one, other = 0, 0
-    for k in range(_CONTEXTS):
+    for k in range(model.logits.size):
         place = contexts[k] * _QUESTIONS + question
         logit = _STRETCH[model.likely[k, place] >> 10]
         model.places[k], model.logits[k] = place, logit
@@ -194,7 +231,7 @@ def _ask(
     bit = _narrow(bounds, data, decoding, bit, min(max(p, _LEAST), 65536 - _LEAST))
     off_one = (bit << 16) - _SQUASH[one + 2048]
     off_other = (bit << 16) - _SQUASH[other + 2048]
-    for k in range(_CONTEXTS):
+    for k in range(model.logits.size):
         logit, place = model.logits[k], model.places[k]
         model.by_question[question, k] += (logit * off_one + 65536) >> 17
         model.by_class[chosen, k] += (logit * off_other + 65536) >> 17
@@ -213,8 +250,43 @@ def _sign(number: int) -> int:
 
 
 @kernel()
+def _expected(filtered: _Filter, c: int) -> Any:
+    """Return what a column's next number should be, units 1/256, and how sure.
+
+    As the sum of squares of what was looked at.
+    """
+    total: Any = 0
+    energy: Any = _CALM
+    for k in range(filtered.weights.size):
+        seen = np.int64(filtered.history[c, k])
+        total += np.int64(filtered.weights[k]) * seen
+        energy += seen * seen
+    return min(max(total >> 8, -(1 << 23)), 1 << 23), energy
+
+
+@kernel()
+def _learn(
+    filtered: _Filter, c: int, r: int, number: int, expected: int, energy: int
+) -> int:
+    """Let the filter learn from what came, and keep it; return what it was off."""
+    seen = min(max(number, -_MOST), _MOST)
+    off = (seen << 8) - expected
+    gain = (off * _SPEED) // energy
+    for k in range(filtered.weights.size):
+        step = (gain * np.int64(filtered.history[c, k])) >> 8
+        filtered.weights[k] = np.int32(np.int64(filtered.weights[k]) + step)
+    filtered.history[c, r % filtered.weights.size] = seen
+    return abs(off)
+
+
+@kernel()
 def _code(
-    numbers: Numbers, rows: int, data: Bytes, decoding: bool, model: _Model
+    numbers: Numbers,
+    rows: int,
+    data: Bytes,
+    decoding: bool,
+    model: _Model,
+    filtered: _Filter,
 ) -> Any:
     """Code or decode a matrix; return how many bytes its code takes, or were read.
 
@@ -224,6 +296,7 @@ def _code(
         data: uint8[*]: read, 0 behind its end, or written as far as it goes.
         decoding: which way.
         model: a fresh one, changed.
+        filtered: a fresh one, changed.
     """
     columns = numbers.size // rows
     bounds = np.array([0, 0xFFFFFFFF, 0, 0], np.uint64)
@@ -232,7 +305,8 @@ def _code(
             byte = np.uint64(data[first] if first < data.size else 0)
             bounds[_CODE] = (bounds[_CODE] << np.uint64(8)) | byte
         bounds[_PLACE] = np.uint64(4)
-    sizes, signs = np.zeros(_CONTEXTS, np.int64), np.zeros(_CONTEXTS, np.int64)
+    predicts = filtered.weights.size > 0
+    sizes, signs = np.zeros(_PREDICTING, np.int64), np.zeros(_PREDICTING, np.int64)
     above = np.zeros(columns + 1, np.int64)  # the row before, and a 0
     # Running means of magnitudes, units 1/256, and of signs, ±4096.
     column_mean = np.full(columns, 128, np.int64)
@@ -240,6 +314,8 @@ def _code(
     overall = 128
     for r in range(rows):
         row_mean, row_sign, left, before = overall, 0, 0, 0
+        missed = overall
+        filtered.weights[:] = 0
         for c in range(columns):
             if decoding and c & 255 == 0 and bounds[_PLACE] > data.size + 4:
                 return np.int64(bounds[_PLACE])  # longer than its bytes: refused
@@ -258,6 +334,14 @@ def _code(
             sizes[3] = row * 24 + column
             sizes[4] = ((near * 3 + far) * 4 + up) * 3 + right
             sizes[5] = expected * 24 + min(near + far + up, 5)
+            hoped: Any = 0
+            energy: Any = _CALM
+            wrong, hoped_sign = 0, 0
+            if predicts:
+                hoped, energy = _expected(filtered, c)
+                wrong, close = _class_of(missed), _class_of(abs(hoped))
+                sizes[6], sizes[7] = close * 24 + expected, close * 24 + wrong
+                hoped_sign = min(close, 11) + (12 if hoped < 0 else 0)
             digits = 0
             while digits < _DIGITS:
                 more = 1 if magnitude >> digits else 0
@@ -275,6 +359,8 @@ def _code(
                 signs[3] = by_row * 17 + by_column
                 signs[4] = (beside * 3 + _sign(before)) * 3 + _sign(above[c + 1])
                 signs[5] = beside * 3 + min(digits, 3) - 1
+                signs[6] = hoped_sign * 24 + wrong
+                signs[7] = hoped_sign * 3 + min(digits, 3) - 1
                 bit = 1 if number < 0 else 0
                 chosen = _CLASSES
                 negative = _ask(
@@ -298,6 +384,9 @@ def _code(
             number = -known if negative else known
             if decoding:
                 numbers[r * columns + c] = number
+            if predicts:
+                off = _learn(filtered, c, r, number, hoped, energy)
+                missed += (min(off, 255 << 8) - missed) >> 4
             size = min(known, 255) << 8
             row_mean += (size - row_mean) >> (4 if c > 8 else 3)
             column_mean[c] += (size - column_mean[c]) // min(r + 2, 20)

@@ -75,7 +75,7 @@ Section of coding 2, steps
 
     uint8     transform: 0 none, 1 DCT over the axes from the third on, 2 + a: over axis
               a; of axes of 1 to 1024 elements
-    uint8     coder: 0 context coder, 1 zstd
+    uint8     coder: 0 context coder, 1 zstd, 2 predictive coder
     float32   step, finite and > 0
     uint8     dither: 0 none, 1 subtractive, then a uint64 seed
     varint    length of the numbers' code, and the code
@@ -105,6 +105,15 @@ between 24/65536 and its complement, codes the answer, and each set learns from 
 error. The code is carry-less: with bounds ``low ≤ high`` of 32 bits, ``yes`` keeps
 ``low … low + floor((high − low) · p / 65536)``; equal leading bytes are sent. At the
 end the leading byte of ``high`` is sent, and a reader takes 0 for what is missing.
+
+The predictive coder of a matrix of several rows asks the same, of two contexts more:
+what a filter expects of a number, and how far it has been off in this row. With
+``t = min(64, rows − 1)`` taps, it weighs the numbers x_k of its column in the t rows
+before, limited to ±32767 and 0 where there is none: it expects ``p = floor(sum of
+w_k · x_k / 2^8)`` in units of 1/256, limited to ±2^23. With ``e = 256 · number − p``,
+the number limited, too, and ``g = floor(15360 · e / (4 + sum of x_k²))``, w_k then
+grows by ``floor(g · x_k / 2^8)``, as an int32 that wraps around. Every row begins with
+weights of 0. Of one row the code is the context coder's.
 
 Section of coding 3, centres
 ============================

@@ -83,7 +83,7 @@ def save(
     step: float | None = None,
     lossless: bool = False,
     base: Named | PathLike | None = None,
-    coder: Coder = "context",
+    coder: Coder = "predictive",
     rate_weight: float | None = None,
     dither_seed: int | None = None,
     transform: bool = True,
@@ -109,7 +109,8 @@ def save(
         lossless: says that nothing may be lost, which is the default.
         base: what the receiver holds: a state dict, or a file. The file will only load
             with it.
-        coder: of the numbers: ``"context"`` is small, ``"zstd"`` fast.
+        coder: of the numbers: ``"predictive"`` is smallest, ``"context"`` faster and
+            larger where rows resemble each other, ``"zstd"`` fast.
         rate_weight: how much a bit of a weight counts, in squared steps. Above 0 a
             weight may get a number that is not the nearest one but costs fewer bits;
             its error may then be more than half a step. ``None``: 0.05 with ``bits``,

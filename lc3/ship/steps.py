@@ -24,11 +24,11 @@ from lc3.ship import contexts, planes, rounding, transform
 from lc3.ship.format import Reader, varint
 from lc3.ship.mixing import mixed
 
-Coder = Literal["context", "zstd"]
+Coder = Literal["context", "zstd", "predictive"]
 Numbers = NDArray[np.int32]
 Floats = NDArray[np.float32] | NDArray[np.float64]
 CHUNK = 1 << 18  # values
-CODERS: tuple[Coder, ...] = ("context", "zstd")
+CODERS: tuple[Coder, ...] = ("context", "zstd", "predictive")
 LONGEST_AXIS = 1024  # of a transform: its matrix has as many rows and columns
 KERNEL = 1  # transform: the DCT over all axes from the third on
 _WIDTHS = {1: np.int8, 2: np.int16, 4: np.int32}
@@ -46,7 +46,7 @@ class Steps:
     """
 
     step: float
-    coder: Coder = "context"
+    coder: Coder = "predictive"
     transform: int = 0
     seed: int | None = None
 
@@ -190,7 +190,8 @@ def section(numbers: Numbers, shape: tuple[int, ...], steps: Steps) -> bytes:
         code = bytes([width]) + planes.compressed(narrow)
         del narrow
     else:
-        code = contexts.encode(numbers, rows_of(shape))
+        predicts = steps.coder == "predictive"
+        code = contexts.encode(numbers, rows_of(shape), predicts=predicts)
     head = struct.pack("<BBf", steps.transform, CODERS.index(steps.coder), steps.step)
     seed = b"\0" if steps.seed is None else struct.pack("<BQ", 1, steps.seed)
     return head + seed + varint(len(code)) + code
@@ -207,7 +208,7 @@ def read_steps(reader: Reader) -> Steps:
     if not (math.isfinite(step) and step > 0):
         raise FormatError(f"a step of {step} is not finite and above 0")
     dithered = reader.byte()
-    if coder > 1 or dithered > 1 or kind > 33:
+    if coder >= len(CODERS) or dithered > 1 or kind > 33:
         raise FormatError(
             f"transform {kind}, coder {coder}, dither {dithered} are not of format 1"
         )
@@ -228,10 +229,12 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Tensor:
     code = reader.bytes(reader.varint())
     reader.ends()
     numel = math.prod(shape)
-    if steps.coder == "context":
-        numbers = contexts.decode(code, numel, rows_of(shape) if numel else 1)
-    else:
+    if steps.coder == "zstd":
         numbers = _from_zstd(code, numel)
+    else:
+        predicts = steps.coder == "predictive"
+        rows = rows_of(shape) if numel else 1
+        numbers = contexts.decode(code, numel, rows, predicts=predicts)
     return replaced(numbers, shape, steps)
 
 

@@ -155,12 +155,19 @@ def shipped_models() -> list[dict[str, object]]:
     pruned = ship_state()["weight"] * (inputs(120)["wave"].reshape(12, 10) > 0.35)
     kinds: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
         "exact": (ship_state(), {}),
-        "steps": (ship_state(), {"step": 0.05}),
+        "steps": (ship_state(), {"step": 0.05, "coder": "context"}),
         "zstd": (ship_state(), {"step": 0.05, "coder": "zstd"}),
-        "dither": (ship_state(), {"step": 0.05, "dither_seed": 2**64 - 3}),
+        "dither": (
+            ship_state(),
+            {"step": 0.05, "coder": "context", "dither_seed": 2**64 - 3},
+        ),
         "filter": ({"weight": pruned}, {"step": 0.05, "indices": "bloomier"}),
         "exact delta": (ship_state(), {"base": ship_base()}),
-        "coarse delta": (ship_state(), {"base": ship_base(), "step": 0.05}),
+        "coarse delta": (
+            ship_state(),
+            {"base": ship_base(), "step": 0.05, "coder": "context"},
+        ),
+        "predictive": (ship_state(), {"step": 0.05, "coder": "predictive"}),
     }
     cases: list[dict[str, object]] = []
     for name, (state, how) in kinds.items():
