@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -26,7 +25,15 @@ from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.hooks.frameworks import Attach, FormName, attach_of, missing, require
+from lc3.hooks.frameworks import (
+    Attach,
+    FormName,
+    attach_of,
+    check_sites,
+    is_sharded,
+    missing,
+    require,
+)
 from lc3.session.groups import alone
 from lc3.session.state import FormState
 
@@ -83,8 +90,11 @@ def inside(accelerator: Accelerator, mesh: DeviceMesh | None = None) -> None:
         mesh: for DDP: two dimensions, between sites and inside of them.
 
     Raises:
-        AttachError: there is no mesh, or FSDP2 has one of its own that has no sites.
+        AttachError: a model is prepared already, there is no mesh, or FSDP2 has one of
+            its own that has no sites.
     """
+    if accelerator._optimizers:
+        raise AttachError("call inside(accelerator) before accelerator.prepare")
     if getattr(accelerator, "is_fsdp2", False):
         config = copy.copy(accelerator.parallelism_config)
         if mesh is not None or config is None or not config.dp_replicate_enabled:
@@ -101,6 +111,16 @@ def inside(accelerator: Accelerator, mesh: DeviceMesh | None = None) -> None:
         raise AttachError("name the mesh of the sites: inside(accelerator, mesh)")
     given = accelerator.ddp_handler or DistributedDataParallelKwargs()
     accelerator.ddp_handler = _Inside(given, mesh.get_group(1))
+
+
+def check_inside(accelerator: Accelerator) -> None:
+    """Raise ``AttachError`` if FSDP2 shards across sites, without ``inside``."""
+    config = getattr(accelerator, "parallelism_config", None)
+    if config is None or "dp_replicate" in config.fsdp_dim_names:
+        raise AttachError(
+            "FSDP2 averages gradients between sites here; call "
+            "lc3.hooks.accelerate.inside(accelerator) before the model is prepared"
+        )
 
 
 def attach(
@@ -162,7 +182,7 @@ def attach(
     require("accelerate", version("accelerate"), _LEAST)
     make = attach_of(form, sync_every, attach)
     inner = private.uncompiled(model)
-    sharded = isinstance(inner, FSDPModule)
+    sharded = is_sharded(inner)
     if not (isinstance(inner, DistributedDataParallel) or sharded or alone()):
         raise AttachError(
             "lc3 needs a model that accelerator.prepare wrapped in "
@@ -172,6 +192,9 @@ def attach(
         )
     if optimizer is None:
         optimizer = list(accelerator._optimizers)  # there is no public list
+    if sharded:
+        check_inside(accelerator)
+    check_sites(inner, make, "accelerator.torch_device_mesh")
     state = make(inner, optimizer, config)
 
     number = _ATTACHED[accelerator] = _ATTACHED.get(accelerator, -1) + 1

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lc3.config import Config, Settings
@@ -67,6 +69,30 @@ def attach_of(
             "form='local_sgd', too"
         )
     return partial(FORMS[name], sync_every=sync_every)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model's parameters are sharded over ranks."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def check_sites(model: nn.Module, attach: Attach, mesh: str) -> None:
+    """Raise ``AttachError`` if a sharded model would be attached to without sites.
+
+    Args:
+        model: wrapped or sharded.
+        attach: see ``attach_of``.
+        mesh: how a user names the mesh of the sites.
+    """
+    form, knobs = (
+        (attach.func, attach.keywords) if isinstance(attach, partial) else (attach, {})
+    )
+    if is_sharded(model) and form in FORMS.values() and "mesh" not in knobs:
+        raise AttachError(
+            "the model is sharded, so sites make local steps; leave form and "
+            "sync_every out, and pass attach=partial(lc3.hooks.local_sgd.attach, "
+            f"mesh={mesh}, sync_every=8)"
+        )
 
 
 def figures(meter: Meter) -> dict[str, float]:

@@ -12,14 +12,21 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import private
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.hooks.frameworks import Attach, FormName, attach_of, figures, missing, require
+from lc3.hooks.frameworks import (
+    Attach,
+    FormName,
+    attach_of,
+    check_sites,
+    figures,
+    is_sharded,
+    missing,
+    require,
+)
 from lc3.session.state import FormState
 
 try:
@@ -98,13 +105,14 @@ class LC3(Callback):
             self.state.close()
         model = trainer.strategy.model
         model = private.uncompiled(model)
-        if not isinstance(model, DistributedDataParallel) and not _is_sharded(model):
+        if not isinstance(model, DistributedDataParallel) and not is_sharded(model):
             strategy = type(trainer.strategy).__name__
             raise AttachError(
                 "lc3 needs Trainer(strategy='ddp'), or a model that is sharded inside "
                 f"of sites; this one has {strategy}, which makes the module a "
                 f"{type(model).__name__}"
             )
+        check_sites(model, self._attach, "mesh")
         self.state = self._attach(model, trainer.optimizers, self.config)
         self._take_loaded()
 
@@ -145,7 +153,7 @@ class LC3(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Gather shards again: ``state_dict`` has brought the sites together since."""
-        if self.state is not None and _is_sharded(pl_module):
+        if self.state is not None and is_sharded(pl_module):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,7 +174,3 @@ class LC3(Callback):
         if self.state is not None:
             self.state.close()
             self.state = None
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())

@@ -11,14 +11,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.hooks.frameworks import Attach, FormName, attach_of, figures, missing, require
+from lc3.hooks.accelerate import check_inside
+from lc3.hooks.frameworks import (
+    Attach,
+    FormName,
+    attach_of,
+    check_sites,
+    figures,
+    is_sharded,
+    missing,
+    require,
+)
 from lc3.session.state import FormState
 
 try:
@@ -118,11 +127,14 @@ class LC3Callback(TrainerCallback):
             self.state.close()
         model = self._trainer.model_wrapped
         model = private.uncompiled(model)
-        if not isinstance(model, DistributedDataParallel | FSDPModule):
+        if not isinstance(model, DistributedDataParallel) and not is_sharded(model):
             raise AttachError(
                 "lc3 needs a Trainer that trains with DistributedDataParallel or "
                 f"FSDP2; its model is a {type(model).__name__}: leave deepspeed out"
             )
+        if is_sharded(model):
+            check_inside(self._trainer.accelerator)
+        check_sites(model, self._attach, "trainer.accelerator.torch_device_mesh")
         self.state = self._attach(model, self._trainer.optimizer, self._config)
         if state.global_step:
             path = _path(args, state)

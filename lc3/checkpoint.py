@@ -317,6 +317,12 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(state["rank"] is None for state in states):
         raise StateError("this state was merged already; load it as it is")
     world = first["world"]
+    hooks = dict.fromkeys(state["hook"] for state in states)
+    if len(hooks) > 1:
+        raise StateError(
+            f"these are states of {' and of '.join(hooks)}; merge those of one form, "
+            "and of sites those of one place in every site"
+        )
     by_rank = {state["rank"]: state for state in states}
     if len(states) != world or set(by_rank) != set(range(world)):
         raise StateError(
@@ -324,7 +330,7 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"but the run had {world} ranks; give each rank's state once"
         )
     for state in states:
-        for key in ("hook", "plan", "numel", "world", "counters"):
+        for key in ("plan", "numel", "world", "counters"):
             if _shared(state[key]) != _shared(first[key]):
                 raise StateError(
                     f"rank {state['rank']} has {key} {state[key]!r}, rank "
@@ -451,7 +457,8 @@ def load(
             raise StateError(
                 f"the state was saved with {key} {state[key]!r}, this run has "
                 f"{value!r}; load each rank's own state into the same model, Config "
-                "and number of ranks, or lc3.merge_states of all ranks' into any"
+                "and number of ranks, or lc3.merge_states of all ranks' into any; of "
+                "sites, of one place in every site"
             )
     if state["numel"] != plan.numel:
         raise StateError(

@@ -142,7 +142,7 @@ class Meter:
                 self.steps // self.log_every
             )
             self.steps = steps
-            little = not self._said and steps > _SOON and self.ratio < _LITTLE
+            little = not self._said and steps > _SOON and 0 < self.ratio < _LITTLE
             self._said = self._said or little
         if due:
             log.info("%s", self.line())

@@ -524,6 +524,11 @@ def refused(rank: int, world: int, what: str) -> str:
         model = net()
         columns: Any = fully_shard
         columns(model, mesh=mesh["inside"], shard_placement_fn=_columns)
+    if what == "two halves of a site":
+        half = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("a", "b"))
+        shard: Any = fully_shard
+        model = net()
+        shard(model, mesh=half["b"])
     if what == "averaged over all ranks":
         model = DistributedDataParallel(net())
     if what == "other values on one rank":
@@ -549,6 +554,7 @@ def refused(rank: int, world: int, what: str) -> str:
         "a word": "2",
         "flat": init_device_mesh("cpu", (world,)),
         "other ranks": DeviceMesh("cpu", [[0, 2], [1, 3]]),
+        "two halves of a site": world,
     }.get(what, mesh)
     try:
         state = local_sgd.attach(
@@ -609,6 +615,65 @@ def unused(rank: int, world: int, form: str) -> bool:
     state.sync()
     state.close()
     return bool((locals_of(model)["extra"] == 1).all())
+
+
+def odd_shapes(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """Train sites under DDP with a number among the parameters, and a lone element."""
+    mesh = mesh_of(world)
+    model = net()
+    model.scale = nn.Parameter(torch.tensor(1.5))
+    model.shift = nn.Parameter(torch.tensor([0.5]))
+    forward = model.forward
+    model.forward = lambda x: forward(x) * model.scale + model.shift
+    wrapper = DistributedDataParallel(model, process_group=mesh.get_group("inside"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(wrapper, optimizer, CONFIG, mesh=mesh, sync_every=3)
+    saved = []
+    for step in range(8):
+        step_of_site(wrapper, optimizer, rank, step)
+        if step == 4:
+            saved = state.gather_state()
+    state.sync()
+    state.check_replicas()
+    assert saved or rank
+    state.close()
+    found = locals_of(model)
+    return [{name: found[name] for name in ("scale", "shift")}]
+
+
+def unused_fragment(rank: int, world: int) -> bool:
+    """Exchange a fragment that gets no gradient, with the knobs that lc3 chooses."""
+    mesh = mesh_of(world)
+    model = net()
+    model.extra = nn.Linear(6, 4)  # the last fragment
+    shard: Any = fully_shard
+    shard(model, mesh=mesh["inside"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    state = local_sgd.attach(
+        model, optimizer, CONFIG, mesh=mesh, sync_every=4, fragments=4
+    )
+    before = locals_of(model)["extra.weight"].clone()
+    for step in range(8):
+        step_of_site(model, optimizer, rank, step)
+    state.sync()
+    assert state.knobs.inner_momentum_scale != 1
+    state.close()
+    return torch.equal(before, locals_of(model)["extra.weight"])
+
+
+def merged(rank: int, world: int) -> list[str]:
+    """Merge states of sites that do not belong together; return what is said."""
+    mesh = mesh_of(world)
+    model = sharded(mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh)
+    states: list[Any] = [None] * world
+    dist.all_gather_object(states, state.state_dict())
+    some = states, states[::3]
+    said = [said_by(partial(merge_states, of_places)) for of_places in some]
+    merge_states(states[::2])
+    state.close()
+    return said
 
 
 def others_state(rank: int, world: int) -> str:

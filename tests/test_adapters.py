@@ -186,12 +186,19 @@ def test_accelerate_is_told_what_sites_it_lacks() -> None:
     one_site = ParallelismConfig(dp_shard_size=4)
     refused: list[tuple[Any, Any]] = [(None, None), (one_site, None), (one_site, 2)]
     for config, mesh in refused:
-        sharding: Any = SimpleNamespace(is_fsdp2=True, parallelism_config=config)
+        sharding: Any = SimpleNamespace(
+            is_fsdp2=True, parallelism_config=config, _optimizers=[]
+        )
         with pytest.raises(AttachError, match="with FSDP2 the sites are Accelerate's"):
             accelerate.inside(sharding, mesh)
-    plain: Any = SimpleNamespace(is_fsdp2=False)
+        with pytest.raises(AttachError, match="before the model is prepared"):
+            accelerate.check_inside(SimpleNamespace(parallelism_config=None))
+    plain: Any = SimpleNamespace(is_fsdp2=False, _optimizers=[])
     with pytest.raises(AttachError, match="name the mesh of the sites"):
         accelerate.inside(plain)
+    plain._optimizers.append("one")
+    with pytest.raises(AttachError, match=r"before accelerator\.prepare"):
+        accelerate.inside(plain, one_site)
 
 
 def test_accelerate_on_one_process_trains_as_without_lc3(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lc3 import knobs
+from lc3 import AttachError, knobs
 from lc3.config import Settings
 from lc3.hooks import local_sgd
 from tests import local_cases
@@ -322,3 +322,19 @@ def test_statistics_that_nobody_has_finite_recover_with_the_exchange(
 ) -> None:
     for finite in ranks(2).run(local_cases.statistics_recover):
         assert finite == [True, True, False, True, True, True]
+
+
+def test_a_state_that_was_not_closed_leaves_other_models_alone() -> None:
+    old = torch.nn.Linear(4, 4)
+    old.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(old.parameters(), lr=0.1)
+    state = local_sgd.attach(old, optimizer, outer_lr=1.0)
+    old.bias.requires_grad_(True)  # what that training ended with
+    new = torch.nn.Linear(2, 2)
+    another = torch.optim.SGD(new.parameters(), lr=0.1)
+    new(torch.ones(1, 2)).sum().backward()
+    another.step()
+    old(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(AttachError, match="'bias' can be trained since attach"):
+        torch.optim.SGD(old.parameters(), lr=0.1).step()
+    state.close()

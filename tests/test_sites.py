@@ -159,6 +159,11 @@ def test_weights_that_were_loaded_hold(ranks: Pools, form: str, on_one: bool) ->
         ("averaged over all ranks", r"over the ranks \[0, 1, 2, 3\], and this rank's"),
         ("deepspeed", "the model is DeepSpeed's DeepSpeedEngine"),
         (
+            "two halves of a site",
+            r"the ranks \[0, 1, 2, 3\] are a site, and of these \[0, 1\] do not train "
+            r"together with \[2, 3\]",
+        ),
+        (
             "shards of another dimension in one site",
             r"rank 0 holds S\(0\) 0 of 2, and rank 2, .* S\(1\) 0 of 2; shard the",
         ),
@@ -186,6 +191,25 @@ def test_all_ranks_of_all_sites_attach_or_none(
 ) -> None:
     for said in ranks(4).run(site_cases.refused, what):
         assert re.search(words, said), said
+
+
+def test_numbers_are_shared_out_among_the_ranks_of_a_site(ranks: Pools) -> None:
+    found = ranks(4).run(site_cases.odd_shapes)
+    assert found[0][0]["scale"] != 1.5
+    for one in found:
+        assert torch.equal(one[0]["scale"], found[0][0]["scale"])
+        assert torch.equal(one[0]["shift"], found[0][0]["shift"])
+
+
+def test_a_fragment_without_gradient_has_no_momentum_to_shrink(ranks: Pools) -> None:
+    assert all(ranks(4).run(site_cases.unused_fragment))
+
+
+def test_states_of_several_places_do_not_merge(ranks: Pools) -> None:
+    for said in ranks(4).run(site_cases.merged):
+        for words in said:
+            assert "'local_sgd, shard" not in words
+            assert "merge those of one form, and of sites those of one place" in words
 
 
 def test_another_shards_state_is_refused(ranks: Pools) -> None:

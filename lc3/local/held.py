@@ -7,7 +7,8 @@ their shares together inside, where the network is fast.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,17 +61,29 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+class Parts(NamedTuple):
+    """What a rank holds of a model.
+
+    Attributes:
+        held: by parameter name, described the same way for the same part.
+        trains_with: ranks that it shares gradients or shards with, itself among them.
+    """
+
+    held: Mapping[str, str]
+    trains_with: Collection[int]
+
+
 def parts_of(
     model: nn.Module, sites: Sequence[Sequence[int]]
-) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Return whole shapes of what a model trains, and which part this rank holds.
+) -> tuple[dict[str, list[int]], Parts]:
+    """Return whole shapes of what a model trains, and which parts this rank holds.
 
     Args:
         model: the model, wrapped or not.
         sites: ranks of each site.
 
     Returns:
-        Both by parameter name; the part is described, the same way for the same part.
+        Shapes by parameter name, and the parts.
 
     Raises:
         AttachError: the ranks of this rank's site do not hold one model between them.
@@ -82,6 +95,7 @@ def parts_of(
     trained = {n: p for n, p in named_parameters(model) if p.requires_grad}
     divided = [isinstance(p, DTensor) for p in trained.values()]
     alike = any(divided)
+    trains_with = {dist.get_rank()}
     if wrapper is not None:
         over = dist.get_process_group_ranks(wrapper.process_group)
         if set(over) != set(site) and not (alike and set(over) < set(site)):
@@ -90,12 +104,14 @@ def parts_of(
                 f"and this rank's site has the ranks {list(site)}; wrap the module "
                 "with process_group=mesh.get_group(...) of the dimension inside"
             )
+        trains_with |= set(over)
     elif any(isinstance(part, FSDPModule) for part in model.modules()):
         alike = False
     parts = {}
     for name, parameter in trained.items():
         if isinstance(parameter, DTensor):
             parts[name] = _part_of(name, parameter, sites, site)
+            trains_with |= set(parameter.device_mesh.mesh.flatten().tolist())
         elif alike or wrapper is not None or len(site) == 1:
             parts[name] = _WHOLE
         else:
@@ -107,7 +123,8 @@ def parts_of(
                 "with process_group=mesh.get_group(...), or leave mesh out for a model "
                 "on each rank"
             )
-    return {name: list(p.shape) for name, p in trained.items()}, parts
+    shapes = {name: list(p.shape) for name, p in trained.items()}
+    return shapes, Parts(parts, sorted(trains_with))
 
 
 def _part_of(
@@ -137,7 +154,7 @@ def _part_of(
 
 
 def holders_of(
-    parts: Mapping[str, str],
+    parts: Parts,
     sites: Sequence[Sequence[int]],
     transport: Transport,
 ) -> dict[str, list[int]]:
@@ -152,10 +169,14 @@ def holders_of(
         By parameter name places in the site.
 
     Raises:
-        AttachError: sites hold the model in different ways; the same on every rank.
+        AttachError: sites hold the model in different ways, or the ranks of one do
+            not all train together; the same on every rank.
     """
     said = gather_bytes(transport, json.dumps(parts).encode())
-    everybody: list[dict[str, str]] = [json.loads(one) for one in said]
+    gathered = [Parts(*json.loads(one)) for one in said]
+    everybody = [one.held for one in gathered]
+    for ranks in sites:
+        _check_trains_together(ranks, gathered)
     for ranks in sites[1:]:
         for first, rank in zip(sites[0], ranks, strict=True):
             for name, part in everybody[first].items():
@@ -169,8 +190,23 @@ def holders_of(
     site = next(ranks for ranks in sites if transport.rank in ranks)
     return {
         name: [p for p, rank in enumerate(site) if everybody[rank][name] == part]
-        for name, part in parts.items()
+        for name, part in parts.held.items()
     }
+
+
+def _check_trains_together(site: Sequence[int], everybody: Sequence[Parts]) -> None:
+    """Raise ``AttachError`` if some of a site neither average nor share with others."""
+    reached, new = set[int](), {site[0]}
+    while new:
+        reached |= new
+        new = {peer for rank in new for peer in everybody[rank].trains_with} - reached
+    if apart := sorted(set(site) - reached):
+        raise AttachError(
+            f"the ranks {list(site)} are a site, and of these {sorted(reached)} do not "
+            f"train together with {apart}: they share neither shards nor averages of "
+            "gradients; shard over all dimensions inside of a site, "
+            "fully_shard(model, mesh=mesh[...]), or name smaller sites in mesh"
+        )
 
 
 class Shares:

@@ -436,14 +436,16 @@ class LocalSteps(FormState):
         for name, parameter in self._model.last_seen.items():
             if name not in one.names:
                 others.add(id(parameter))
-        states = []
+        momenta, somewhere = [], False
         for optimizer in self._counting.optimizers:
             for stepped, held in optimizer.state.items():
+                kept = [
+                    held[key] for key in MOMENTA if isinstance(held.get(key), Tensor)
+                ]
+                somewhere = somewhere or bool(kept)
                 if id(stepped) not in others:
-                    states.append(held)
-        kept = [state[key] for state in states for key in MOMENTA if key in state]
-        momenta = [moment for moment in kept if isinstance(moment, Tensor)]
-        if not momenta and any(one.steps.values()):  # a rank without data has none yet
+                    momenta += kept
+        if not somewhere and any(one.steps.values()):  # a rank without data has none
             raise ConfigError(
                 f"inner_momentum_scale={self.knobs.inner_momentum_scale!r} has nothing "
                 "to multiply: the optimizer's state has no "

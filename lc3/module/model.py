@@ -38,7 +38,7 @@ def like(
     Args:
         parameter: a parameter, whole or sharded.
         share: the elements of its part that it exchanges, if not all. Of as many
-            dimensions, the others of size 1.
+            dimensions, the others of size 1; of a number, of one.
         device: the device where it is exchanged. Default: its own.
     """
     alike = device is None or parameter.device == torch.device(device)
@@ -46,7 +46,7 @@ def like(
         return parameter
     shard = local(parameter)
     shape = list(shard.shape)
-    if share is not None and shape:
+    if share is not None:
         shape = [1] * (len(shape) - 1) + [share.stop - share.start]
     return shard.new_empty(1, device=device).expand(shape)
 
@@ -111,6 +111,13 @@ class Model:
         self.last_seen: dict[str, nn.Parameter] = {}
         self._marks: list[tuple[int, int]] = []
         self._buffer_sums: dict[str, int] = {}
+
+    def holds_one_of(self, parameters: Iterable[Tensor]) -> bool:
+        """Return whether one of these is in the model now, whatever else is."""
+        for part in self._sharded:
+            part.reshard()
+        mine = {id(p) for _, p in named_parameters(self.module)}
+        return any(id(p) in mine for p in parameters)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return them as they are now, by name, in the order of attach.

@@ -101,9 +101,10 @@ class Counting:
         held = list(_parameters(optimizer))
         known = self._held.get(optimizer)
         if known is None or known[0] != len(held):
-            mine = {id(p) for p in self._model.parameters().values()}
-            known = len(held), any(id(p) in mine for p in held)
+            known = len(held), self._model.holds_one_of(held)
             self._held[optimizer] = known
+            if known[1]:
+                self._model.parameters()  # raises what is wrong with them
         return known[1]
 
     def _replace_by(self, optimizer: Optimizer) -> None:
