@@ -155,7 +155,7 @@ WORKS = (
     Work(
         "Universal compression, Choi and others "
         "([1802.02271](https://arxiv.org/abs/1802.02271))",
-        "one step for all weights, the context coder, `dither_seed=`",
+        "one step for all weights, the predictive coder, `dither_seed=`",
         _universal,
         _dither,
     ),
