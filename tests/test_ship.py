@@ -153,7 +153,7 @@ def test_the_filter_is_that_of_the_format(largest: int) -> None:
     """Written out with Python's integers, of 70 rows, so that places are reused."""
     random = np.random.default_rng(largest)
     matrix = random.integers(-largest, largest + 1, (70, 5)).tolist()
-    filtered = contexts._Filter(np.zeros((5, 64), np.int32), np.zeros(64, np.int32))
+    filtered = contexts._Filter(np.zeros((5, 64), np.int16), np.zeros(64, np.int32))
     for r, row in enumerate(matrix):
         weights = [0] * 64
         filtered.weights[:] = 0

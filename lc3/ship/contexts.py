@@ -98,11 +98,11 @@ class _Filter(NamedTuple):
     """What expects numbers; without taps of a coder that does not predict.
 
     Attributes:
-        history: int32[columns, taps], the rows before, row r in place r mod taps.
+        history: int16[columns, taps], the rows before, row r in place r mod taps.
         weights: int32[taps], of each of them, units of 2^-16.
     """
 
-    history: Numbers
+    history: NDArray[np.int16]
     weights: Numbers
 
 
@@ -122,7 +122,7 @@ def _model(count: int) -> _Model:
 def _fresh(numel: int, rows: int, predicts: bool) -> tuple[_Model, _Filter]:
     """Return what a coder begins with."""
     taps = min(_TAPS, rows - 1) if predicts else 0
-    history = np.zeros((numel // rows, taps), np.int32)
+    history = np.zeros((numel // rows, taps), np.int16)
     count = _PREDICTING if taps else _CONTEXTS
     return _model(count), _Filter(history, np.zeros(taps, np.int32))
 
