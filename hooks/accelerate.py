@@ -29,6 +29,7 @@ from lc3.hooks.frameworks import (
     Attach,
     FormName,
     attach_of,
+    check_inside,
     check_sites,
     is_sharded,
     missing,
@@ -111,16 +112,6 @@ def inside(accelerator: Accelerator, mesh: DeviceMesh | None = None) -> None:
         raise AttachError("name the mesh of the sites: inside(accelerator, mesh)")
     given = accelerator.ddp_handler or DistributedDataParallelKwargs()
     accelerator.ddp_handler = _Inside(given, mesh.get_group(1))
-
-
-def check_inside(accelerator: Accelerator) -> None:
-    """Raise ``AttachError`` if FSDP2 shards across sites, without ``inside``."""
-    config = getattr(accelerator, "parallelism_config", None)
-    if config is None or "dp_replicate" in config.fsdp_dim_names:
-        raise AttachError(
-            "FSDP2 averages gradients between sites here; call "
-            "lc3.hooks.accelerate.inside(accelerator) before the model is prepared"
-        )
 
 
 def attach(

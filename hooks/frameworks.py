@@ -76,6 +76,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
+def check_inside(accelerator: Any) -> None:
+    """Raise ``AttachError`` if an Accelerator's FSDP2 shards across sites.
+
+    Args:
+        accelerator: of Accelerate, with FSDP2.
+    """
+    config = getattr(accelerator, "parallelism_config", None)
+    if config is None or "dp_replicate" in config.fsdp_dim_names:
+        raise AttachError(
+            "FSDP2 averages gradients between sites here; call "
+            "lc3.hooks.accelerate.inside(accelerator) before the model is prepared"
+        )
+
+
 def check_sites(model: nn.Module, attach: Attach, mesh: str) -> None:
     """Raise ``AttachError`` if a sharded model would be attached to without sites.
 

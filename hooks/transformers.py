@@ -17,11 +17,11 @@ from lc3 import private
 from lc3.checkpoint import load_checkpoint, save_checkpoint
 from lc3.config import Config, Settings
 from lc3.errors import AttachError
-from lc3.hooks.accelerate import check_inside
 from lc3.hooks.frameworks import (
     Attach,
     FormName,
     attach_of,
+    check_inside,
     check_sites,
     figures,
     is_sharded,

@@ -99,7 +99,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "%(default)s)",
     )
     ship.add_to(commands, _positive)
-    return parser.parse_args(arguments)
+    for command in commands.choices.values():
+        command.allow_abbrev = False  # --bit would be --bits
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = commands.choices[options.command]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """A file that appears whole or not at all; an earlier one stays until then."""
 
+import errno
 import os
 import re
 import secrets
@@ -34,6 +35,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Unfinished]:
         OSError: it cannot be written.
     """
     whole = Path(path)
+    if not whole.parent.is_dir():
+        reason = "no such folder, make it first"
+        raise FileNotFoundError(errno.ENOENT, reason, str(whole.parent))
     _remove_left_overs(whole)
     name = f".{whole.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}"
     part = whole.with_name(name)

@@ -107,6 +107,7 @@ class Meter:
     pull: Direction = field(default_factory=Direction)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     log_every: int | None = None
+    _begun: int | None = None  # steps that were made before
     _said: bool = False
     _norms_of: int = -1  # the step that the squares belong to
     _gradient_square: float = 0.0
@@ -138,11 +139,15 @@ class Meter:
     def at_step(self, steps: int) -> None:
         """Note that ``steps`` were made or begun, and log a line when it is time."""
         with self._lock:
+            if self._begun is None:  # a training that goes on has exchanged nothing
+                self._begun = 0 if self.buckets else max(0, steps - 1)
+                self.steps = self._begun
             due = self.log_every is not None and steps // self.log_every > (
                 self.steps // self.log_every
             )
             self.steps = steps
-            little = not self._said and steps > _SOON and 0 < self.ratio < _LITTLE
+            made = steps - self._begun
+            little = not self._said and made > _SOON and 0 < self.ratio < _LITTLE
             self._said = self._said or little
         if due:
             log.info("%s", self.line())
@@ -153,7 +158,7 @@ class Meter:
                 "are; python -m lc3 measure says what it brings, and without lc3 there "
                 "is less to compute",
                 self.ratio,
-                steps,
+                made,
             )
 
     def add_norms(
@@ -194,8 +199,8 @@ class Meter:
         return _ratio(self.dense_bytes, self.sent_bytes)
 
     def line(self) -> str:
-        """Return what happened so far in one line."""
-        steps = max(self.steps, 1)
+        """Return what happened so far, since the state was made, in one line."""
+        steps = max(self.steps - (self._begun or 0), 1)
         stages = ", ".join(
             f"{stage} {1e3 * self.seconds[stage] / steps:.2f}"
             for stage in ("encode", "exchange", "decode", "wait")

@@ -13,7 +13,7 @@ import torch
 
 from lc3 import AttachError, ConfigError
 from lc3.hooks import ddp, local_sgd
-from lc3.hooks.frameworks import attach_of, require
+from lc3.hooks.frameworks import attach_of, check_inside, require
 from tests import forked
 from tests.test_surface import run_examples
 
@@ -192,7 +192,7 @@ def test_accelerate_is_told_what_sites_it_lacks() -> None:
         with pytest.raises(AttachError, match="with FSDP2 the sites are Accelerate's"):
             accelerate.inside(sharding, mesh)
         with pytest.raises(AttachError, match="before the model is prepared"):
-            accelerate.check_inside(SimpleNamespace(parallelism_config=None))
+            check_inside(SimpleNamespace(parallelism_config=None))
     plain: Any = SimpleNamespace(is_fsdp2=False, _optimizers=[])
     with pytest.raises(AttachError, match="name the mesh of the sites"):
         accelerate.inside(plain)

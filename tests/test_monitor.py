@@ -36,6 +36,18 @@ def test_the_residual_beside_the_gradient() -> None:
     assert math.isnan(Meter().residual_ratio)
 
 
+def test_lines_of_a_training_that_goes_on_count_its_own_steps(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    meter = Meter(log_every=20)
+    with caplog.at_level("INFO", logger="lc3.meter"):
+        for step in range(31, 42):
+            meter.at_step(step)
+            meter.add(sent_bytes=100, dense_bytes=1000.0, rounds=2, buckets=1)
+    (said,) = caplog.messages
+    assert said.startswith("step 40: 10.0 times fewer bytes (90 a step)")
+
+
 def test_a_line_every_n_steps(caplog: pytest.LogCaptureFixture) -> None:
     meter = Meter(log_every=3)
     with caplog.at_level(logging.INFO, logger="lc3.meter"):

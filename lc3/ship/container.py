@@ -120,9 +120,12 @@ class Container:
         head = self._file.read(HEADER.size)
         self._file.seek(max(0, self.file_bytes - TRAILER.size))
         tail = self._file.read(TRAILER.size)
-        start, length, crc = read_trailer(tail, self.file_bytes)
-        self._file.seek(start)
-        return read_index(head, self._file.read(length), start, crc)
+        try:
+            start, length, crc = read_trailer(tail, self.file_bytes)
+            self._file.seek(start)
+            return read_index(head, self._file.read(length), start, crc)
+        except FormatError as error:
+            raise FormatError(f"{self._file.name}: {error}") from error
 
     def __enter__(self) -> Self:
         return self

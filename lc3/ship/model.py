@@ -211,6 +211,11 @@ def _check_choices(
         raise ConfigError(f"lossless=True and {given[0]} contradict each other")
     if coder not in CODERS:
         raise ConfigError(f"coder={coder!r} must be one of {', '.join(CODERS)}")
+    if coder != CODERS[-1] and not given:
+        raise ConfigError(
+            f"coder={coder!r} changes nothing where nothing is lost; say bits, error "
+            "or step, too, or leave it out"
+        )
     if indices not in ("exact", "bloomier"):
         raise ConfigError(f"indices={indices!r} must be 'exact' or 'bloomier'")
     if indices == "bloomier" and given != ["step"]:

@@ -85,7 +85,8 @@ def search(size: Callable[[float], float], target: float, start: float) -> float
     if math.isinf(high):
         raise ConfigError(
             f"even with a step of {2.0**at:.3g} the tensors take {found:,.0f} bytes, "
-            f"more than the {target:,.0f} that were asked for; ask for more bits"
+            f"more than the {max(0.0, target):,.0f} that names and shapes leave of "
+            "what was asked for; ask for more bits"
         )
     return float(2.0**high)
 
