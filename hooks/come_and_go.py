@@ -323,6 +323,11 @@ class State(LocalSteps):
                 error,
             )
         if not self._membership.commit(failure) or exchanged is None:
+            if failure is None:
+                log.warning(
+                    "lc3: the manager does not count an exchange: fewer replicas were "
+                    "there than it wants (min_replica_size), or another one failed"
+                )
             self.failed += 1
             self._connected = None
             if self._open and not self._open_at:
@@ -518,7 +523,16 @@ class State(LocalSteps):
         copies = {n: t.detach().to("cpu", copy=True) for n, t in held.items()}
         if any(meeting.present[r].wants for r in fresh):
             saved = [o.state_dict() for o in self._counting.optimizers]
-            copies["optimizers"] = to_bytes({"all": saved})
+            try:
+                copies["optimizers"] = to_bytes({"all": saved})
+                from_bytes(copies["optimizers"], "this rank")
+            except Exception as error:  # noqa: BLE001  # of whatever an optimizer keeps
+                log.warning(
+                    "lc3: the optimizer's state cannot be given to a rank that joins "
+                    "(%s); that rank begins with its own",
+                    error,
+                )
+                copies.pop("optimizers", None)
         head = {
             "exchanges": self.exchanges,
             "history": self._history,

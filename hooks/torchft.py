@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Literal
+from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 _LEAST = "0.2"
 _SLACK_S = 5.0
 _KEY = "lc3"
+_REGISTERED: "WeakSet[Manager]" = WeakSet()  # these know lc3's key
+_TAKEN: "WeakSet[Manager]" = WeakSet()  # and these have a state
 
 
 def attach(
@@ -149,11 +152,17 @@ def attach(
             "together, of which some may be missing; say a density"
         )
     choose = partial(knobs_for, settings=settings, given=given, preset=found)
-    state = State(
-        *(model, optimizers, settings, choose, _Managed(manager)),
-        wants=optimizer_state == "taken",
-        every_s=sync_every_s,
-    )
+    managed = _Managed(manager)
+    try:
+        state = State(
+            *(model, optimizers, settings, choose, managed),
+            wants=optimizer_state == "taken",
+            every_s=sync_every_s,
+        )
+    except BaseException:
+        managed.release()
+        raise
+    state.managed = managed
     try:
         host = socket.gethostname() if hostname is None else hostname
         silent = manager._timeout.total_seconds()
@@ -199,6 +208,12 @@ class State(come_and_go.State):
     """See ``come_and_go.State``."""
 
     form = "torchft"
+    managed: "_Managed"
+
+    def close(self) -> None:
+        """See ``come_and_go.State``; another state may then take the manager."""
+        super().close()
+        self.managed.release()
 
 
 class _Managed:
@@ -207,13 +222,20 @@ class _Managed:
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
         self.name = str(manager._replica_id or "a replica without a name")
-        try:  # the manager wants something to give to those that are behind
-            manager.register_state_dict_fn(_KEY, lambda _: None, dict)
-        except AssertionError as error:
+        if manager in _TAKEN:
             raise AttachError(
-                "this manager has an lc3 state already; make another manager for "
-                "another model"
-            ) from error
+                "this manager has an lc3 state already; close that, or make another "
+                "manager for another model"
+            )
+        if manager not in _REGISTERED:
+            # The manager wants something to give to those that are behind.
+            manager.register_state_dict_fn(_KEY, lambda _: None, dict)
+            _REGISTERED.add(manager)
+        _TAKEN.add(manager)
+
+    def release(self) -> None:
+        """Let another state take the manager."""
+        _TAKEN.discard(self._manager)
 
     def meet(self) -> Quorum:
         """See ``Membership``."""

@@ -125,6 +125,8 @@ def model() -> dict[str, Tensor]:
         "count": torch.tensor(7),
         "mask": torch.tensor([True, False]),
         "none": torch.empty(0, 3),
+        "angles": torch.polar(torch.ones(8, 4), torch.randn(8, 4)),
+        "words": torch.tensor([1, 65535], dtype=torch.uint16),
     }
 
 

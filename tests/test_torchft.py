@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from lc3.errors import ConfigError
+from lc3.errors import AttachError, ConfigError
 from tests import churn, forked, torchft_cases
 from tests.ranks import Ranks
 from tests.torchft_cases import Replica
@@ -474,6 +474,27 @@ def test_seconds_that_ranks_cannot_keep_are_refused(
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(ConfigError, match=message):
         hook.attach(model, optimizer, manager, **given)
+
+
+def test_a_manager_has_one_state_and_then_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torchft.manager import Manager
+
+    from lc3.hooks import torchft as hook
+
+    known: list[str] = []
+    monkeypatch.setattr(
+        Manager, "register_state_dict_fn", lambda _, key, *__: known.append(key)
+    )
+    manager = Manager.__new__(Manager)
+    manager._replica_id = "r0"
+    first = hook._Managed(manager)
+    with pytest.raises(AttachError, match="has an lc3 state already; close that"):
+        hook._Managed(manager)
+    first.release()
+    hook._Managed(manager).release()
+    assert known == ["lc3"]
 
 
 def launched(folder: Path, name: str, **variables: str) -> subprocess.Popen[bytes]:

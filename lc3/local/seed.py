@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lc3.errors import ExchangeError, FormatError
 from lc3.ship import planes
+from lc3.ship.format import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,7 @@ _KEEP_S = 600.0  # that an offer is there
 _MOST_OFFERS = 2
 _WAIT_S = 5.0
 _MOST_HEAD = 1 << 26
-_DTYPES = {str(d): d for d in (torch.float32, torch.float16, torch.bfloat16)} | {
-    str(d): d
-    for d in (*(torch.int64, torch.int32, torch.int16, torch.int8), torch.uint8)
-}
-_DTYPES |= {str(d): d for d in (torch.float64, torch.bool)}
+_DTYPES = {str(dtype): dtype for dtype in DTYPES}
 Held = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
 
