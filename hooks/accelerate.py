@@ -173,7 +173,7 @@ def attach(
     require("accelerate", version("accelerate"), _LEAST)
     make = attach_of(form, sync_every, attach)
     inner = private.uncompiled(model)
-    sharded = is_sharded(inner)
+    sharded = is_sharded(inner) and not alone()
     if not (isinstance(inner, DistributedDataParallel) or sharded or alone()):
         raise AttachError(
             "lc3 needs a model that accelerator.prepare wrapped in "
@@ -185,7 +185,7 @@ def attach(
         optimizer = list(accelerator._optimizers)  # there is no public list
     if sharded:
         check_inside(accelerator)
-    check_sites(inner, make, "accelerator.torch_device_mesh")
+        check_sites(inner, make, "accelerator.torch_device_mesh")
     state = make(inner, optimizer, config)
 
     number = _ATTACHED[accelerator] = _ATTACHED.get(accelerator, -1) + 1

@@ -36,7 +36,7 @@ from lc3.ship.format import (
 from tests.fuzz import mutate
 from tests.golden.__main__ import ship_base
 
-GOLDEN = Path(__file__).parent / "golden/ship.json"
+GOLDEN = [Path(__file__).parent / f"golden/{n}.json" for n in ("ship", "predictive")]
 KINDS = ("file", "index", "section")
 
 
@@ -109,7 +109,8 @@ def campaign(mutations: int, seed: int) -> dict[str, dict[str, int]]:
         path = Path(folder) / "m.lc3m"
         cases = [
             Case(bytes.fromhex(case["file"]), case["delta"], path)
-            for case in json.loads(GOLDEN.read_text())
+            for golden in GOLDEN
+            for case in json.loads(golden.read_text())
         ]
         corpus = [case.data for case in cases]
         bar = progress.add_task("shipped models", total=mutations)

@@ -76,6 +76,7 @@ def test_golden_files_are_the_committed_ones() -> None:
         "entropy.json": "4d6cb1b8",
         "frames.json": "b6294255",
         "messages.json": "1562c316",
+        "predictive.json": "89aa53d9",
         "range.json": "695a9549",
         "ship.json": "6de65e40",
     }

@@ -478,11 +478,13 @@ def test_the_worked_example_is_what_is_written(tmp_path: Path) -> None:
     assert found.endswith(b"M3CL")
 
 
-GOLDEN = Path(__file__).parent / "golden/ship.json"
+GOLDEN = [Path(__file__).parent / f"golden/{n}.json" for n in ("ship", "predictive")]
 
 
 @pytest.mark.parametrize(
-    "case", json.loads(GOLDEN.read_text()), ids=lambda c: c["name"]
+    "case",
+    [case for path in GOLDEN for case in json.loads(path.read_text())],
+    ids=lambda c: c["name"],
 )
 def test_golden_files_load_as_they_did(tmp_path: Path, case: dict[str, Any]) -> None:
     from tests.golden.__main__ import ship_base

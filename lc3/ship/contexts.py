@@ -8,7 +8,7 @@ says most in gradients and deltas, whose quiet rows and columns an order-0 coder
 see. Six such contexts give an opinion each, and an online mixture in the logistic
 domain weighs them.
 
-The predicting coder has two contexts more, of what a filter expects here: rows of a
+The predictive coder has two contexts more, of what a filter expects here: rows of a
 gradient, or of a sum of a few, are nearly combinations of each other, and the filter
 learns along a row which combination of the rows before it is.
 
@@ -133,7 +133,7 @@ def encode(numbers: Numbers, rows: int, *, predicts: bool = False) -> bytes:
     Args:
         numbers: int32[rows · columns], magnitudes at most ``LARGEST``.
         rows: of the matrix.
-        predicts: by the predicting coder. Of one row its code is the same.
+        predicts: by the predictive coder. Of one row its code is the same.
     """
     if numbers.size == 0:
         return b""

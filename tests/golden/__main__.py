@@ -161,14 +161,28 @@ def shipped_models() -> list[dict[str, object]]:
             ship_state(),
             {"step": 0.05, "coder": "context", "dither_seed": 2**64 - 3},
         ),
-        "filter": ({"weight": pruned}, {"step": 0.05, "indices": "bloomier"}),
+        "filter": (
+            {"weight": pruned},
+            {"step": 0.05, "coder": "context", "indices": "bloomier"},
+        ),
         "exact delta": (ship_state(), {"base": ship_base()}),
         "coarse delta": (
             ship_state(),
             {"base": ship_base(), "step": 0.05, "coder": "context"},
         ),
-        "predictive": (ship_state(), {"step": 0.05, "coder": "predictive"}),
     }
+    return shipped(kinds)
+
+
+def predicted_models() -> list[dict[str, object]]:
+    """Return files of the predictive coder, which came later."""
+    return shipped({"predictive": (ship_state(), {"step": 0.05})})
+
+
+def shipped(
+    kinds: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]],
+) -> list[dict[str, object]]:
+    """Return a case of each kind: what is shipped, and how."""
     cases: list[dict[str, object]] = []
     for name, (state, how) in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -204,6 +218,7 @@ if __name__ == "__main__":
         ("entropy", entropy_coded_messages()),
         ("range", range_coded_messages()),
         ("ship", shipped_models()),
+        ("predictive", predicted_models()),
     ):
         text = "".join(f" {json.dumps(case)},\n" for case in cases)[:-2]
         data = f"[\n{text}\n]\n"
