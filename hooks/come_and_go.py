@@ -207,7 +207,6 @@ class State(LocalSteps):
         self._kept: dict[str, Tensor] = {}
         self._held: Held | None = None
         self._since, self._weight = 0, 0.0
-        self._owed_weight = 0.0  # that was said of moves which are not sent yet
         self._met_at = self._stepped_at = time.monotonic()
         self._longest_step_s = 0.0
         self.committed = False
@@ -278,10 +277,7 @@ class State(LocalSteps):
         with_buffers: bool = False,
         weight: float | None = None,
     ) -> None:
-        if weight is not None:
-            weight += self._owed_weight
-            self._owed_weight = weight
-        elif self.tokens:
+        if weight is None and self.tokens:
             weight = self.tokens
         self._since = 0
         self._weight = 0.0 if weight is None else weight
@@ -590,7 +586,6 @@ class State(LocalSteps):
         self.committed = exchanged is not None and exchanged.rank in exchanged.taken
         if self.committed:
             self.tokens = max(0, self.tokens - self._weight)
-            self._owed_weight = 0.0
         else:
             self._unsent[0] += max(one.steps.values())
         if exchanged is None:

@@ -139,24 +139,6 @@ def test_who_is_behind_moves_the_others_by_no_more_steps_than_the_heaviest_made(
     assert weights(meeting(a=(5, 8), b=(5, 64))) == [8, 64]  # in time, and faster
 
 
-def test_what_an_exchange_that_failed_was_to_weigh_counts_in_the_next(
-    loop: Loop,
-) -> None:
-    def weighs() -> float:
-        exchanged = loop.state._exchanged
-        assert exchanged is not None
-        return exchanged.meeting.present[exchanged.rank].says.weight
-
-    loop.membership.failing = 1
-    loop.state.exchange(weight=3)
-    assert not loop.state.committed
-    loop.state.exchange(weight=4)
-    assert loop.state.committed
-    assert weighs() == 7
-    loop.state.exchange(weight=5)
-    assert weighs() == 5
-
-
 def test_who_is_behind_keeps_its_weight_where_the_others_made_no_step() -> None:
     assert weights(meeting(a=(5, 0), b=(2, 64))) == [0, 64]
     assert weights(meeting(a=(5, 0), b=(5, 8), c=(2, 64))) == [0, 8, 1]
