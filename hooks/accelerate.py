@@ -134,8 +134,8 @@ def attach(
     many ranks a run goes on bit for bit, with others it keeps the mean. Without the
     file, as from a run without lc3, nothing is owed. Local steps, in the place of
     Accelerate's own ``LocalSGD``, are brought together before they are saved; the first
-    rank's optimizer is saved, and all ranks resume from that. Evaluate them
-    ``with state.shared_model():``.
+    rank's optimizer is saved, and all ranks resume from that, so such a run does not go
+    on bit for bit. Evaluate it ``with state.shared_model():``.
 
     One process, whose model ``prepare`` does not wrap, trains as without lc3.
 
