@@ -661,14 +661,20 @@ def unused_fragment(rank: int, world: int) -> bool:
     return torch.equal(before, locals_of(model)["extra.weight"])
 
 
-def merged(rank: int, world: int) -> list[str]:
-    """Merge states of sites that do not belong together; return what is said."""
+def states_of_all(world: int) -> tuple[local_sgd.State, list[Any]]:
+    """Return the state of a sharded model, and what every rank saves of its own."""
     mesh = mesh_of(world)
     model = sharded(mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh)
     states: list[Any] = [None] * world
     dist.all_gather_object(states, state.state_dict())
+    return state, states
+
+
+def merged(rank: int, world: int) -> list[str]:
+    """Merge states of sites that do not belong together; return what is said."""
+    state, states = states_of_all(world)
     some = states, states[::3]
     said = [said_by(partial(merge_states, of_places)) for of_places in some]
     merge_states(states[::2])
@@ -678,12 +684,7 @@ def merged(rank: int, world: int) -> list[str]:
 
 def others_state(rank: int, world: int) -> str:
     """Load the state of the other shard; return what is said."""
-    mesh = mesh_of(world)
-    model = sharded(mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = local_sgd.attach(model, optimizer, CONFIG, mesh=mesh)
-    states: list[Any] = [None] * world
-    dist.all_gather_object(states, state.state_dict())
+    state, states = states_of_all(world)
     said = said_by(lambda: state.load_state_dict(states[rank ^ 1]))
     gathered: list[Any] = [state.gather_state()]
     dist.broadcast_object_list(gathered)

@@ -139,6 +139,23 @@ def test_who_is_behind_moves_the_others_by_no_more_steps_than_the_heaviest_made(
     assert weights(meeting(a=(5, 8), b=(5, 64))) == [8, 64]  # in time, and faster
 
 
+def test_an_optimizers_state_that_cannot_be_sent_is_left_out_of_an_offer(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = loop.optimizer.state[loop.model.weight]
+    offered: list[dict[str, torch.Tensor]] = []
+    seed = SimpleNamespace(offer=lambda *given: offered.append(given[2]), close=int)
+    monkeypatch.setattr(loop.state, "_seed", seed)
+    joins = SimpleNamespace(exchanges=-1, wants=True)
+    meeting: Any = SimpleNamespace(behind=[0], present=[joins], entry=1)
+    for what in (torch.ones(1), lambda: 0):
+        held["kept"] = what
+        loop.state._offer(meeting)
+    assert "optimizers" in offered[0]
+    assert "optimizers" not in offered[1]
+    assert offered[0].keys() - offered[1].keys() == {"optimizers"}
+
+
 def test_who_is_behind_keeps_its_weight_where_the_others_made_no_step() -> None:
     assert weights(meeting(a=(5, 0), b=(2, 64))) == [0, 64]
     assert weights(meeting(a=(5, 0), b=(5, 8), c=(2, 64))) == [0, 8, 1]

@@ -113,10 +113,11 @@ class Model:
         self._buffer_sums: dict[str, int] = {}
 
     def holds_one_of(self, parameters: Iterable[Tensor]) -> bool:
-        """Return whether one of these is in the model now, whatever else is."""
+        """Return whether one of these is exchanged, whatever else is in the model."""
         for part in self._sharded:
             part.reshard()
-        mine = {id(p) for _, p in named_parameters(self.module)}
+        now = dict(named_parameters(self.module))
+        mine = {id(now[name]) for name in self._names if name in now}
         return any(id(p) in mine for p in parameters)
 
     def parameters(self) -> dict[str, nn.Parameter]:
