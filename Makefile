@@ -164,7 +164,7 @@ links: .venv-docs/ready
 
 # The oldest numpy, numba and zstandard that pyproject.toml promises.
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest tests/test_codec.py tests/test_rans.py tests/test_entropy.py
+	.venv-oldest/bin/python -m pytest tests/test_codec.py tests/test_compiled.py tests/test_rans.py tests/test_entropy.py
 
 .venv-oldest/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

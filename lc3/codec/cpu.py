@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lc3.codec import Encoded
+from lc3.codec.compiled import kernel
 from lc3.codec.density import choose, sample_stride
 from lc3.codec.instructions import (
     LANES,
     bits_of,
     float_of,
-    kernel,
     lowest_bit,
     nonzero_bytes,
     prefetch,

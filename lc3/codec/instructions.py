@@ -1,54 +1,23 @@
-"""How kernels are compiled, and the instructions that Numba has no words for.
+"""The instructions that Numba has no words for.
 
-The instructions are LLVM's, for use inside kernels. None checks bounds: the caller has
-room for what it says.
+They are LLVM's, for use inside kernels. None checks bounds: the caller has room for
+what it says.
 """
 
-import logging
 from collections.abc import Callable
-from functools import cache
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from lc3.format import ZERO_BYTE
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-log = logging.getLogger("lc3")
 
 LANES = 64  # bytes compared at once
 
 _BYTE = ir.IntType(8)
 _WORD = ir.IntType(64)
-
-
-def kernel(inline: Literal["never", "always"] = "never") -> Callable[[F], F]:
-    """Compile a function at its first call, without the GIL, cached on disk if it can.
-
-    Args:
-        inline: whether it becomes part of each kernel that calls it.
-    """
-
-    def compiled(function: F) -> F:
-        try:
-            return cast(F, njit(nogil=True, cache=True, inline=inline)(function))
-        except RuntimeError:  # neither beside the file nor in the user's cache
-            _say_uncached()
-            return cast(F, njit(nogil=True, inline=inline)(function))
-
-    return compiled
-
-
-@cache
-def _say_uncached() -> None:
-    log.warning(
-        "lc3: machine code cannot be cached, so every start compiles for some seconds; "
-        "set NUMBA_CACHE_DIR to a folder that can be written"
-    )
 
 
 def _address(context: Any, builder: Any, signature: Any, given: Any, kind: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 from lc3.errors import FormatError, InputError
 from lc3.ship.format import Reader, varint
 from lc3.ship.mixing import mixed

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 from lc3.errors import FormatError
 
 Numbers = NDArray[np.int32]

@@ -6,7 +6,7 @@ Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OO
 
 import numpy as np
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 
 
 @kernel(inline="always")

@@ -14,7 +14,7 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 from lc3.errors import FormatError
 from lc3.ship import static
 from lc3.ship.format import Reader, varint

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 
 Numbers = NDArray[np.int32]
 Floats = NDArray[np.float32] | NDArray[np.float64]

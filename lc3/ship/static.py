@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 from lc3.errors import FormatError
 from lc3.ship.format import Reader
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 from lc3.errors import FormatError
 from lc3.ship import contexts, planes, rounding, transform
 from lc3.ship.format import Reader, varint

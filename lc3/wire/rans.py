@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lc3.codec.instructions import kernel
+from lc3.codec.compiled import kernel
 from lc3.errors import FormatError
 from lc3.format import (
     RUN_BASE,
