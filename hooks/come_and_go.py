@@ -206,6 +206,7 @@ class State(LocalSteps):
         self._from: dict[str, Tensor] = {}  # in place of the replica, if it is behind
         self._kept: dict[str, Tensor] = {}
         self._held: Held | None = None
+        self._lacks = False  # it is behind, and has not got the others' model
         self._since, self._weight = 0, 0.0
         self._met_at = self._stepped_at = time.monotonic()
         self._longest_step_s = 0.0
@@ -287,15 +288,23 @@ class State(LocalSteps):
         """Exchange now, and go on from the model that all ranks share.
 
         For the end of training; ranks that come for it within the quorum's time share
-        it.
+        it. A rank that another one fetches the model from stays until it has it.
 
         Raises:
-            ExchangeError: no exchange has succeeded.
+            ExchangeError: no exchange has succeeded, or those with the model have left.
         """
         for _ in range(_TRIES):
+            lacked = self._lacks
             self._start(with_buffers=True)
             self._finish()
             if self.committed:
+                if lacked and self.world == 1:
+                    raise ExchangeError(
+                        "the ranks that have the model have left before this one could "
+                        "fetch it, see the log; the model is this rank's own"
+                    )
+                assert self._seed is not None
+                self._seed.wait()
                 return
         raise ExchangeError(
             f"no exchange has succeeded in {_TRIES} tries, see the log; the model is "
@@ -540,7 +549,7 @@ class State(LocalSteps):
             "steps": self.steps,
             "budget": self.engine.budget.counters(),
         }
-        self._seed.offer(meeting.entry, head, copies)
+        self._seed.offer(meeting.entry, head, copies, len(meeting.behind))
 
     def _fetched(self, lead: Present, entry: int) -> Held | None:
         """Return the ranks' model, if it can be had."""
@@ -595,8 +604,9 @@ class State(LocalSteps):
         if self._held is not None:
             self._load(self._held)
         elif behind:
-            self.committed = False
+            self.committed, self._lacks = False, True
             return
+        self._lacks = False
         self._held, self._from = None, {}
         said = [exchanged.meeting.present[m].says for m in exchanged.meeting.members]
         mine = exchanged.meeting.present[exchanged.rank].says

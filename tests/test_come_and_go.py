@@ -164,3 +164,21 @@ def test_who_is_behind_keeps_its_weight_where_the_others_made_no_step() -> None:
 def test_where_nobody_made_a_step_all_count() -> None:
     found = meeting(a=(5, 0), b=(5, 0))
     assert all(said_of(member, found).finite for member in found.members)
+
+
+def test_who_lacks_the_model_and_is_alone_at_the_end_says_so(loop: Loop) -> None:
+    loop.state.sync()
+    loop.state._lacks = True  # it was behind, and could not fetch
+    with pytest.raises(ExchangeError, match="have left before this one could fetch it"):
+        loop.state.sync()
+
+
+def test_who_ends_waits_for_those_that_fetch_its_model(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(loop.state._seed, "wait", lambda: waits.append(1))
+    loop.state.sync()
+    assert waits == [1]
+    loop.state.close()
+    assert waits == [1, 1]

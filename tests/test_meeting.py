@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,28 @@ def test_another_configuration_and_what_nobody_reads_stay_outside() -> None:
 def test_no_two_meetings_are_one_entry() -> None:
     entries = {meet(bytes_of(ONE, replace(ONE, nonce=n))).entry for n in range(9)}
     assert len(entries) == 9
+
+
+def test_who_gives_a_model_stays_until_it_is_fetched() -> None:
+    seed = Seed("127.0.0.1", "127.0.0.1", 20.0, {})
+    seed.offer(5, {}, model(), takers=2)
+    ended = threading.Thread(target=seed.close)
+    ended.start()
+    for left in (1, 0):
+        ended.join(0.2)
+        assert ended.is_alive(), left
+        assert set(fetch(seed.address, 5, 5.0)[1]) == set(model())
+    ended.join(5.0)
+    assert not ended.is_alive()
+
+
+def test_who_gives_a_model_waits_no_longer_than_the_timeout() -> None:
+    seed = Seed("127.0.0.1", "127.0.0.1", 1.0, {})
+    seed.offer(5, {}, model(), takers=1)
+    seed.offer(6, {}, model(), takers=1)
+    began = time.monotonic()
+    seed.close()
+    assert 0.9 < time.monotonic() - began < 1.9
 
 
 @pytest.fixture

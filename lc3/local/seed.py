@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -59,7 +60,9 @@ class Seed:
     ) -> None:
         warm_up()
         self._facts = facts
+        self._timeout_s = timeout_s
         self._offers: dict[int, tuple[float, Held]] = {}
+        self._awaited: dict[int, int] = {}  # those who have not fetched, of an offer
         self._changed = threading.Condition()
         seed = self
 
@@ -68,9 +71,16 @@ class Seed:
                 self.request.settimeout(timeout_s)
                 with suppress(OSError, FormatError):
                     key = _KEY.unpack(_exactly(self.request, _KEY.size))[0]
-                    held = seed.held(key)
-                    for part in [b""] if held is None else _parts_of(held):
+                    if (held := seed.held(key)) is not None:
+                        self.give(key, held)
+
+            def give(self, key: int, held: Held) -> None:
+                try:
+                    for part in _parts_of(held):
                         self.request.sendall(part)
+                    self.request.recv(1)  # the other side closes when it has all
+                finally:
+                    seed.served(key)
 
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
@@ -84,13 +94,20 @@ class Seed:
             target=self._server.serve_forever, name="lc3-seed", daemon=True
         ).start()
 
-    def offer(self, key: int, head: Mapping[str, Any], held: dict[str, Tensor]) -> None:
+    def offer(
+        self,
+        key: int,
+        head: Mapping[str, Any],
+        held: dict[str, Tensor],
+        takers: int = 0,
+    ) -> None:
         """Serve something from now on, for some minutes.
 
         Args:
             key: who knows it may fetch.
             head: JSON's numbers, strings, lists and mappings of them.
             held: tensors by name, on the CPU, that nobody changes any more.
+            takers: how many will fetch it, for ``wait``.
         """
         now = time.monotonic()
         with self._changed:
@@ -99,7 +116,9 @@ class Seed:
             ]
             recent = kept[-_MOST_OFFERS + 1 :]
             self._offers = {k: self._offers[k] for k in recent}
+            self._awaited = {k: self._awaited[k] for k in recent}
             self._offers[key] = now, (head, held)
+            self._awaited[key] = takers
             self._changed.notify_all()
 
     def held(self, key: int) -> Held | None:
@@ -110,8 +129,26 @@ class Seed:
             self._changed.wait_for(lambda: key in self._offers, _WAIT_S)
             return self._offers[key][1] if key in self._offers else None
 
+    def served(self, key: int) -> None:
+        """Note that one of the takers has fetched an offer, or has gone."""
+        with self._changed:
+            if key in self._awaited:
+                self._awaited[key] -= 1
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Return when every offer is fetched, or was there for ``timeout_s``."""
+        with self._changed:
+            for key, (since, _) in list(self._offers.items()):
+                left = since + self._timeout_s - time.monotonic()
+                self._changed.wait_for(partial(self._is_fetched, key), max(0.0, left))
+
+    def _is_fetched(self, key: int) -> bool:
+        return self._awaited.get(key, 0) <= 0
+
     def close(self) -> None:
-        """Listen no longer."""
+        """Listen no longer, when those who are to fetch something have it."""
+        self.wait()
         self._server.shutdown()
         self._server.server_close()
         self._offers.clear()
