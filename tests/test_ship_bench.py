@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.ship import bench as ship_bench
 from experiments.ship import equal as ship_equal
 from experiments.ship import huffman
 from experiments.ship import memory as ship_memory
@@ -89,3 +90,9 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
     assert "deltas take 0.50, weights 0.90" in text
     assert "1.50 times the exact coder's bytes" in text
     assert "2.50 points above uniform" in text
+
+
+def test_bits_by_place_are_entropies_of_each_place() -> None:
+    kernels = np.zeros((4, 1, 2, 2))
+    kernels[:, 0, 0, 1] = [0.0, 1.0, 2.0, 3.0]  # 2 bits here, none at other places
+    assert ship_bench.by_place(kernels, 1.0) == 0.5

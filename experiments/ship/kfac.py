@@ -1,8 +1,9 @@
 """Which weights go: K-FAC's score beside magnitudes, for all layers and for each.
 
-Each seed trains a network of its own, which is pruned three ways, and each is tuned on
-the same batches. What is asked: is K-FAC's score better than the same density in each
-layer, and is it better than one magnitude threshold, which costs nothing?
+Each seed trains a network of its own, as long as those that are shipped. It is pruned
+in each way, and each is tuned on the same batches. What is asked: is K-FAC's score, of
+any damping, better than the same density in each layer, and is it better than one
+magnitude threshold, which costs nothing?
 """
 
 from collections.abc import Callable, Iterator
@@ -11,16 +12,17 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor, nn
 
-from experiments.ship.models import MAKERS, Data, train
+from experiments.ship.models import MAKERS, STEPS, Data, train
 from experiments.ship.tables import Row, row
 from lc3 import ship
 
 DENSITIES = (0.05, 0.02)
-STEPS = {"lenet-300": 1000, "lenet-5": 600}
+NETWORKS = "lenet-300", "lenet-5"
 TUNING = 300  # steps
 SAMPLES = 5120  # of the Fisher
 UNIFORM = "magnitude, the same density in each layer"
-WAYS = (UNIFORM, "magnitude, one threshold", "K-FAC")
+KFAC = {f"K-FAC, damping {damping:g}": damping for damping in (1e-4, 1e-3, 1e-2, 0.1)}
+WAYS = (UNIFORM, "magnitude, one threshold", *KFAC)
 
 
 def uniform(model: nn.Module, density: float) -> ship.Masks:
@@ -39,11 +41,13 @@ def pruned(model: nn.Module, data: Data, way: str, density: float) -> ship.Masks
     """Prune a model in place by one of ``WAYS``; return the masks."""
     if way == UNIFORM:
         return uniform(model, density)
+    if way not in KFAC:
+        return ship.prune(model, [], density)
     generator = torch.Generator().manual_seed(77)
     batches: list[Tensor] = []
-    while way == "K-FAC" and sum(len(x) for x in batches) < SAMPLES:
+    while sum(len(x) for x in batches) < SAMPLES:
         batches.append(data.batch(generator)[0])
-    return ship.prune(model, batches, density, "kfac" if batches else "magnitude")
+    return ship.prune(model, batches, density, "kfac", damping=KFAC[way])
 
 
 def tuned(model: nn.Module, data: Data, masks: ship.Masks, seed: int) -> float:
@@ -67,7 +71,7 @@ def kfac_rows(
         seeds: how many.
         say: told each score as it comes.
     """
-    if network not in STEPS:
+    if network not in NETWORKS:
         return
     scores: dict[tuple[float, str], list[float]] = {}
     full = []

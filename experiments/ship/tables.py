@@ -79,6 +79,7 @@ _OTHERWISE = {  # titles of columns that mean something else in a table
         "rival_bits": "NNCodec",
         "ratio": "lc3 / NNCodec",
     },
+    "dct": {"drop": "saved in order 0 of each place"},
     "kfac": {"drop": "points above uniform"},
     "information": {
         "bits": "I(X; T)",
