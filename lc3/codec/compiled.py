@@ -7,6 +7,7 @@ and there is no index: what is found under a name is the right code.
 """
 
 import hashlib
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -120,19 +121,19 @@ def _written(file: Path) -> float:
 
 
 def _made_of(function: Callable[..., Any]) -> Iterator[str]:
-    """Yield the digests of the files a kernel is made of, and of what it reads.
+    """Yield the digests of the modules a kernel is made of, and of what it reads.
 
     Numba looks at the kernel's own file only, not at those of kernels that it calls.
     """
     todo: list[Any] = [function]
     seen = set()
-    files = {__file__}
+    modules = {__name__}
     while todo:
         part = todo.pop()
         if part in seen:
             continue
         seen.add(part)
-        files.add(part.__code__.co_filename)
+        modules.add(part.__module__)
         for name in sorted(_names(part.__code__)):
             value = part.__globals__.get(name)
             value = getattr(value, "__wrapped__", value)  # a kernel's or instruction's
@@ -142,8 +143,8 @@ def _made_of(function: Callable[..., Any]) -> Iterator[str]:
                 yield f"{name} {value.dtype} {value.shape} {_digest(value.tobytes())}"
             elif isinstance(value, int | float | np.generic):
                 yield f"{name} {value!r}"
-    for file in sorted(files):
-        yield _digest(Path(file).read_bytes())
+    for module in sorted(modules):  # in a file, or in an archive of them
+        yield _digest(inspect.getsource(sys.modules[module]).encode())
 
 
 def _names(code: CodeType) -> set[str]:
