@@ -123,10 +123,10 @@ def test_code_of_versions_before_does_not_pile_up(folder: Path) -> None:
         "compiled.FILES_KEPT = 3; count(10); count(0.25)"
     )
     for step in range(4):
-        write(folder, step=step)
+        write(folder, step=step, times=step)
         ended(start(folder, code))
     assert len(code_files(folder)) == 2 * 3
-    assert ended(start(folder)) == ("23 3.5\n", "")
+    assert ended(start(folder)) == ("33 3.75\n", "")
 
 
 def test_a_numba_with_other_files_keeps_its_own_way(folder: Path) -> None:
@@ -151,3 +151,34 @@ def test_lc3_in_an_archive_keeps_its_code_on_disk_too(folder: Path) -> None:
     for _ in range(2):
         process = start(folder, code, **environment)
         assert ended(process)[0] == "21 1.5\n"
+
+
+def test_a_process_older_than_its_files_keeps_no_code_under_their_name(
+    folder: Path,
+) -> None:
+    upgraded = CALLED.format(step=1, times=3)
+    late = "from kernels import count; import pathlib;"
+    late += f"pathlib.Path('called.py').write_text({upgraded!r});"
+    assert ended(start(folder, f"{late} {PRINT}")) == ("21 1.5\n", "")
+    assert ended(start(folder)) == ("31 1.75\n", "")
+
+
+def test_without_a_compiler_kernels_are_functions(folder: Path) -> None:
+    code = f"import lc3; {PRINT}"
+    process = start(folder, code, NUMBA_DISABLE_JIT="1")
+    assert ended(process) == ("21 1.5\n", "")
+
+
+@pytest.mark.parametrize("fails", ["save", "folder"])
+def test_a_disk_that_takes_nothing_only_costs_time(folder: Path, fails: str) -> None:
+    full = "raise OSError(28, 'No space left on device')"
+    if fails == "save":
+        code = f"def no(*_): {full}\nfrom numba.core import caching;"
+        code += f"caching.IndexDataCacheFile._save_data = no; {PRINT}"
+    else:  # between import and the first call
+        code = "import kernels, pathlib, shutil; shutil.rmtree('cache');"
+        code += f"pathlib.Path('cache').touch(); {PRINT}"
+    said, wrong = ended(start(folder, code))
+    assert said == "21 1.5\n"
+    assert "could not be kept" in wrong
+    assert "NUMBA_CACHE_DIR" in wrong

@@ -7,7 +7,6 @@ and there is no index: what is found under a name is the right code.
 """
 
 import hashlib
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import njit
 from numba.core import caching
 
@@ -25,9 +25,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 log = logging.getLogger("lc3")
 
-# It reads a file, and writes one in one piece. A Numba without keeps its own way.
+# A Numba without these keeps its own way.
 _Disk: Any = getattr(caching, "IndexDataCacheFile", None)
-_NUMBA_IS_KNOWN = hasattr(_Disk, "_load_data") and hasattr(_Disk, "_save_data")
+_NumbasCache: Any = getattr(caching, "FunctionCache", object)
+_NUMBA_IS_KNOWN = (
+    hasattr(_Disk, "_load_data")
+    and hasattr(_Disk, "_save_data")
+    and hasattr(_NumbasCache, "save_overload")
+)
+
+_LIBRARIES = "numba", "llvmlite", "numpy", "math"  # of the version that Numba wants
 
 FILES_KEPT = 16  # of one kernel: one for each choice of types, and versions before
 
@@ -47,8 +54,8 @@ def kernel(inline: Literal["never", "always"] = "never") -> Callable[[F], F]:
         except RuntimeError:  # neither beside the file nor in the user's cache
             _say_uncached()
             return cast(F, njit(nogil=True, inline=inline)(function))
-        if _NUMBA_IS_KNOWN and isinstance(made._cache._cache_file, _Disk):
-            made._cache._cache_file = _Files(function, made._cache.cache_path)
+        if _NUMBA_IS_KNOWN and hasattr(made, "_cache"):  # not NUMBA_DISABLE_JIT
+            made._cache = _Cache(made)
         return cast(F, made)
 
     return compiled
@@ -62,14 +69,39 @@ def _say_uncached() -> None:
     )
 
 
+class _Cache(_NumbasCache):  # type: ignore[misc]
+    """Numba's cache of a kernel, with other files. A full disk only costs time."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__(made.py_func)
+        self._cache_file = _Files(made, self.cache_path)
+
+    def save_overload(self, sig: object, data: object) -> None:
+        """Keep one kernel of one choice of types, if the disk lets us."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _say_not_kept(str(error))
+
+
+@cache
+def _say_not_kept(why: str) -> None:
+    log.warning(
+        "lc3: machine code could not be kept (%s), so the next start compiles again; "
+        "make room, or set NUMBA_CACHE_DIR to a folder that can be written",
+        why,
+    )
+
+
 class _Files:
     """The machine code of one kernel, a file for each of Numba's keys.
 
     A key is the types of the arguments, the processor and the kernel's byte code.
     """
 
-    def __init__(self, function: Callable[..., Any], folder: str) -> None:
-        self._function = function
+    def __init__(self, made: Any, folder: str) -> None:
+        self._made = made
+        function = made.py_func
         self._prefix = f"{function.__module__}.{function.__qualname__}-"
         self._folder = Path(folder)
         self._disk = _Disk(folder, self._prefix, None)
@@ -110,7 +142,7 @@ class _Files:
 
     @cached_property
     def _sources(self) -> str:  # read at the first call, when all kernels are there
-        return "\n".join(_made_of(self._function))
+        return "\n".join(_made_of(self._made))
 
 
 def _written(file: Path) -> float:
@@ -120,31 +152,40 @@ def _written(file: Path) -> float:
         return 0.0
 
 
-def _made_of(function: Callable[..., Any]) -> Iterator[str]:
-    """Yield the digests of the modules a kernel is made of, and of what it reads.
+def _made_of(made: Any) -> Iterator[str]:
+    """Yield what a kernel is compiled of: code as it was imported, options, constants.
 
-    Numba looks at the kernel's own file only, not at those of kernels that it calls.
+    Numba's key has the byte code of the kernel alone, without the numbers in it and
+    without the kernels that it calls. Files may be newer than what was imported.
     """
-    todo: list[Any] = [function]
+    todo: list[Any] = [made]
     seen = set()
-    modules = {__name__}
     while todo:
         part = todo.pop()
-        if part in seen:
+        yield repr(getattr(part, "targetoptions", None))  # a kernel's
+        function = getattr(part, "__wrapped__", part)  # a kernel's or an instruction's
+        if function in seen:
             continue
-        seen.add(part)
-        modules.add(part.__module__)
-        for name in sorted(_names(part.__code__)):
-            value = part.__globals__.get(name)
-            value = getattr(value, "__wrapped__", value)  # a kernel's or instruction's
-            if hasattr(value, "__code__"):
-                todo.append(value)
+        seen.add(function)
+        yield from _said_by(function.__code__)
+        for name in sorted(_names(function.__code__)):
+            value = function.__globals__.get(name)
+            if hasattr(value, "__code__") or hasattr(value, "__wrapped__"):
+                if getattr(value, "__module__", "").partition(".")[0] not in _LIBRARIES:
+                    todo.append(value)
             elif isinstance(value, np.ndarray):
                 yield f"{name} {value.dtype} {value.shape} {_digest(value.tobytes())}"
-            elif isinstance(value, int | float | np.generic):
+            elif isinstance(value, int | float | np.generic | ir.Type):
                 yield f"{name} {value!r}"
-    for module in sorted(modules):  # in a file, or in an archive of them
-        yield _digest(inspect.getsource(sys.modules[module]).encode())
+
+
+def _said_by(code: CodeType) -> Iterator[str]:
+    yield f"{code.co_code.hex()} {code.co_names}"
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _said_by(constant)
+        else:
+            yield repr(constant)
 
 
 def _names(code: CodeType) -> set[str]:
