@@ -1,8 +1,10 @@
 """Models in files: exact where it is said, within the error elsewhere, whole or not."""
 
+import io
 import json
 import math
 import struct
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -704,3 +706,181 @@ def test_long_axes_are_shipped_without_a_transform(tmp_path: Path) -> None:
     assert float((found["w"] - state["w"]).abs().max()) <= 0.01
     with pytest.raises(ConfigError, match="2000 elements, more than 1024"):
         ship.save(state, tmp_path / "m.lc3m", error=0.01, spatial={"w": 2})
+
+
+def large_values(kind: str) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    state = {"w": torch.randn(300, 300) * 0.02}
+    if kind == "outlier":
+        state["w"][7, 7] = 1e3
+    elif kind == "constant":
+        state["w"] = torch.full((300, 300), 0.3)
+    elif kind == "tiny":
+        state["w"] = state["w"].double() * 1e-200
+    else:
+        state["mask"] = torch.full((64, 64), float(kind)).triu(1)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["-3.4028e38", "-1e9", "-1e4", "outlier"])
+def test_a_few_large_values_do_not_take_the_bits_of_the_others(
+    tmp_path: Path, kind: str
+) -> None:
+    state = large_values(kind)
+    path = tmp_path / "m.lc3m"
+    written = ship.save(state, path, bits=4)
+    values = sum(t.numel() for t in state.values())
+    assert 0.9 * 4 * values / 8 < written <= 4 * values / 8
+    error = (ship.load(path)["w"] - state["w"]).abs()
+    assert error.mean() < 0.15 * state["w"].abs().median()
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("constant", 2), ("tiny", 60)])
+def test_where_bits_are_left_nothing_is_lost(
+    tmp_path: Path, kind: str, bits: float
+) -> None:
+    state = large_values(kind)
+    ship.save(state, tmp_path / "m.lc3m", bits=bits)
+    assert torch.equal(ship.load(tmp_path / "m.lc3m")["w"], state["w"])
+
+
+@pytest.mark.parametrize("bits", [16, 20])
+def test_many_bits_are_given_too(tmp_path: Path, bits: float) -> None:
+    written = ship.save(large_values("0"), tmp_path / "m.lc3m", bits=bits)
+    assert 0.95 * bits < 8 * written / (300 * 300 + 64 * 64) <= bits
+
+
+def test_where_no_step_is_between_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = large_values("0")
+    state["w"][7, 7] = 1e30
+    ship.save(state, tmp_path / "m.lc3m", bits=4)
+    assert "some values are so much larger" in caplog.text
+
+
+@pytest.mark.parametrize("quiet", ["inner", "outer"])
+def test_rows_that_are_not_like_the_others_do_not_set_the_step(
+    tmp_path: Path, quiet: str
+) -> None:
+    w = torch.randn(6000, 100) * 0.02
+    if quiet == "inner":
+        w[1500:4500] = 0
+    else:
+        w[:2000] = w[4000:] = 0
+    written = ship.save({"w": w}, tmp_path / "m.lc3m", bits=2)
+    assert 0.95 * 2 < 8 * written / w.numel() <= 2
+
+
+def test_a_model_with_a_mask_is_fitted() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(40, 40))
+    net.register_buffer("mask", torch.full((16, 16), -1e9).triu(1))
+    x = torch.randn(64, 40)
+    y = net(x).detach()
+    plan = ship.fit(net, lambda n: -float((n(x) - y).abs().mean()), drop=0.05)
+    assert plan.score >= -0.05
+    assert plan.bits < 12
+
+
+def test_conjugates_and_negatives_are_stored_as_they_are(tmp_path: Path) -> None:
+    x = torch.randn(3, 3, dtype=torch.complex64)
+    state = {"a": x, "b": x.conj(), "c": x.imag, "d": x.conj().imag, "e": x}
+    ship.save(state, tmp_path / "m.lc3m")
+    found = ship.load(tmp_path / "m.lc3m")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    ship.save({"b": x.conj()}, tmp_path / "m.lc3m")
+    assert torch.equal(ship.load(tmp_path / "m.lc3m")["b"], x.conj())
+
+
+def test_a_delta_does_not_take_the_place_of_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "m.lc3m"
+    ship.save({"w": torch.ones(3)}, path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is the base itself"):
+        ship.save({"w": torch.zeros(3)}, path, base=path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_is_as_long_as_when_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "m.lc3m", tmp_path / "n.lc3m"
+    ship.save({"w": torch.ones(3)}, path)
+    ship.save({"w": torch.randn(300)}, other)
+    opened: Any = Path.open
+
+    def replaced(self: Path, mode: str = "r") -> Any:
+        file = opened(self, mode)
+        if self == path:
+            other.rename(path)
+        return file
+
+    monkeypatch.setattr(Path, "open", replaced)
+    assert torch.equal(ship.load(path)["w"], torch.ones(3))
+
+
+class Wrapped(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, f: Any, _: Any, a: Any = (), k: Any = None) -> Any:
+        return f(*a, **(k or {}))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({0: torch.ones(1)}, "a tensor is named 0; names must be strings"),
+        ({"\ud800": torch.ones(1)}, "no name that UTF-8 has; rename it"),
+        (torch.nn.LazyLinear(3).state_dict(), "has no shape yet"),
+        ({"w": torch.ones(2).as_subclass(Wrapped)}, "'w' is a Wrapped, which says"),
+    ],
+)  # fmt: skip
+def test_what_a_file_cannot_hold_is_named(
+    tmp_path: Path, state: Any, words: str
+) -> None:
+    path = tmp_path / "m.lc3m"
+    with pytest.raises(InputError, match=words):
+        ship.save(state, path)
+    with pytest.raises(InputError, match=words):
+        ship.save({"w": torch.ones(1)}, path, base=state)
+    assert not path.exists()
+
+
+def test_files_that_cannot_be_read_or_written_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        assert command.main([*map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    whole, cut, out = tmp_path / "m.pt", tmp_path / "cut.pt", tmp_path / "m.lc3m"
+    torch.save({"w": torch.randn(300, 300)}, whole)
+    cut.write_bytes(whole.read_bytes()[:50_000])
+    assert f"{cut} cannot be read without" in said("ship", cut, "-o", out)
+    torch.save({"w": torch.eye(3).to_sparse()}, whole)
+    assert "convert it first" in said("ship", whole, "-o", out)
+    torch.save({"__metadata__": torch.ones(3)}, whole)
+    assert command.main(["ship", str(whole), "-o", str(out)]) == 0
+    target = tmp_path / "m.safetensors"
+    assert "no name of a tensor in safetensors" in said("unship", out, "-o", target)
+    assert not target.exists()
+    torch.save({"w": torch.ones(3)}, tmp_path / "bad\udcff.pt")
+    assert "rename the file" in said("ship", tmp_path / "bad\udcff.pt", "-o", out)
+    with pytest.raises(ConfigError, match="give a list"):
+        ship.load(out, names="w")
+    with pytest.raises(ConfigError, match="both must be strings"):
+        ship.save({"w": torch.ones(1)}, out, notes={"a": 3})  # type: ignore[dict-item]
+    x = torch.full((1, 9), math.nan)
+    with pytest.raises(ConfigError, match="'w' has values that are not finite"):
+        ship.save({"w": torch.cat([torch.randn(99, 9), x])}, out, bits=0.1)
+
+
+def test_a_table_has_what_the_terminal_can_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.lc3m"
+    ship.save({"a\x1b[1m\nb": torch.ones(2, 2)}, path)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert command.main(["inspect", str(path)]) == 0
+    out.seek(0)
+    assert r"a\x1b[1m\nb" in out.read()

@@ -340,3 +340,37 @@ def test_layers_without_factors_are_named() -> None:
             with pytest.raises(ConfigError, match=words):
                 ship.prune(model, [batch], 0.5, score)
         assert ship.prune(model, [], 0.5).densities()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_layers_that_torch_reads_the_weights_of_stay_whole(train: bool) -> None:
+    net = nn.Sequential(
+        nn.TransformerEncoderLayer(32, 2, batch_first=True), nn.Linear(32, 32)
+    )
+    small = ship.low_rank(net, 0.5).train(train)
+    with torch.no_grad():
+        assert small(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+    assert isinstance(small.get_submodule("1"), nn.Sequential)
+    with pytest.raises(ConfigError, match="no layer that can be factored"):
+        ship.low_rank(nn.TransformerEncoderLayer(32, 2), 0.5)
+
+
+def test_factors_are_trained_as_the_layer_is() -> None:
+    last = nn.Linear(64, 64)
+    net = nn.Sequential(nn.Linear(64, 64), last).requires_grad_(False)
+    last.bias.requires_grad_(True)
+    small = ship.low_rank(net, 0.25)
+    assert [n for n, p in small.named_parameters() if p.requires_grad] == ["1.1.bias"]
+
+
+def test_a_layer_that_is_not_finite_is_named() -> None:
+    layer = nn.Linear(64, 64)
+    net = nn.Sequential(layer)
+    with torch.no_grad():
+        layer.weight[3, 3] = float("nan")
+    with pytest.raises(ConfigError, match="weight of '0' has values that are not fin"):
+        ship.low_rank(net, 0.5)
+    with pytest.raises(ConfigError, match="budget='a' must be a number"):
+        ship.low_rank(net, "a")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="drop='a' must be a number"):
+        ship.fit(net, lambda _: 0.0, "a")  # type: ignore[arg-type]

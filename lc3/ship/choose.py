@@ -22,6 +22,7 @@ from lc3.ship.steps import CHUNK, KERNEL, LONGEST_AXIS, Coder, Floats, Steps
 
 QUANTIZED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FINER = 4  # steps of vectors in one of weights
+_LEAST = 2.0**-100  # of a tensor's values; a step is a float32
 _OF_DEVIATION = 32  # and in their root mean square
 _DENSEST = 0.2  # share of weights that a filter is made of
 _FILTER_R, _FILTER_T = 4, 9  # bits of a shared value, and of a cell
@@ -104,6 +105,8 @@ def section_of(
     if base is not None:
         x = x - base.to(wide).numpy()
     if not all(np.isfinite(x.reshape(-1)[p]).all() for p in steps.parts(x.size)):
+        return exact(tensor, base)
+    if wide == torch.float64 and np.abs(x).max() < _LEAST:
         return exact(tensor, base)
     if lossy.filtered and base is None and tensor.ndim > 1:
         section = _filtered(tensor, x)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lc3.errors import InputError
 from lc3.ship import model, weights
+from lc3.ship.container import check_input
 from lc3.ship.steps import CODERS
 
 COMMANDS = ("ship", "unship", "inspect")
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         Lc3Error, OSError: it failed, and says why.
     """
     if options.command == "inspect":
-        print(table(options.file))
+        print(_printable(table(options.file)))
     elif options.command == "unship":
         weights.check_target(options.out)
         with _progress(f"unship {options.file.name}") as (known, progress):
@@ -117,7 +118,7 @@ def _check(state: Mapping[str, Any]) -> int:
     """Return the bytes of all tensors.
 
     Raises:
-        InputError: the file holds state dicts, or other things than tensors.
+        InputError: the file holds state dicts, or tensors that cannot be shipped.
     """
     inner = [key for key, value in state.items() if isinstance(value, Mapping)]
     if inner:
@@ -125,7 +126,18 @@ def _check(state: Mapping[str, Any]) -> int:
             f"the file holds {', '.join(map(repr, inner))} inside, not a state_dict "
             "alone; torch.save the one to ship by itself"
         )
-    return sum(getattr(state[name], "nbytes", 0) for name in state)
+    total = 0
+    for name in state:
+        tensor = state[name]
+        check_input(name, tensor)
+        total += tensor.nbytes
+    return total
+
+
+def _printable(text: str) -> str:
+    """Return what the terminal's encoding has of a text."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def table(path: Path) -> str:
@@ -137,7 +149,8 @@ def table(path: Path) -> str:
         step = "0" if row.step is None else f"{row.step:.3g}"
         dtype = str(row.dtype).removeprefix("torch.")
         size = (f"{row.stored_bytes:,}", f"{row.bits:.2f}")
-        lines.append((row.name, dtype, shape, row.coding, *size, step))
+        name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in row.name)
+        lines.append((name, dtype, shape, row.coding, *size, step))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(

@@ -1,6 +1,7 @@
 """Writing and reading the container: one tensor at a time, by name, checked by CRC."""
 
 import hashlib
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lc3.errors import FormatError, InputError, StateError
 from lc3.ship import bloomier, centres, planes, steps
@@ -109,7 +111,7 @@ class Container:
             raise FileNotFoundError(f"{path} is {kind}")
         self._file = path.open("rb")
         try:
-            self.file_bytes = path.stat().st_size
+            self.file_bytes = os.fstat(self._file.fileno()).st_size
             self.index = self._read_index()
         except BaseException:
             self._file.close()
@@ -231,11 +233,17 @@ def decoded(data: bytes, entry: Entry, base: Tensor | None) -> Tensor:
 
 def host(tensor: Tensor) -> Tensor:
     """Return a tensor on the CPU, contiguous, without its history."""
-    return tensor.detach().to("cpu").contiguous()
+    return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
 def check_input(name: str, value: object) -> None:
     """Raise ``InputError`` unless a value is a tensor that a file can hold."""
+    if not isinstance(name, str):
+        raise InputError(f"a tensor is named {name!r}; names must be strings")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name!r} is no name that UTF-8 has; rename it") from error
     if not isinstance(value, Tensor):
         hint = (
             "ship the state_dict in it"
@@ -243,6 +251,16 @@ def check_input(name: str, value: object) -> None:
             else "leave it out"
         )
         raise InputError(f"{name!r} is of {type(value).__name__}, not a tensor; {hint}")
+    if is_lazy(value):
+        raise InputError(f"{name!r} has no shape yet; run the model once before")
+    kind = type(value)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise InputError(
+            f"{name!r} is a {kind.__name__}, which says itself what its values are; "
+            "make it a plain tensor first: full_tensor() of a DTensor, dequantize()"
+        )
+    if value.is_nested:
+        raise InputError(f"{name!r} is a nested tensor; ship its parts by themselves")
     if value.layout != torch.strided or value.dtype not in DTYPES or value.is_meta:
         raise InputError(
             f"{name!r} is of {value.dtype} and {value.layout} on {value.device}, which "

@@ -21,6 +21,8 @@ Rule = Literal["enc-map", "enc-model", "greedy"]
 Split = Literal["spatial", "channel"]
 SPLITS = ("spatial", "channel")
 _NUDGE = 0.001
+# Their forward passes read the weights of layers inside.
+_READ_WEIGHTS = nn.TransformerEncoderLayer, nn.MultiheadAttention
 
 
 def low_rank(
@@ -29,8 +31,9 @@ def low_rank(
     """Return a copy of a model whose layers are factored to a share of their weights.
 
     Layers are those of ``nn.Linear`` and of ``nn.Conv2d`` without groups whose weight
-    no other layer shares. One that would not become smaller stays whole. ``model`` is
-    not changed.
+    no other layer shares. One that would not become smaller stays whole, and so do
+    those inside of torch's own attention and transformer layers, which read the weights
+    of their parts. ``model`` is not changed.
 
     Args:
         model: trained.
@@ -55,6 +58,8 @@ def low_rank(
         raise ConfigError(f"rule={rule!r} must be one of {', '.join(RULES)}")
     if split not in SPLITS:
         raise ConfigError(f"split={split!r} must be one of {', '.join(SPLITS)}")
+    if not isinstance(budget, int | float):
+        raise ConfigError(f"budget={budget!r} must be a number above 0, at most 1")
     names = [name for name, _ in splittable(model)]
     if not names:
         raise ConfigError(f"{type(model).__name__} has no layer that can be factored")
@@ -92,12 +97,14 @@ def _within(
 
 def splittable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers that ``low_rank`` would factor, by name."""
+    whole = [name for name, m in model.named_modules() if isinstance(m, _READ_WEIGHTS)]
     shared = Counter(
         id(p) for module in model.modules() for p in module.parameters(recurse=False)
     )
     for name, module in model.named_modules():
         plain = type(module) in (nn.Linear, nn.Conv2d) and name
-        if plain and shared[id(module.weight)] == 1:
+        inside = any(name.startswith(f"{w}.") or not w for w in whole)
+        if plain and not inside and shared[id(module.weight)] == 1:
             if isinstance(module, nn.Conv2d) and (
                 module.groups > 1
                 or isinstance(module.padding, str)
@@ -114,8 +121,13 @@ def spectra(model: nn.Module, split: Split = "spatial") -> list[Layer]:
     one at which two layers are no larger than the whole one.
     """
     found = []
-    for _, module in splittable(model):
+    for name, module in splittable(model):
         matrix = _matrix(module, split)
+        if not matrix.isfinite().all():
+            raise ConfigError(
+                f"the weight of {name!r} has values that are not finite, so no layers "
+                "of lower rank are near it"
+            )
         values = torch.linalg.svdvals(matrix).square().cpu().numpy()
         most = max(1, matrix.numel() // sum(matrix.shape))
         found.append(Layer(values[:most], float(sum(matrix.shape))))
@@ -124,6 +136,8 @@ def spectra(model: nn.Module, split: Split = "spatial") -> list[Layer]:
 
 def factored(layer: nn.Module, rank: int, split: Split = "spatial") -> nn.Sequential:
     """Return the two layers that are nearest to one, on its device, of its dtype.
+
+    They are trained, or not, as the one is.
 
     Args:
         layer: ``nn.Linear``, or ``nn.Conv2d`` without groups.
@@ -162,9 +176,12 @@ def factored(layer: nn.Module, rank: int, split: Split = "spatial") -> nn.Sequen
     with torch.no_grad():
         _weight(made[0]).copy_(first)
         _weight(made[1]).copy_(second)
+        _weight(made[0]).requires_grad_(weight.requires_grad)
+        _weight(made[1]).requires_grad_(weight.requires_grad)
         old, new = layer.bias, made[1].bias
         if isinstance(old, Tensor) and isinstance(new, Tensor):
             new.copy_(old)
+            new.requires_grad_(old.requires_grad)
     return made.train(layer.training)
 
 

@@ -13,12 +13,13 @@ from torch import nn
 
 from lc3.errors import ConfigError
 from lc3.ship.choose import Lossy, section_of
-from lc3.ship.container import host
+from lc3.ship.container import check_input, host
 from lc3.ship.model import RATE_WEIGHT, PathLike, save
-from lc3.ship.rate import deviation_of, float_values
+from lc3.ship.rate import FINEST, deviation_of, float_values
 
 _ROUNDS = 10
 _WEIGHTS = (0.0, RATE_WEIGHT)
+_FINER = 8.0  # of log2 of the step, where that is not enough
 _FINEST, _COARSEST = 2.0**-9, 2.0**4  # of the deviation of all weights
 
 
@@ -67,6 +68,7 @@ def fit(
     Raises:
         ConfigError: ``drop`` is out of range, a score is not finite, or even the finest
             step loses more.
+        InputError: the model has something in its state that a file cannot hold.
 
     Example:
         >>> def evaluate(net):
@@ -77,8 +79,10 @@ def fit(
         >>> plan.full_score, -0.0101 <= plan.score <= -0.008
         (-0.0, True)
     """
-    if not 0 <= drop < math.inf:
+    if not isinstance(drop, int | float) or not 0 <= drop < math.inf:
         raise ConfigError(f"drop={drop!r} must be a number from 0 up")
+    for name, tensor in model.state_dict().items():
+        check_input(name, tensor)
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     full = _score(evaluate, model)
     size, values = deviation_of(own), max(1, float_values(own))
@@ -95,8 +99,13 @@ def fit(
         return Plan(step, weight, score, full, nbytes, 8 * nbytes / values)
 
     def largest(weight: float) -> Plan:
-        low, high = math.log2(_FINEST * size), math.log2(_COARSEST * size)
+        lowest = math.log2(FINEST)
+        low, high = (math.log2(x * size) for x in (_FINEST, _COARSEST))
+        low, high = max(low, lowest), max(high, lowest)
         best = at(2.0**low, weight)
+        while best.score < full - drop and low > lowest:  # a few values rule the size
+            high, low = low, max(lowest, low - _FINER)
+            best = at(2.0**low, weight)
         if best.score < full - drop:
             raise ConfigError(
                 f"even a step of {best.step:.3g} lowers the score from {full:.6g} to "

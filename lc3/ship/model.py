@@ -1,5 +1,6 @@
 """``save``, ``load``, ``unship`` and ``rows``: a state dict to a file and back."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lc3.errors import ConfigError, StateError
+from lc3.errors import ConfigError, InputError, StateError
 from lc3.files import whole_file
 from lc3.ship import centres, steps, weights
 from lc3.ship.choose import Lossy, section_of
@@ -31,7 +32,7 @@ from lc3.ship.format import (
     Entry,
     Reader,
 )
-from lc3.ship.rate import float_values, step_for
+from lc3.ship.rate import FINEST, float_values, is_sampled, step_for
 from lc3.ship.steps import CODERS, LONGEST_AXIS, Coder
 
 Named = Mapping[str, Tensor]
@@ -40,6 +41,9 @@ Indices = Literal["exact", "bloomier"]
 SUFFIX = ".lc3m"
 RATE_WEIGHT = 0.05  # with bits; at 0.1 and one bit a value LeNets lose more points
 _TRIES = 6
+_MISJUDGED = 0.1  # of what was asked for
+
+log = logging.getLogger("lc3")
 
 
 class Row(NamedTuple):
@@ -104,6 +108,7 @@ def save(
             knows. Tensors that share their memory are stored once.
         path: of the file.
         bits: of the file for each value that may be quantized: the step is searched.
+            Nothing is lost if that is enough for all.
         error: the largest absolute error of any value.
         step: the distance of two values of a weight.
         lossless: says that nothing may be lost, which is the default.
@@ -143,10 +148,18 @@ def save(
     """
     asked = {"bits": bits, "error": error, "step": step}
     given = [name for name, value in asked.items() if value is not None]
-    _check_choices(given, asked, lossless, coder, indices, dither_seed, state, spatial)
-    _check_weight(rate_weight, given, dither_seed)
     for name in state:
         check_input(name, state[name])
+    _check_choices(given, asked, lossless, coder, indices, dither_seed, state, spatial)
+    _check_weight(rate_weight, given, dither_seed)
+    for key, value in (notes or {}).items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise ConfigError(f"notes has {key!r}: {value!r}; both must be strings")
+    if isinstance(base, str | os.PathLike) and _same_file(base, path):
+        raise InputError(
+            f"{path} is the base itself; the delta would take its place, and nothing "
+            "could read it: write it to another file"
+        )
     aliases = _aliases(state)
     lossy = None
     if given:
@@ -167,16 +180,37 @@ def save(
         if bits is None or lossy is None:
             return _write(unfinished.file, job, lossy)
         whole = bits * float_values(state) / 8
+        written = _write(unfinished.file, job._replace(progress=None), None)
+        if written <= whole:  # nothing has to be lost
+            return written
         target = whole - _index_bytes(job)
+        sampled = is_sampled(state)
         for _ in range(_TRIES):
-            lossy = replace(lossy, step=step_for(state, old, target, lossy))
+            step = step_for(state, old, target, lossy, sampled=sampled)
+            lossy = replace(lossy, step=step)
             unfinished.file.seek(0)
             unfinished.file.truncate()
             written = _write(unfinished.file, job, lossy)
+            if sampled and abs(written - whole) > _MISJUDGED * whole:
+                sampled = False  # the rows that were looked at are not like the others
+                continue
             if written <= whole:
+                _say_if_far_below(written, whole, bits, step)
                 return written
             target -= 1.1 * (written - whole)
         raise ConfigError(f"no step makes a file of at most {bits} bits a value")
+
+
+def _say_if_far_below(written: int, whole: float, bits: float, step: float) -> None:
+    if written < whole / 2 and step > FINEST:
+        log.warning(
+            "lc3: with bits=%g the file takes %.3g bits a value only, with a step of "
+            "%.3g: some values are so much larger than others that no step is between; "
+            "give step, error or lossless instead, or leave those values out",
+            bits,
+            bits * written / whole,
+            step,
+        )
 
 
 class _Job(NamedTuple):
@@ -226,7 +260,8 @@ def _check_choices(
         if not given:
             raise ConfigError("dither_seed changes nothing where nothing is lost")
     for name, axis in (spatial or {}).items():
-        if name not in state or not 0 <= axis < state[name].ndim:
+        is_axis = isinstance(axis, int) and name in state
+        if not is_axis or not 0 <= axis < state[name].ndim:
             raise ConfigError(
                 f"spatial names axis {axis} of {name!r}, which is not there"
             )
@@ -273,11 +308,19 @@ def _aliases(state: Named) -> dict[str, str]:
     for name, tensor in state.items():
         if tensor.numel():
             where = (tensor.device, tensor.data_ptr())
-            key = (*where, tensor.dtype, tensor.shape, tensor.stride())
+            bits = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+            key = (*where, *bits, tensor.shape, tensor.stride())
             first = seen.setdefault(key, name)
             if first != name:
                 found[name] = first
     return found
+
+
+def _same_file(one: PathLike, other: PathLike) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _index_bytes(job: _Job) -> int:
@@ -371,6 +414,7 @@ def load(
         FormatError: the file is damaged, cut off or of another kind.
         StateError: it is a delta, and the base is missing or another one.
         KeyError: there is no tensor of such a name.
+        ConfigError: ``names`` is a string.
         OSError: it cannot be read.
 
     Example:
@@ -380,6 +424,8 @@ def load(
         >>> load(path, names=["w"])
         {'w': tensor([ 1., -2.])}
     """
+    if isinstance(names, str):
+        raise ConfigError(f"names={names!r} is one name; give a list of them")
     with Container(Path(path)) as file, opened_base(base) as (old, known):
         check_base(file, known)
         wanted = (

@@ -105,6 +105,7 @@ def opened(path: Path) -> Iterator[Mapping[str, Tensor]]:
 
 def _safetensors(path: Path, stack: ExitStack) -> Lazy:
     library = safetensors()
+    _check_name(path)
     try:
         file = stack.enter_context(library.safe_open(path, framework="pt"))
         return Lazy(list(file.keys()), file.get_tensor, file.metadata())
@@ -115,7 +116,7 @@ def _safetensors(path: Path, stack: ExitStack) -> Lazy:
 def _sharded(path: Path, stack: ExitStack) -> Lazy:
     try:
         where = json.loads(path.read_text())["weight_map"]
-        if not all(isinstance(part, str) for part in where.values()):
+        if not where or not all(isinstance(part, str) for part in where.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
@@ -135,11 +136,22 @@ def _sharded(path: Path, stack: ExitStack) -> Lazy:
     return Lazy(list(where), lambda name: shards[where[name]][name], notes)
 
 
+def _check_name(path: Path) -> None:
+    """Raise ``InputError`` if libraries that want UTF-8 cannot open a file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path!r} is no name that UTF-8 has; rename the file"
+        ) from error
+
+
 def _of_torch(path: Path) -> Mapping[str, Tensor]:
+    _check_name(path)
+    with path.open("rb") as file:  # what cannot be read is an OSError here
+        file.read(1)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
     except Exception as error:
         raise StateError(
             f"{path} cannot be read without running code of it, is cut off or older "
@@ -212,6 +224,11 @@ def write(
     head: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     at = 0
     for name, (dtype, shape) in shapes.items():
+        if name == "__metadata__":
+            raise InputError(
+                f"{name!r} is no name of a tensor in safetensors; rename it, or write "
+                "a file of torch"
+            )
         if dtype not in _NAMES:
             raise InputError(f"{name!r} is of {dtype}, which safetensors has not")
         end = at + math.prod(shape) * dtype.itemsize
