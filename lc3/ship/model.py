@@ -176,11 +176,12 @@ def save(
     if lossy is not None and error is not None:
         lossy = replace(lossy, step=2 * error * (1 - 1e-6), largest_error=error)
     with opened_base(base) as (old, known), whole_file(path) as unfinished:
-        job = _Job(state, aliases, old, known, dict(notes or {}), progress)
+        written_of = state, aliases, old, known, dict(notes or {})
+        job = _Job(*written_of, progress)
         if bits is None or lossy is None:
             return _write(unfinished.file, job, lossy)
         whole = bits * float_values(state) / 8
-        written = _write(unfinished.file, job._replace(progress=None), None)
+        written = _write(unfinished.file, _Job(*written_of, None), None)
         if written <= whole:  # nothing has to be lost
             return written
         target = whole - _index_bytes(job)
