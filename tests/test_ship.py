@@ -858,6 +858,9 @@ def test_files_that_cannot_be_read_or_written_are_named(
     assert f"{cut} cannot be read without" in said("ship", cut, "-o", out)
     torch.save({"w": torch.eye(3).to_sparse()}, whole)
     assert "convert it first" in said("ship", whole, "-o", out)
+    torch.save({0: torch.ones(3)}, cut)
+    torch.save({"w": torch.ones(3)}, whole)
+    assert "names must be strings" in said("ship", whole, "--base", cut, "-o", out)
     torch.save({"__metadata__": torch.ones(3)}, whole)
     assert command.main(["ship", str(whole), "-o", str(out)]) == 0
     target = tmp_path / "m.safetensors"

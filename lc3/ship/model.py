@@ -369,6 +369,9 @@ def opened_base(
     else:
         path = Path(base)
         with opened(path) as tensors:
+            if not isinstance(tensors, weights.Lazy):  # those are of formats of tensors
+                for name in tensors:
+                    check_input(name, tensors[name])
             yield tensors, Base(digest(tensors), path.name)
 
 
