@@ -124,7 +124,7 @@ class Run:
                 with training.shared():
                     average.update()
             if step % self.evaluate_every == 0 or step == self.steps:
-                on_link += interface_bytes() - since
+                on_link += settled_bytes() - since
                 measured = self._measure(training, torch.stack(losses), step)
                 which = {"task": self.task.name, "method": method, "seed": seed}
                 ended = timed(seconds / step, on_link)
