@@ -459,6 +459,25 @@ def non_finite_rank(rank: int, world: int) -> tuple[str, bool]:
     return result, finite
 
 
+def small_moves_of_one(rank: int, world: int) -> list[float]:
+    """One rank's moves, of a bit of bfloat16 each: what all hold, the model, and it."""
+    net = nn.Linear(4, 4).to(torch.bfloat16)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    uncoded = Settings(min_numel=10**9)
+    state = local_sgd.attach(net, optimizer, uncoded, sync_every=1, outer_lr=1.0)
+    for _ in range(24):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(
+                parameter, -(2.0**-7) if rank == 1 else 0.0
+            )
+        optimizer.step()
+    found = [float(state.owners.replica["weight"][0]), float(net.weight[0, 0])]
+    state.close()
+    return found
+
+
 def wrapped(rank: int, world: int, compiled: bool) -> tuple[str, str, bool, bool]:
     """Train a module, and one in DDP: hashes, and when gradients are shared."""
 

@@ -317,6 +317,13 @@ def test_a_rank_that_diverges_is_brought_back(ranks: Pools) -> None:
     assert results[0][1]
 
 
+def test_moves_smaller_than_a_parameters_last_bit_add_up(ranks: Pools) -> None:
+    moved = 1 + 24 * 2.0**-7 / 4
+    for shared, held in ranks(4).run(local_cases.small_moves_of_one):
+        assert shared == pytest.approx(moved, abs=1e-6)
+        assert held == pytest.approx(moved, abs=2.0**-8)
+
+
 def test_statistics_that_nobody_has_finite_recover_with_the_exchange(
     ranks: Pools,
 ) -> None:

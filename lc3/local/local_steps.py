@@ -211,7 +211,7 @@ class LocalSteps(FormState):
             ConfigError: the weight is negative, beyond 1e18, or no number.
         """
         if weight is not None:
-            weight = _checked(weight)
+            weight = checked_weight(weight)
         if self._idle:
             return
         self._before(new=True)
@@ -269,10 +269,11 @@ class LocalSteps(FormState):
             replica, moved = self.owners.replica[name], self._moved[name]
             if self._seen:
                 self._seen[name].copy_(flats[name])
-            if replica.device == flats[name].device:
-                torch.sub(replica, flats[name], out=moved)
-            else:
-                moved.copy_(flats[name]).neg_().add_(replica)
+            flat = flats[name]
+            if (replica.device, replica.dtype) == (flat.device, flat.dtype):
+                torch.sub(replica, flat, out=moved)
+            else:  # from what the parameter was given of the replica, rounded
+                moved.copy_(flat).neg_().add_(replica.to(flat.dtype))
         with_last = count - 1 in some  # one of the exchanges that are ``count`` apart
         turn = self.exchanges // count if with_last else 0
         changed, finite = self._statistics.begin(turn, now=with_buffers)
@@ -484,8 +485,8 @@ class LocalSteps(FormState):
         self.session.close()
 
 
-def _checked(weight: object) -> float:
-    """Return a weight as a number.
+def checked_weight(weight: object, name: str = "weight") -> float:
+    """Return a rank's weight as a number.
 
     Raises:
         ConfigError: it is none.
@@ -495,7 +496,7 @@ def _checked(weight: object) -> float:
         if 0 <= number <= _LARGEST_WEIGHT:
             return number
     raise ConfigError(
-        f"weight={weight!r} must be a number from 0 to {_LARGEST_WEIGHT:g}, like the "
+        f"{name}={weight!r} must be a number from 0 to {_LARGEST_WEIGHT:g}, like the "
         "tokens since the last exchange, or None"
     )
 

@@ -101,7 +101,8 @@ class Outer:
             far: whether it is so far away that nothing is owed any longer.
         """
         for name, flat in written.base.items():
-            moved[name].add_(flat - self.owners.replica[name])
+            given = self.owners.replica[name].to(flat.dtype)  # rounded
+            moved[name].add_(flat.float() - given)
             if name in written.late:
                 moved[name].add_(written.late[name])
         self.rebase(written.base, forget=written.whole or far)
