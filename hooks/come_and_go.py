@@ -24,11 +24,11 @@ from torch.optim import Optimizer
 from lc3.checkpoint import from_bytes, to_bytes
 from lc3.config import Settings
 from lc3.engines.direct import Direct
-from lc3.errors import ExchangeError, Lc3Error, PlanMismatch, StateError
+from lc3.errors import AttachError, ExchangeError, Lc3Error, PlanMismatch, StateError
 from lc3.format import ASIDE_BUCKET
 from lc3.local.ends import OneRank
 from lc3.local.fragments import UnderWay
-from lc3.local.local_steps import Choose, LocalSteps
+from lc3.local.local_steps import Choose, LocalSteps, checked_weight
 from lc3.local.meeting import KEPT, Meeting, Present, meet
 from lc3.local.outer import Outer
 from lc3.local.says import Says, share_of
@@ -149,6 +149,7 @@ class _Exchanged:
         rank: this rank's number there.
         taken: members whose moves count.
         finite: how many of these had finite moves.
+        scale: factor of the mean that they have made; see ``_scale_of``.
         averaged: mean of the buffers, see ``Statistics.mean``.
     """
 
@@ -156,6 +157,7 @@ class _Exchanged:
     rank: int
     taken: Sequence[int]
     finite: int
+    scale: float
     averaged: Tensor
 
 
@@ -193,6 +195,7 @@ class State(LocalSteps):
         super().__init__(
             model, optimizers, settings, choose, OneRank(), steps_alone=True
         )
+        self._statistics.in_step = False
         coder = self.session.flat_engine.messages.coder
         self._residuals = Residuals(self.engine.plan, _NOBODY, coder.device)
         self._residuals.hold()
@@ -202,6 +205,7 @@ class State(LocalSteps):
         self._history: list[int] = []
         self._joined = False
         self._open = 0  # the entry of an exchange that others may have ended well
+        self._open_after = 0  # so many exchanges of the others
         self._open_at: dict[str, Tensor] = {}
         self._from: dict[str, Tensor] = {}  # in place of the replica, if it is behind
         self._kept: dict[str, Tensor] = {}
@@ -232,11 +236,18 @@ class State(LocalSteps):
         """Meet the others, and take their model; once, by ``attach``.
 
         Raises:
+            AttachError: nothing can be served on that address.
             ExchangeError: it did not come to that.
             PlanMismatch: they have another configuration.
         """
         self._timeout_s = timeout_s
-        self._seed = Seed(host, bind, timeout_s, self._facts)
+        try:
+            self._seed = Seed(host, bind, timeout_s, self._facts)
+        except OSError as error:
+            raise AttachError(
+                f"the model cannot be served on bind={bind!r} ({error}); give an "
+                "address of this machine, or leave it out"
+            ) from error
         for _ in range(_TRIES):
             self._start()
             self._finish()
@@ -279,7 +290,7 @@ class State(LocalSteps):
         weight: float | None = None,
     ) -> None:
         if weight is None and self.tokens:
-            weight = self.tokens
+            weight = checked_weight(self.tokens, "tokens")
         self._since = 0
         self._weight = 0.0 if weight is None else weight
         super()._start(fragments, with_buffers=with_buffers, weight=weight)
@@ -360,6 +371,14 @@ class State(LocalSteps):
         members = list(meeting.members)
         if self._open:  # was it counted?
             ended_well = self._open in lead.history
+            if not ended_well and self._open_after < lead.exchanges - KEPT:
+                log.warning(
+                    "lc3: this rank did not see the end of an exchange, and was away "
+                    "for more than %d, so that nobody knows whether that one counted; "
+                    "what it sent there is not sent again",
+                    KEPT,
+                )
+                ended_well = True
             self._residuals.settle_all(float(ended_well))
             if ended_well:
                 self._outer.forget(self.knobs, self._moved)
@@ -368,7 +387,7 @@ class State(LocalSteps):
         self.world = len(members)
         if meeting.begins or len(members) == 1:
             nothing = torch.empty(0)
-            return _Exchanged(meeting, rank, members, int(mine.finite), nothing)
+            return _Exchanged(meeting, rank, members, int(mine.finite), 1.0, nothing)
         connected = quorum.number, members
         if self._connected != connected:
             between = everybody.among(members)
@@ -438,7 +457,7 @@ class State(LocalSteps):
         said = [said_of(member, meeting) for member in members]
         mine = said_of(rank, meeting)
         for name, flat in self._model.flats().items() if self._from else ():
-            torch.sub(self._from[name], flat, out=self._moved[name])
+            torch.sub(self._from[name].float(), flat, out=self._moved[name])
         share = share_of(mine, said) if mine.finite else 0.0
         for moved in self._moved.values() if share != 1 else ():
             if share:
@@ -449,7 +468,7 @@ class State(LocalSteps):
         pieces = engine.pieces(self._moved)
         self.meter.buckets += 1
         with channel.exchanging(elements, step, 0):
-            self._open = meeting.entry
+            self._open, self._open_after = meeting.entry, step
             arrived = engine.exchanged(pieces, self._moved, step, 0)
             by_sender = engine.messages.readable(arrived, pieces[0], step, 0)
             lost = [isinstance(one, Lc3Error) for one in by_sender]
@@ -462,7 +481,13 @@ class State(LocalSteps):
                 for member, one in zip(members, said, strict=True)
             ]
             place = members.index(rank)
-            averaged = self._statistics.mean(heard, heard[place], step)
+            counted = [  # who joins has no statistics of its own yet
+                replace(one, buffers_finite=False)
+                if meeting.present[member].exchanges < 0
+                else one
+                for member, one in zip(members, heard, strict=True)
+            ]
+            averaged = self._statistics.mean(counted, counted[place], step)
             for member, one in zip(members, by_sender, strict=True):
                 if member not in taken:
                     log.warning(
@@ -470,9 +495,8 @@ class State(LocalSteps):
                         meeting.present[member].name,
                         one if isinstance(one, Lc3Error) else "others cannot read it",
                     )
-        finite = sum(one.finite for one in heard)
-        if not finite:
-            raise ExchangeError("nobody's moves could be read, or were finite")
+        if not taken:
+            raise ExchangeError("nobody's moves could be read")
         with self.meter.stage("decode"):
             used = [
                 one
@@ -481,7 +505,9 @@ class State(LocalSteps):
             ]
             engine.average(pieces, self._moved, used)
             owners.take(self._moved)
-        return _Exchanged(meeting, rank, taken, finite, averaged)
+        finite = sum(one.finite for one in heard)
+        scale = _scale_of(said, heard)
+        return _Exchanged(meeting, rank, taken, finite, scale, averaged)
 
     def _commit(self, exchanged: _Exchanged) -> None:
         """Apply an exchange, or fetch the model of those that could."""
@@ -489,10 +515,15 @@ class State(LocalSteps):
         lead = meeting.present[meeting.lead]
         counts = rank in exchanged.taken
         behind = rank in meeting.behind
+        held = self._fetched(lead, meeting.entry) if behind else None
+        if behind and counts and held is None:  # do the others count it?
+            flats = self._model.flats().items()
+            self._open_at = {name: flat.clone() for name, flat in flats}
+            return
         if not counts:  # what this rank has moved is moved still
             since = self._from or self.owners.replica
             for name, flat in self._model.flats().items():
-                self._kept[name] = flat - since[name]
+                self._kept[name] = flat.float() - since[name].to(flat.dtype)
         self._residuals.settle_all(float(counts))
         self._open = 0
         history = [*lead.history, meeting.entry][-KEPT:]
@@ -502,12 +533,9 @@ class State(LocalSteps):
             self._history, self._joined = history, True
             if rank == meeting.lead and meeting.behind:
                 self._offer(meeting)
-        elif (held := self._fetched(lead, meeting.entry)) is not None:
+        else:
             self._held = held
-        elif counts:  # it is counted up to here, and still behind
-            flats = self._model.flats().items()
-            self._from = {name: flat.clone() for name, flat in flats}
-        if counts:
+        if counts and len(meeting.members) > 1:
             self._outer.forget(self.knobs, self._moved)
 
     def _advance(self, exchanged: _Exchanged) -> None:
@@ -519,8 +547,7 @@ class State(LocalSteps):
             for name, flat in self._model.flats().items():
                 self.owners.replica[name].copy_(flat)
         else:
-            world = len(meeting.members)
-            self._outer.step(self.knobs, world / exchanged.finite, self._moved)
+            self._outer.step(self.knobs, exchanged.scale, self._moved)
 
     def _offer(self, meeting: Meeting) -> None:
         """Serve the model to those that are behind."""
@@ -619,6 +646,11 @@ class State(LocalSteps):
         self._settle_down(one, finite=mine.finite)
         self._look_anew()
 
+    def _decay_momenta(self, one: UnderWay) -> None:
+        """See ``LocalSteps``: nothing, if there was nobody to exchange with."""
+        if self.world > 1:
+            super()._decay_momenta(one)
+
     def _tell(self, error: Exception) -> None:
         """See ``LocalSteps``: the others go on."""
 
@@ -653,6 +685,24 @@ class State(LocalSteps):
             self._seed.close()
             self._seed = None
         super().close()
+
+
+def _scale_of(said: Sequence[Says], heard: Sequence[Says]) -> float:
+    """Return the factor that makes a mean over all ranks one over those that count.
+
+    Args:
+        said: what ranks have multiplied their moves by: see ``share_of``.
+        heard: the same, of which some could not be read.
+    """
+    asked, finite = (
+        [one.weight for one in some if one.finite] for some in (said, heard)
+    )
+    if not finite:
+        return 1.0
+    if sum(asked) and not sum(finite):
+        return 0.0
+    lost = sum(asked) / sum(finite) if sum(asked) else len(asked) / len(finite)
+    return len(said) / len(asked) * lost
 
 
 def said_of(member: int, meeting: Meeting) -> Says:

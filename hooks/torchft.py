@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _LEAST = "0.2"
 _SLACK_S = 5.0
+_LONGEST_S = 86400.0
 _KEY = "lc3"
 _REGISTERED: "WeakSet[Manager]" = WeakSet()  # these know lc3's key
 _TAKEN: "WeakSet[Manager]" = WeakSet()  # and these have a state
@@ -62,7 +63,8 @@ def attach(
 
     After every H-th step the ranks that torchft's quorum has brought together average
     what they have moved. Who is not there keeps what it has moved for the next time.
-    The first ranks go on from what the lowest of them holds; who joins later gets the
+    The first ranks go on from what most of them hold alike, or else from what the
+    lowest of them holds; who joins later gets the
     model, the steps and the buffers of one of them, while they go on. An exchange that
     fails is logged, and training goes on.
 
@@ -136,6 +138,11 @@ def attach(
     _check_manager(manager)
     if sync_every_s is not None:
         _check_seconds(sync_every_s, manager._quorum_timeout.total_seconds())
+    host = socket.gethostname() if hostname is None else hostname
+    silent_s = fetch_timeout_s
+    if silent_s is None:
+        silent_s = manager._timeout.total_seconds()
+    _check_served(host, bind, silent_s)
     optimizers = unwrapped(optimizer)
     found = preset_of(preset)
     defaults = FOR_TWO if found is None else found.settings
@@ -164,9 +171,7 @@ def attach(
         raise
     state.managed = managed
     try:
-        host = socket.gethostname() if hostname is None else hostname
-        silent = manager._timeout.total_seconds()
-        state.join(host, bind, silent if fetch_timeout_s is None else fetch_timeout_s)
+        state.join(host, bind, silent_s)
     except BaseException:
         state.close()
         raise
@@ -181,6 +186,25 @@ def _check_seconds(every_s: object, quorum_s: float) -> None:
             f"sync_every_s={every_s!r} must be a number of seconds above 0 and less "
             f"than the manager's quorum_timeout, {quorum_s:g}: who has been away may "
             "wait that long for the others"
+        )
+
+
+def _check_served(host: object, bind: object, silent_s: object) -> None:
+    """Raise ``ConfigError`` if a model cannot be served, or waited for, like that."""
+    for name, value in (("hostname", host), ("bind", bind)):
+        try:
+            assert isinstance(value, str)
+            value.encode("idna")
+            assert value or name == "bind"
+        except (AssertionError, UnicodeError) as error:
+            raise ConfigError(
+                f"{name}={value!r} must be the name or address of a machine"
+            ) from error
+    is_number = isinstance(silent_s, int | float) and not isinstance(silent_s, bool)
+    if not is_number or not 0 < silent_s <= _LONGEST_S:  # type: ignore[operator]
+        raise ConfigError(
+            f"fetch_timeout_s={silent_s!r} must be a number of seconds above 0, and at "
+            f"most {_LONGEST_S:g}"
         )
 
 

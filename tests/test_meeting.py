@@ -172,10 +172,21 @@ def test_an_offer_that_comes_a_little_later_is_waited_for(seed: Seed) -> None:
     later.join()
 
 
-def test_the_last_two_offers_are_kept(
-    seed: Seed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lc3.local.seed._WAIT_S", 0.1)
+def test_who_asks_waits_for_as_long_as_it_may_be_silent() -> None:
+    seed = Seed("127.0.0.1", "127.0.0.1", 8.0, {})
+    later = threading.Timer(5.5, lambda: seed.offer(6, {}, model()))
+    later.start()
+    assert set(fetch(seed.address, 6, 8.0)[1]) == set(model())
+    later.join()
+    seed.close()
+
+
+def test_the_address_of_no_machine_is_an_error_that_names_it() -> None:
+    with pytest.raises(ExchangeError, match=r"node\.\.1"):
+        fetch("node..1:80", 1, 1.0)
+
+
+def test_the_last_two_offers_are_kept(seed: Seed) -> None:
     for key in (1, 2, 3):
         seed.offer(key, {"key": key}, {})
     assert [fetch(seed.address, key, 5.0)[0]["key"] for key in (2, 3)] == [2, 3]
@@ -197,7 +208,7 @@ def served(data: bytes) -> str:
 
 
 def sections(*parts: bytes) -> bytes:
-    return b"".join(struct.pack("<I", len(part)) + part for part in parts)
+    return b"".join(struct.pack("<Q", len(part)) + part for part in parts)
 
 
 HEAD = json.dumps({"head": {}, "tensors": [["w", "torch.float32", [4]]]}).encode()
@@ -212,8 +223,8 @@ HEAD = json.dumps({"head": {}, "tensors": [["w", "torch.float32", [4]]]}).encode
         sections(HEAD, b"x" * 5000),
         sections(HEAD.replace(b"float32", b"nothing"), b""),
         sections(HEAD.replace(b"[4]", b"[-4]"), b""),
-        sections(json.dumps({"head": {}, "tensors": []}).encode()) + b"\0\0\0\0",
-        struct.pack("<I", 1 << 31),
+        sections(json.dumps({"head": {}, "tensors": []}).encode()) + bytes(8),
+        struct.pack("<Q", 1 << 33),
     ],
 )
 def test_what_is_no_model_is_refused(data: bytes) -> None:

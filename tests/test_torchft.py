@@ -456,9 +456,14 @@ def test_ranks_of_any_speed_are_in_every_exchange_by_seconds(
         ({"sync_every_s": 0.0}, "a number of seconds above 0"),
         ({"sync_every_s": True}, "a number of seconds above 0"),
         ({"sync_every_s": 20.0}, "less than the manager's quorum_timeout, 20"),
+        ({"hostname": ""}, "hostname='' must be the name"),
+        ({"hostname": "node..1"}, "hostname='node..1' must be the name"),
+        ({"bind": None}, "bind=None must be the name"),
+        ({"fetch_timeout_s": 0}, "fetch_timeout_s=0 must be a number of seconds"),
+        ({"fetch_timeout_s": "5"}, "fetch_timeout_s='5' must be a number of seconds"),
     ],
 )
-def test_seconds_that_ranks_cannot_keep_are_refused(
+def test_what_ranks_cannot_keep_to_is_refused(
     given: dict[str, Any], message: str
 ) -> None:
     from torchft.manager import Manager, WorldSizeMode
@@ -470,6 +475,7 @@ def test_seconds_that_ranks_cannot_keep_are_refused(
     manager._group_world_size = 1
     manager._replica_world_size_mode = WorldSizeMode.DYNAMIC
     manager._quorum_timeout = timedelta(seconds=20)
+    manager._timeout = timedelta(seconds=10)
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(ConfigError, match=message):

@@ -30,10 +30,9 @@ log = logging.getLogger(__name__)
 
 FACTS = 0
 _KEY = struct.Struct("<Q")
-_SIZE = struct.Struct("<I")
+_SIZE = struct.Struct("<Q")
 _KEEP_S = 600.0  # that an offer is there
 _MOST_OFFERS = 2
-_WAIT_S = 5.0
 _MOST_HEAD = 1 << 26
 _DTYPES = {str(dtype): dtype for dtype in DTYPES}
 Held = tuple[Mapping[str, Any], Mapping[str, Tensor]]
@@ -62,6 +61,7 @@ class Seed:
         self._facts = facts
         self._timeout_s = timeout_s
         self._offers: dict[int, tuple[float, Held]] = {}
+        self._past: set[int] = set()  # keys of offers that are no longer there
         self._awaited: dict[int, int] = {}  # those who have not fetched, of an offer
         self._changed = threading.Condition()
         seed = self
@@ -115,6 +115,7 @@ class Seed:
                 k for k, (since, _) in self._offers.items() if now - since < _KEEP_S
             ]
             recent = kept[-_MOST_OFFERS + 1 :]
+            self._past |= self._offers.keys() - recent
             self._offers = {k: self._offers[k] for k in recent}
             self._awaited = {k: self._awaited[k] for k in recent}
             self._offers[key] = now, (head, held)
@@ -122,11 +123,13 @@ class Seed:
             self._changed.notify_all()
 
     def held(self, key: int) -> Held | None:
-        """Return an offer; wait a little for it, since who asks may be earlier."""
+        """Return an offer; wait for it, since who asks may be earlier."""
         if key == FACTS:
             return self._facts, {}
         with self._changed:
-            self._changed.wait_for(lambda: key in self._offers, _WAIT_S)
+            self._changed.wait_for(
+                lambda: key in self._offers or key in self._past, self._timeout_s
+            )
             return self._offers[key][1] if key in self._offers else None
 
     def served(self, key: int) -> None:
@@ -171,7 +174,7 @@ def fetch(address: str, key: int, timeout_s: float) -> Held:
         with socket.create_connection((host, int(port)), timeout_s) as connection:
             connection.sendall(_KEY.pack(key))
             return _read(connection)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of no name of a host
         raise ExchangeError(
             f"the model could not be fetched from {address} ({error}); can this "
             "machine reach that address? attach(hostname=...) there says another"

@@ -25,11 +25,14 @@ class Statistics:
 
     Attributes:
         channel: see above; another one where other ranks exchange.
+        in_step: whether all ranks average them in the same exchanges. If not, this rank
+            may be asked for its own in any.
     """
 
     def __init__(self, model: Model, channel: Channel) -> None:
         self._model = model
         self.channel = channel
+        self.in_step = True
         self._then: dict[str, Tensor] = {}
         self._good: dict[str, Tensor] = {}
         model.mark_buffers()
@@ -43,16 +46,19 @@ class Statistics:
             now: whether to average whatever its number is.
 
         Returns:
-            By buffer whether it has changed and is averaged; whether all of these are
-            finite.
+            By buffer whether it has changed and is averaged; whether all that others
+            may ask for are finite.
         """
         buffers = self._model.float_buffers()
         changed = (False,) * len(buffers)
-        if now or exchange % _EVERY == _EVERY - 1:
+        due = now or exchange % _EVERY == _EVERY - 1
+        if due:
             changed = tuple(self._model.changed_buffers())
+        if due or not self.in_step:
             self._then = {name: buffer.clone() for name, buffer in buffers.items()}
         both = zip(buffers.values(), changed, strict=True)
-        return changed, _finite(buffer for buffer, some in both if some)
+        asked = (buffer for buffer, some in both if some or not self.in_step)
+        return changed, _finite(asked)
 
     def mean(self, everybody: Sequence[Says], mine: Says, step: int) -> Tensor:
         """Return the mean of the buffers that have changed, over ranks where finite.
