@@ -561,7 +561,8 @@ class State(LocalSteps):
         if any(meeting.present[r].wants for r in fresh):
             saved = [o.state_dict() for o in self._counting.optimizers]
             try:
-                copies["optimizers"] = to_bytes({"all": saved})
+                kinds = self._kinds_of_optimizers()
+                copies["optimizers"] = to_bytes({"all": saved, "kinds": kinds})
                 from_bytes(copies["optimizers"], "this rank")
             except Exception as error:  # noqa: BLE001  # of whatever an optimizer keeps
                 log.warning(
@@ -595,19 +596,35 @@ class State(LocalSteps):
             self.steps = int(head["steps"])
             for name, tensor in self._model.tensors().items():
                 if (found := tensors.get(f"model {name}")) is not None:
-                    tensor.data.copy_(found)
+                    _write(tensor, found)
             if self._wants and "optimizers" in tensors:
-                saved = from_bytes(
-                    tensors["optimizers"], "the rank that gave the model"
-                )
-                for one, state in zip(
-                    self._counting.optimizers, saved["all"], strict=True
-                ):
-                    one.load_state_dict(state)
+                self._take_optimizers(tensors["optimizers"])
         self.engine.budget.load(head["budget"])
         self.exchanges = int(head["exchanges"])
         self._history = list(map(int, head["history"]))
         self._joined = True
+
+    def _take_optimizers(self, data: Tensor) -> None:
+        """Go on from the optimizers of another rank, if they are like this one's."""
+        saved = from_bytes(data, "the rank that gave the model")
+        mine, theirs = self._kinds_of_optimizers(), saved["kinds"]
+        if theirs != mine:
+            log.warning(
+                "lc3: the rank that gives the model has the optimizers %s and this one "
+                "%s (kind, parameters of each group); this rank begins with its own",
+                theirs,
+                mine,
+            )
+            return
+        for one, state in zip(self._counting.optimizers, saved["all"], strict=True):
+            one.load_state_dict(state)
+
+    def _kinds_of_optimizers(self) -> list[list[Any]]:
+        """Return of each its class's name, and how many parameters each group has."""
+        return [
+            [type(one).__name__, [len(group["params"]) for group in one.param_groups]]
+            for one in self._counting.optimizers
+        ]
 
     def _finish(self) -> None:
         """Take over what an exchange has brought, if it has brought something."""
@@ -703,6 +720,15 @@ def _scale_of(said: Sequence[Says], heard: Sequence[Says]) -> float:
         return 0.0
     lost = sum(asked) / sum(finite) if sum(asked) else len(asked) / len(finite)
     return len(said) / len(asked) * lost
+
+
+def _write(tensor: Tensor, found: Tensor) -> None:
+    """Write to a tensor of the model, which may be expanded."""
+    into = tensor.data
+    for dim, stride in enumerate(into.stride()):
+        if not stride and into.shape[dim] > 1:
+            into, found = into.narrow(dim, 0, 1), found.narrow(dim, 0, 1)
+    into.copy_(found)
 
 
 def said_of(member: int, meeting: Meeting) -> Says:

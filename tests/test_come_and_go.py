@@ -261,15 +261,18 @@ class Rank:
         name: str,
         model: torch.nn.Module | None = None,
         settings: Settings = UNCODED,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        wants: bool = False,
         **knobs: Any,
     ) -> None:
         self.world, self.name, self.blind = world, name, 0
         self.model = torch.nn.Linear(4, 4) if model is None else model
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        kind: Any = optimizer
+        self.optimizer = kind(self.model.parameters(), lr=1.0)
         given = {"sync_every": None, "outer_lr": 1.0, **knobs}
         choose = partial(knobs_for, settings=settings, given=given)
         self.state = come_and_go.State(
-            self.model, [self.optimizer], settings, choose, self, wants=False
+            self.model, [self.optimizer], settings, choose, self, wants=wants
         )
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -495,3 +498,37 @@ def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(AttachError, match=r"bind='192\.0\.2\.1'"):
         one.state.join("127.0.0.1", "192.0.2.1", 5.0)
     one.state.close()
+
+
+def test_an_optimizer_of_another_kind_is_not_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World()
+    a = Rank(world, "a", optimizer=torch.optim.Adam)
+    b = Rank(world, "b", wants=True)
+    c = Rank(world, "c", optimizer=torch.optim.Adam, wants=True)
+    world.run(a=a.join)
+    a.walk(0.5)
+    assert world.run(a=a.exchange, b=b.join, c=c.join)["b"] is None
+    assert "'Adam'" in caplog.text
+    assert "begins with its own" in caplog.text
+    b.walk(0.5)
+    assert not any(b.optimizer.state[p] for p in b.model.parameters())
+    assert len(c.optimizer.state) == 2
+    for one in (a, b, c):
+        one.state.close()
+
+
+def test_who_joins_gets_an_expanded_buffer() -> None:
+    def model(value: float) -> torch.nn.Module:
+        made = torch.nn.Linear(4, 4)
+        made.register_buffer("one", torch.full((1,), value).expand(7))
+        return made
+
+    world = World()
+    a, b = Rank(world, "a", model(3.0)), Rank(world, "b", model(4.0))
+    world.run(a=a.join)
+    assert world.run(a=a.exchange, b=b.join)["b"] is None
+    assert dict(b.model.named_buffers())["one"].tolist() == [3.0] * 7
+    a.state.close()
+    b.state.close()

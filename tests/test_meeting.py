@@ -186,6 +186,31 @@ def test_the_address_of_no_machine_is_an_error_that_names_it() -> None:
         fetch("node..1:80", 1, 1.0)
 
 
+def test_an_offer_goes_when_all_who_wait_for_it_have_it(seed: Seed) -> None:
+    seed.offer(7, {}, model(), takers=2)
+    for _ in range(2):
+        assert set(fetch(seed.address, 7, 5.0)[1]) == set(model())
+    seed.wait()
+    with pytest.raises(ExchangeError, match="has closed the connection"):
+        fetch(seed.address, 7, 5.0)
+
+
+def test_silent_strangers_take_some_connections_and_for_a_while_only(
+    seed: Seed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lc3.local.seed._KEY_S", 1.0)
+    host, port = seed.address.rsplit(":", 1)
+    before = threading.active_count()
+    idle = [socket.create_connection((host, int(port)), 5.0) for _ in range(150)]
+    time.sleep(0.5)
+    assert threading.active_count() - before <= 64
+    time.sleep(1.5)
+    seed.offer(8, {}, model())
+    assert set(fetch(seed.address, 8, 5.0)[1]) == set(model())
+    for one in idle:
+        one.close()
+
+
 def test_the_last_two_offers_are_kept(seed: Seed) -> None:
     for key in (1, 2, 3):
         seed.offer(key, {"key": key}, {})

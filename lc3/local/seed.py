@@ -33,6 +33,8 @@ _KEY = struct.Struct("<Q")
 _SIZE = struct.Struct("<Q")
 _KEEP_S = 600.0  # that an offer is there
 _MOST_OFFERS = 2
+_MOST_CONNECTIONS = 64  # at a time; more are closed
+_KEY_S = 5.0  # to say which offer
 _MOST_HEAD = 1 << 26
 _DTYPES = {str(dtype): dtype for dtype in DTYPES}
 Held = tuple[Mapping[str, Any], Mapping[str, Tensor]]
@@ -68,9 +70,10 @@ class Seed:
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                self.request.settimeout(timeout_s)
+                self.request.settimeout(min(timeout_s, _KEY_S))
                 with suppress(OSError, FormatError):
                     key = _KEY.unpack(_exactly(self.request, _KEY.size))[0]
+                    self.request.settimeout(timeout_s)
                     if (held := seed.held(key)) is not None:
                         self.give(key, held)
 
@@ -82,11 +85,22 @@ class Seed:
                 finally:
                     seed.served(key)
 
+        connections = threading.Semaphore(_MOST_CONNECTIONS)
+
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
             block_on_close = False
             allow_reuse_address = True
             address_family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+
+            def verify_request(self, *_: Any) -> bool:
+                return connections.acquire(blocking=False)
+
+            def process_request_thread(self, *given: Any) -> None:
+                try:
+                    super().process_request_thread(*given)
+                finally:
+                    connections.release()
 
         self._server = Server((bind, 0), Handler)
         self.address = f"{host}:{self._server.server_address[1]}"
@@ -135,8 +149,11 @@ class Seed:
     def served(self, key: int) -> None:
         """Note that one of the takers has fetched an offer, or has gone."""
         with self._changed:
-            if key in self._awaited:
+            if self._awaited.get(key, 0) > 0:
                 self._awaited[key] -= 1
+                if not self._awaited[key]:  # its memory is needed no longer
+                    self._offers.pop(key, None)
+                    self._past.add(key)
             self._changed.notify_all()
 
     def wait(self) -> None:
