@@ -91,6 +91,7 @@ class Seed:
             daemon_threads = True
             block_on_close = False
             allow_reuse_address = True
+            request_queue_size = _MOST_CONNECTIONS
             address_family = socket.AF_INET6 if ":" in bind else socket.AF_INET
 
             def verify_request(self, *_: Any) -> bool:
