@@ -516,10 +516,13 @@ class State(LocalSteps):
         counts = rank in exchanged.taken
         behind = rank in meeting.behind
         held = self._fetched(lead, meeting.entry) if behind else None
-        if behind and counts and held is None:  # do the others count it?
+        if behind and counts and held is None:
             flats = self._model.flats().items()
-            self._open_at = {name: flat.clone() for name, flat in flats}
-            return
+            here = {name: flat.clone() for name, flat in flats}
+            if self._open:  # do the others count it?
+                self._open_at = here
+                return
+            self._from = here  # nothing was sent
         if not counts:  # what this rank has moved is moved still
             since = self._from or self.owners.replica
             for name, flat in self._model.flats().items():

@@ -64,9 +64,9 @@ def attach(
     After every H-th step the ranks that torchft's quorum has brought together average
     what they have moved. Who is not there keeps what it has moved for the next time.
     The first ranks go on from what most of them hold alike, or else from what the
-    lowest of them holds; who joins later gets the
-    model, the steps and the buffers of one of them, while they go on. An exchange that
-    fails is logged, and training goes on.
+    lowest of them holds; who joins later gets the model, the steps and the buffers of
+    one of them, while they go on. An exchange that fails is logged, and training goes
+    on.
 
     Blocks until this rank holds the ranks' model. The training loop stays as it is;
     ``state.sync()`` ends the training.
@@ -192,20 +192,25 @@ def _check_seconds(every_s: object, quorum_s: float) -> None:
 def _check_served(host: object, bind: object, silent_s: object) -> None:
     """Raise ``ConfigError`` if a model cannot be served, or waited for, like that."""
     for name, value in (("hostname", host), ("bind", bind)):
-        try:
-            assert isinstance(value, str)
-            value.encode("idna")
-            assert value or name == "bind"
-        except (AssertionError, UnicodeError) as error:
+        if not (isinstance(value, str) and (value or name == "bind") and _named(value)):
             raise ConfigError(
                 f"{name}={value!r} must be the name or address of a machine"
-            ) from error
+            )
     is_number = isinstance(silent_s, int | float) and not isinstance(silent_s, bool)
     if not is_number or not 0 < silent_s <= _LONGEST_S:  # type: ignore[operator]
         raise ConfigError(
             f"fetch_timeout_s={silent_s!r} must be a number of seconds above 0, and at "
             f"most {_LONGEST_S:g}"
         )
+
+
+def _named(host: str) -> bool:
+    """Return whether a machine can have that name."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _check_manager(manager: Manager) -> None:

@@ -19,6 +19,7 @@ from lc3.hooks.come_and_go import Quorum, said_of
 from lc3.knobs import knobs_for
 from lc3.local.meeting import Meeting, Present, meet
 from lc3.local.says import Says
+from lc3.local.seed import Seed, fetch
 
 T_S = 3.0
 Boxes = defaultdict[tuple[int, int, int], "queue.Queue[Tensor]"]
@@ -320,7 +321,7 @@ def ranks() -> Iterator[Callable[..., list[Rank]]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_moves_smaller_than_a_parameters_last_bit_add_up(
-    ranks: Callable[..., list[Rank]], dtype: torch.dtype
+    dtype: torch.dtype,
 ) -> None:
     world = World()
     some = [
@@ -365,9 +366,7 @@ def test_who_joins_a_rank_whose_moves_are_nan_gets_the_model(
     b.state.close()
 
 
-def test_who_joins_leaves_the_others_statistics_alone(
-    ranks: Callable[..., list[Rank]],
-) -> None:
+def test_who_joins_leaves_the_others_statistics_alone() -> None:
     def model() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
 
@@ -384,9 +383,7 @@ def test_who_joins_leaves_the_others_statistics_alone(
     b.state.close()
 
 
-def test_ranks_that_average_statistics_at_other_times_give_those_they_have(
-    ranks: Callable[..., list[Rank]],
-) -> None:
+def test_ranks_that_average_statistics_at_other_times_give_those_they_have() -> None:
     world = World()
     a, b = (
         Rank(world, name, torch.nn.Sequential(torch.nn.BatchNorm1d(4))) for name in "ab"
@@ -468,7 +465,7 @@ def test_what_nobody_knows_to_have_counted_is_not_sent_again(
     assert (a.shared, b.shared) == (1.0, 1.0)
 
 
-def test_who_is_alone_owes_what_it_owed(ranks: Callable[..., list[Rank]]) -> None:
+def test_who_is_alone_owes_what_it_owed() -> None:
     settings = Settings(density=0.1, min_ndim=0, min_numel=1, topology="direct")
     model = partial(torch.nn.Linear, 16, 16)
     world = World()
@@ -532,3 +529,36 @@ def test_who_joins_gets_an_expanded_buffer() -> None:
     assert dict(b.model.named_buffers())["one"].tolist() == [3.0] * 7
     a.state.close()
     b.state.close()
+
+
+def test_first_ranks_whose_model_cannot_be_fetched_try_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+
+    def fails_once(*given: Any) -> Any:
+        tried.append(given)
+        if len(tried) == 1:
+            raise ExchangeError("it cannot be reached")
+        return fetch(*given)
+
+    monkeypatch.setattr(come_and_go, "fetch", fails_once)
+    world = World()
+    a, b = Rank(world, "a"), Rank(world, "b")
+    with torch.no_grad():
+        b.model.weight.fill_(2.0)  # type: ignore[operator]
+    world.run(a=lambda: meets(a), b=lambda: meets(b))
+    assert (b.state._joined, b.state._open_at) == (False, {})
+    world.run(a=a.exchange, b=b.exchange)
+    assert b.shared == a.shared == 0.0
+    assert b.model.weight.eq(1).all()  # type: ignore[operator]
+    a.state.close()
+    b.state.close()
+
+
+def meets(rank: Rank) -> None:
+    """Let a rank try to join once."""
+    rank.state._timeout_s = 3.0
+    rank.state._seed = Seed("127.0.0.1", "127.0.0.1", 3.0, rank.state._facts)
+    rank.state._start()
+    rank.state._finish()
