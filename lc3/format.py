@@ -233,8 +233,8 @@ def has_body(data: bytes) -> bool:
 
 
 def is_nan_frame(data: Tensor) -> bool:
-    """Whether the frame at the start of uint8[*] decodes to NaN."""
-    return data.numel() >= SCALE_BYTES and math.isnan(scale_of(data))
+    """Whether a frame, uint8[*], decodes to NaN: it has no body then."""
+    return data.numel() == SCALE_BYTES and math.isnan(scale_of(data))
 
 
 def scale_of(frame: Tensor) -> float:

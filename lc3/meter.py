@@ -181,8 +181,13 @@ class Meter:
         return math.sqrt(_ratio(self._residual_square, self._gradient_square))
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to ``seconds[name]``."""
+    def stage(self, name: str, within: str | None = None) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to ``seconds[name]``.
+
+        Args:
+            name: of the stage.
+            within: the stage that the block is in, which they do not count for.
+        """
         start = time.perf_counter()
         try:
             if is_profiling():  # a range takes microseconds
@@ -191,7 +196,10 @@ class Meter:
             else:
                 yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[name] += took
+            if within is not None:
+                self.seconds[within] -= took
 
     @property
     def ratio(self) -> float:

@@ -5,12 +5,17 @@ what its frames lack to a second copy (``hold``), and ``settle`` says later how 
 that exchange was applied.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from lc3.plan import Piece, Plan
+
+Kept = tuple[Piece, Tensor, bool]
+Coded = tuple[list[Tensor | None], list[Tensor], list[Tensor | None]]
+Parts = tuple[list[Tensor | None], list[Tensor | None]]
 
 
 class Residuals:
@@ -44,33 +49,109 @@ class Residuals:
         """Have no owner side: masters that are ahead of their replica are one."""
         self.owned = {}
 
-    def of_sent(self, piece: Piece) -> Tensor:
-        """Return the worker-side residual of a coded piece: a view, float32[piece]."""
-        return self.sent[piece.name][piece.start : piece.stop]
+    def of_sent(self, pieces: Iterable[Piece]) -> Parts:
+        """Return worker-side residuals, and where an exchange leaves new ones.
 
-    def of_owned(self, piece: Piece) -> Tensor:
-        """Return the owner-side residual of a coded piece that this rank owns."""
-        return self.owned[piece.name][piece.offset : piece.offset + piece.numel]
+        Args:
+            pieces: coded ones, and raw ones that have neither.
 
-    def keep_sent(self, piece: Piece, left: Tensor | None) -> None:
-        """Make ``left``, float32[piece], the worker side's; ``None``: it stays."""
-        self._keep(0, self.of_sent(piece), left, piece.name, piece.start)
+        Returns:
+            For each piece a view, float32[piece], or ``None``; and for each a view of
+            the second copy, or ``None``: where its values were, since nothing is held.
+        """
+        places = [(p, p.start) if p.coded else None for p in pieces]
+        return self._parts(0, self.sent, places)
 
-    def keep_owned(self, piece: Piece, left: Tensor | None) -> None:
-        """Make ``left``, float32[piece], the owner side's; ``None``: it stays."""
-        self._keep(1, self.of_owned(piece), left, piece.name, piece.offset)
+    def of_owned(self, pieces: Iterable[Piece]) -> Parts:
+        """Do what ``of_sent`` does on the owner side, for pieces of this rank's."""
+        places = [(p, p.offset) if p.coded else None for p in pieces]
+        return self._parts(1, self.owned, places)
 
-    def _keep(
-        self, side: int, old: Tensor, left: Tensor | None, name: str, at: int
+    def to_send(self, both: Sequence[tuple[Piece, Tensor]]) -> Coded:
+        """Return what coding reads and writes of some pieces that are pushed.
+
+        Args:
+            both: pieces, coded and raw ones, and their values, float32[piece].
+
+        Returns:
+            For each its residual, where what its frame lacks is left, and what to read
+            if that is not there: a view, float32[piece], or ``None``.
+        """
+        return _coded(both, *self.of_sent([piece for piece, _ in both]))
+
+    def to_pull(self, pieces: Iterable[tuple[Piece, Tensor]]) -> Coded:
+        """Do what ``to_send`` does, for pieces of this rank's that are pulled."""
+        both = list(pieces)
+        return _coded(both, *self.of_owned([piece for piece, _ in both]))
+
+    def _parts(
+        self,
+        side: int,
+        now: Mapping[str, Tensor],
+        places: Sequence[tuple[Piece, int] | None],
+    ) -> Parts:
+        parts: Parts = [], []
+        copies = (now,) if self._next is None else (now, self._next[side])
+        for found, copy in zip_longest(parts, copies):
+            for place in places:
+                if place is None or copy is None:
+                    found.append(None)
+                    continue
+                piece, start = place
+                all_of_it = copy[piece.name]
+                whole = all_of_it.numel() == piece.numel
+                found.append(
+                    all_of_it if whole else all_of_it[start : start + piece.numel]
+                )
+        return parts
+
+    def keep_sent(self, kept: Sequence[Kept]) -> None:
+        """Make what an exchange has left the worker side's residuals.
+
+        Args:
+            kept: a coded piece; float32[piece], what is left of it, which is read if
+                nothing is held; whether its exchange never was, so that the old
+                residual stays.
+        """
+        self._keep(kept, self.of_sent)
+
+    def keep_owned(self, kept: Sequence[Kept]) -> None:
+        """Do what ``keep_sent`` does, on the owner side."""
+        self._keep(kept, self.of_owned)
+
+    def _keep(self, kept: Sequence[Kept], of: Callable[[list[Piece]], Parts]) -> None:
+        held = self._next is not None
+        for piece, left, lost in kept:
+            if held:
+                self.open.add(piece.name)
+            if lost == held:
+                ((old,), (room,)) = of([piece])
+                assert old is not None  # it is coded
+                if room is None:
+                    old.copy_(left)
+                else:
+                    room.copy_(old)
+
+    def clear_sent(self, pieces: Sequence[Piece]) -> None:
+        """Let an exchange leave nothing of some coded pieces on the worker side."""
+        self._clear(pieces, *self.of_sent(pieces))
+
+    def clear_owned(self, pieces: Sequence[Piece]) -> None:
+        """Let an exchange leave nothing of some coded pieces on the owner side."""
+        self._clear(pieces, *self.of_owned(pieces))
+
+    def _clear(
+        self,
+        pieces: Sequence[Piece],
+        olds: Sequence[Tensor | None],
+        rooms: Sequence[Tensor | None],
     ) -> None:
-        new = old
+        for old, room in zip(olds, rooms, strict=True):
+            now = old if room is None else room
+            assert now is not None  # it is coded
+            now.zero_()
         if self._next is not None:
-            new = self._next[side][name][at : at + old.numel()]
-            self.open.add(name)
-        if left is not None:
-            new.copy_(left)
-        elif new is not old:
-            new.copy_(old)
+            self.open.update([piece.name for piece in pieces])
 
     def settle(self, applied: Mapping[str, float]) -> None:
         """Say how much of the last exchange of some parameters was applied.
@@ -99,6 +180,19 @@ class Residuals:
     def buffers(self) -> list[Tensor]:
         """Return all of them, both sides."""
         return [*self.sent.values(), *self.owned.values()]
+
+
+def _coded(
+    both: Sequence[tuple[Piece, Tensor]],
+    residuals: list[Tensor | None],
+    rooms: Sequence[Tensor | None],
+) -> Coded:
+    left: list[Tensor] = []
+    sources: list[Tensor | None] = []
+    for (_, values), room in zip(both, rooms, strict=True):
+        left.append(values if room is None else room)
+        sources.append(None if room is None else values)
+    return residuals, left, sources
 
 
 def arena(sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:

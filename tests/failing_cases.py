@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lc3
+from lc3.codec import Encoded, cpu
 from lc3.config import Settings
 from lc3.hooks import ddp, local_sgd, push_pull
 from lc3.session import attaching
@@ -89,6 +90,37 @@ def comes_late(rank: int, world: int) -> str:
     channel._ABORT_TIMEOUT_S = 5.0
     state.close()
     return said
+
+
+class BrokenLater(Broken):
+    """Memory for one message, and no more."""
+
+    def __init__(self) -> None:
+        self.left = 1
+
+    def encode_all(self, *given: Any) -> list[Encoded]:
+        """See ``lc3.codec.cpu.encode_all``."""
+        if not self.left:
+            raise MemoryError("no memory left for frames")
+        self.left -= 1
+        return cpu.encode_all(*given)
+
+
+def fails_midway(rank: int, world: int) -> tuple[str, str]:
+    """Fail on rank 1 when the message to one of the others has left already."""
+    model = DistributedDataParallel(nn.Linear(600, 600))
+    state = ddp.attach(model, config=Settings(topology="owners"))
+    said = ""
+    for step in range(2):  # norms are measured in the first: all are made at once
+        if rank == 1 and step:
+            state.engine.messages.coder = Coder(BrokenLater())
+        try:
+            model(torch.randn(4, 600)).square().mean().backward()
+        except Exception as error:  # noqa: BLE001  # it is the result
+            said = f"{type(error).__name__}: {error}"
+    began = time.monotonic()
+    state.close()
+    return said, "late" if time.monotonic() - began > 5 else "soon"
 
 
 def failed_attaches(rank: int, world: int, count: int) -> dict[str, int]:

@@ -116,6 +116,7 @@ def test_a_residual_is_added_first(
 
 
 HALVES = [torch.float16, torch.bfloat16]
+SOURCES = [torch.float32, *HALVES]
 
 
 @backends
@@ -138,17 +139,17 @@ def test_every_half_precision_value_is_widened_exactly(
 @settings(max_examples=3 * EXAMPLES)
 @given(
     x=vectors,
-    dtype=st.sampled_from(HALVES),
+    dtype=st.sampled_from(SOURCES),
     density=st.sampled_from([None, 0.1, 0.5]),
     owing=st.booleans(),
 )
-def test_half_precision_is_coded_as_what_it_stands_for(
+def test_a_source_is_coded_in_place_of_the_values(
     x: np.ndarray, dtype: torch.dtype, density: float | None, owing: bool
 ) -> None:
     source = torch.from_numpy(x).to(dtype)
     residual = torch.from_numpy(x).roll(1) * 0.25 if owing else None
     room = max_frame_bytes(x.size)
-    expected, out = source.float(), torch.empty(room, dtype=torch.uint8)
+    expected, out = source.float().clone(), torch.empty(room, dtype=torch.uint8)
     size, digits = reference.encode(expected, 1.0, out, residual, density)
     for codec in BACKENDS:
         left, frame = torch.ones(x.size), torch.empty(room, dtype=torch.uint8)
@@ -158,6 +159,62 @@ def test_half_precision_is_coded_as_what_it_stands_for(
         )
         assert torch.equal(frame[:size], out[:size])
         assert np.array_equal(left.numpy(), expected.numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize("owing", [False, True])
+@pytest.mark.parametrize("dtype", [None, *SOURCES], ids=str)
+def test_many_pieces_at_once_are_as_one_by_one(
+    dtype: torch.dtype | None, owing: bool
+) -> None:
+    xs = [x for n in (1, 4, 1281, 5000) for x in special_inputs(n).values()]
+    numels = [x.numel() for x in xs]
+    residuals = [x.roll(1) * 0.25 if owing else None for x in reversed(xs)]
+    residuals = [
+        r[:1].expand(n).clone() if r is not None else None
+        for r, n in zip(residuals, numels, strict=True)
+    ]
+    sources = [None if dtype is None else x.to(dtype) for x in xs]
+    each = [x.clone() if dtype is None else torch.ones_like(x) for x in xs]
+    outs = [torch.zeros(max_frame_bytes(n), dtype=torch.uint8) for n in numels]
+    several, several_outs = [x.clone() for x in each], [out.clone() for out in outs]
+    one_by_one = [
+        reference.encode(x, 1.5, out, r, None, s)
+        for x, out, r, s in zip(each, outs, residuals, sources, strict=True)
+    ]
+    found = cpu.encode_all(several, 1.5, several_outs, residuals, None, sources)
+    assert found == one_by_one
+    frames = [out[:used] for out, (used, _) in zip(outs, found, strict=True)]
+    for x, y in zip(each, several, strict=True):
+        assert np.array_equal(x.numpy(), y.numpy(), equal_nan=True)
+    for frame, out in zip(frames, several_outs, strict=True):
+        assert torch.equal(frame, out[: frame.numel()])
+
+    sizes = [used for used, _ in found]
+    row = torch.cat([torch.zeros(8, dtype=torch.uint8), *frames])
+    assert cpu.check_all(row, [2, *numels], [False] + [True] * len(xs)) == [8, *sizes]
+    assert cpu.check_all(row[:-1], [2, *numels], [False] + [True] * len(xs)) is None
+    assert cpu.check_all(row, [3, *numels], [False] + [True] * len(xs)) is None
+    for anew in (False, True):
+        sums = [torch.full((n,), 0.5) for n in numels]
+        at_once = [total.clone() for total in sums]
+        for frame, total in zip(frames, sums, strict=True):
+            if anew:
+                total.zero_()
+            with np.errstate(over="ignore"):
+                decode_add(reference, frame, total)
+                decode_add(reference, frame, total)
+        both = zip(at_once, frames, strict=True)
+        cpu.add_all([(total, [frame] * 2) for total, frame in both], anew=anew)
+        for a, b in zip(sums, at_once, strict=True):
+            assert np.array_equal(a.numpy(), b.numpy(), equal_nan=True)
+
+
+def test_values_that_are_not_in_a_row_are_refused() -> None:
+    x, out = torch.zeros(8)[::2], torch.zeros(9, dtype=torch.uint8)
+    with pytest.raises(lc3.InputError, match=r"4 values with strides .* contiguous"):
+        cpu.encode_all([x], 1.0, [out], [None], None, [None])
+    with pytest.raises(lc3.InputError, match=r"4 values with strides .* contiguous"):
+        cpu.add_all([(x, [out])], anew=False)
 
 
 @settings(max_examples=25 * EXAMPLES)
@@ -490,9 +547,12 @@ def test_nothing_compiles_in_a_step() -> None:
         "\nfor s in (1.0, 1.9):\n"
         "  for r in (None, x * 0.1):\n"
         "    for d in (None, 0.02):\n"
-        "      for g in (None, x.half(), x.bfloat16()):\n"
+        "      for g in (None, x * 1, x.half(), x.bfloat16()):\n"
         "        used, _ = cpu.encode(x.clone(), s, out, r, d, g)\n"
         "        decode_add(cpu, out[:used], x.clone())\n"
+        "        cpu.encode_all([x.clone()] * 2, s, [out] * 2, [r] * 2, d, [g] * 2)\n"
+        "        cpu.check_all(out, [x.numel()], [True])\n"
+        "        cpu.add_all([(x.clone(), [out[:used]])], anew=False)\n"
         "assert before == [len(k.signatures) for k in kernels]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

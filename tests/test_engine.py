@@ -27,7 +27,7 @@ from lc3.plan import make_plan
 from lc3.transport.group import MOST_BYTES
 from lc3.transport.handshake import agree
 from lc3.transport.loopback import Loopback
-from lc3.transport.protocol import Transport
+from lc3.transport.protocol import Lazily, Transport
 from lc3.wire.coder import Coder
 from tests.oracle import Oracle
 
@@ -140,6 +140,24 @@ def test_the_exchange_equals_the_oracle(
         sparsity=1.5, min_numel=100, min_shard=400, block_size=block, topology=exchange
     )
     run(world, 20, config)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_messages_made_one_by_one_equal_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    monkeypatch.setattr("lc3.wire.coder._SEVERAL_CALLS_FROM", 0)
+    asked: list[int] = []
+    take = Lazily.__getitem__
+
+    def noted(messages: Lazily, rank: int) -> Tensor:
+        asked.append(rank)
+        message: Tensor = take(messages, rank)
+        return message
+
+    monkeypatch.setattr(Lazily, "__getitem__", noted)
+    run(world, 5, Settings(sparsity=1.5, min_numel=100, min_shard=400))
+    assert set(asked) >= set(range(world))
 
 
 @pytest.mark.parametrize("entropy", ["auto", "none"])

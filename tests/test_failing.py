@@ -50,6 +50,15 @@ def test_a_reason_waits_for_ranks_that_come_late(ranks: Pools) -> None:
         )
 
 
+def test_a_rank_that_fails_between_two_messages_is_an_error_on_all(
+    ranks: Pools,
+) -> None:
+    said = ranks(3).run(failing_cases.fails_midway)
+    reason = "MemoryError: no memory left for frames"
+    assert said[1] == (reason, "soon")
+    assert said[0] == said[2] == (f"PeerError: rank 1 stopped: {reason}", "soon")
+
+
 def test_a_failed_attach_leaves_nothing_behind(ranks: Pools) -> None:
     for grown in ranks(2).run(failing_cases.failed_attaches, 5):
         assert grown == {"files": 0, "threads": 0}

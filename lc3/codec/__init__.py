@@ -3,7 +3,7 @@
 import logging
 from functools import cache
 from itertools import product
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ class Codec(Protocol):
     """A backend: a module with these functions.
 
     All backends agree on every byte and on every residual. The functions may run on
-    several threads at once, on tensors that do not overlap.
+    several threads at once, on tensors that do not overlap. A backend that is better at
+    many pieces at once has ``encode_all``, ``check_all`` and ``add_all`` as well (see
+    ``lc3.codec.cpu``), or a class ``Batch`` (see ``lc3.codec.cuda``).
     """
 
     def max_frame_bytes(self, numel: int) -> int:
@@ -52,8 +54,8 @@ class Codec(Protocol):
                 there is nothing to say: the frame has scale 0, the residual stays.
             density: a share of values to send instead, see ``lc3.codec.density``. What
                 is taken off ``x`` may then be rounded.
-            source: float16[n] or bfloat16[n], contiguous: the values, in place of those
-                of ``x``, which is then only written.
+            source: float32[n], float16[n] or bfloat16[n], contiguous: the values, in
+                place of those of ``x``, which is then only written.
 
         Source: Lim, Andersen, Kaminsky, "3LC", MLSys 2019 (arXiv 1802.07389).
         """
@@ -135,14 +137,19 @@ def _kernels_or_operators(device: torch.device) -> Codec:
 
 def warm_up(codec: Codec, device: torch.device | str = "cpu") -> None:
     """Run every path of ``codec`` once, so that nothing compiles during a step."""
+    every: Any = codec
     out = torch.empty(max_frame_bytes(400), dtype=torch.uint8, device=device)
     spike = torch.zeros(400, device=device, dtype=torch.float32)
     spike[7] = 1
     full = torch.full_like(spike, torch.nan)
     for x in (spike, torch.arange(400.0, device=device, dtype=torch.float32), full):
         ways = product(
-            (None, torch.zeros_like(x)), (None, 0.1), (None, x.half(), x.bfloat16())
+            (None, torch.zeros_like(x)), (None, 0.1), (None, x, x.half(), x.bfloat16())
         )
         for residual, density, source in ways:
             used, _ = codec.encode(x.clone(), 1.0, out, residual, density, source)
             decode_add(codec, out[:used], torch.zeros_like(x))
+            if hasattr(every, "encode_all"):
+                every.encode_all([x.clone()], 1.0, [out], [residual], density, [source])
+                every.check_all(out[:used], [x.numel()], [True])
+                every.add_all([(torch.zeros_like(x), [out[:used]])], anew=True)

@@ -13,8 +13,11 @@ know to be positive is tested at each use, and keeps a loop from being vectorise
 fast-math: every float operation is the float32 operation of the specification.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numba import carray
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,13 +27,16 @@ from lc3.codec.density import choose, sample_stride
 from lc3.codec.instructions import (
     LANES,
     bits_of,
+    bytes_at,
     float_of,
+    floats_at,
+    halves_at,
     lowest_bit,
     nonzero_bytes,
     prefetch,
     write_word,
 )
-from lc3.errors import FormatError
+from lc3.errors import FormatError, InputError
 from lc3.format import (
     FLOAT32_MAX,
     NAN_SCALE,
@@ -44,10 +50,19 @@ from lc3.format import (
     quartic_bytes,
 )
 
-__all__ = ["add", "check", "encode", "max_frame_bytes"]
+__all__ = [
+    "add",
+    "add_all",
+    "check",
+    "check_all",
+    "encode",
+    "encode_all",
+    "max_frame_bytes",
+]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int64]
 Halves = NDArray[np.uint16]  # the bits of float16 or bfloat16
 
 # Quartic bytes at a time. Five partitions of a block are 5 KiB, so that what is read
@@ -129,11 +144,14 @@ def _prepare(x: Tensor, residual: Tensor | None, source: Tensor | None) -> np.in
     if residual is not None and source is not None and source.dtype == torch.bfloat16:
         halves = source.view(torch.uint16).numpy()
         return _add_to_bfloat16(values, halves, residual.numpy())
-    if source is not None:
+    read = values
+    if source is not None and residual is not None and source.dtype == torch.float32:
+        read = source.numpy()
+    elif source is not None:
         x.copy_(source)
     if residual is None:
         return _max_magnitude_bits(values)
-    return _add_residual(values, residual.numpy())
+    return _add_residual(values, read, residual.numpy())
 
 
 def check(frame: Tensor, numel: int) -> int:
@@ -163,18 +181,81 @@ def check(frame: Tensor, numel: int) -> int:
 def add(frame: Tensor, acc: Tensor) -> None:
     """See ``lc3.codec.Codec.add``."""
     data, values = frame.numpy(), acc.numpy()
-    scale = data[:SCALE_BYTES].view(np.float32)[0]
-    body = data[SCALE_BYTES:]
-    if np.isnan(scale):
-        values.fill(np.nan)
-    elif body.size > _dense_share(values.size) * quartic_bytes(values.size):
-        _add_dense(body, scale, values)
-    elif body.size:
-        _add(body, scale, values)
+    _add_frame(data, values)
 
 
-def _dense_share(numel: int) -> float:
-    return _DENSE_SHARE if numel < _LARGE else _LARGE_DENSE_SHARE
+# What a bucket's kernels are told of each piece, or frame: addresses and sizes.
+_VALUES, _NUMEL, _RESIDUAL, _SOURCE, _HALF, _OUT, _PIECE_COLUMNS = range(7)
+_ACC, _ELEMENTS, _FRAME, _BYTES, _FIRST_OF_SUM, _FRAME_COLUMNS = range(6)
+_NOTHING = 0  # no address
+
+
+def encode_all(
+    values: Sequence[Tensor],
+    sparsity: float,
+    outs: Sequence[Tensor],
+    residuals: Sequence[Tensor | None],
+    density: float | None,
+    sources: Sequence[Tensor | None],
+) -> list[Encoded]:
+    """Encode some pieces, each as ``encode`` does, by one call."""
+    if density is not None:
+        each = zip(values, outs, residuals, sources, strict=True)
+        return [encode(x, sparsity, out, r, density, s) for x, out, r, s in each]
+    rows = []
+    for x, out, r, s in zip(values, outs, residuals, sources, strict=True):
+        if not x.is_contiguous():
+            raise InputError(_not_contiguous(x))
+        owed, read, half = _NOTHING if r is None else r.data_ptr(), _NOTHING, False
+        if s is not None:
+            half = s.dtype == torch.bfloat16
+            if r is not None and (half or s.dtype == torch.float32):
+                read = s.data_ptr()
+            else:
+                x.copy_(s)
+        rows.append((x.data_ptr(), x.numel(), owed, read, half, out.data_ptr()))
+    table = np.array(rows, np.int64).reshape(-1, _PIECE_COLUMNS)
+    found = np.empty((len(rows), 2), np.int64)
+    _encode_all(table, np.float32(sparsity), found)
+    return [Encoded(used, digits) for used, digits in found.tolist()]
+
+
+def check_all(
+    data: Tensor, numels: Sequence[int], coded: Sequence[bool]
+) -> list[int] | None:
+    """Return the sizes of pieces in a row; ``None``: one of them is not whole.
+
+    Args:
+        data: uint8[*], contiguous: for a coded piece a frame, else its float32 values.
+        numels: of the pieces.
+        coded: which of them are frames.
+    """
+    sizes = np.empty(len(numels), np.int64)
+    table = np.array([numels, coded], np.int64)
+    return sizes.tolist() if _check_all(data.numpy(), table, sizes) else None
+
+
+def add_all(sums: Sequence[tuple[Tensor, Sequence[Tensor]]], *, anew: bool) -> None:
+    """Add frames to some values, each as ``add`` does, by one call.
+
+    Args:
+        sums: values, float32[n], with their frames.
+        anew: set the values to 0 before.
+    """
+    rows = []
+    for acc, frames in sums:
+        if not acc.is_contiguous():
+            raise InputError(_not_contiguous(acc))
+        at, elements, first = acc.data_ptr(), acc.numel(), anew
+        for frame in frames:
+            known = frame.data_ptr(), frame.numel()
+            rows.append((at, elements, *known, first))
+            first = False
+    _add_all(np.array(rows, np.int64).reshape(-1, _FRAME_COLUMNS))
+
+
+def _not_contiguous(x: Tensor) -> str:
+    return f"{x.numel()} values with strides {x.stride()} must be contiguous"
 
 
 @kernel()
@@ -197,6 +278,28 @@ def _encode(
 
 
 @kernel()
+def _encode_all(pieces: Integers, sparsity: np.float32, found: Integers) -> None:
+    """Encode every piece of a table, in its order."""
+    for k in range(pieces.shape[0]):
+        row = pieces[k]
+        n = row[_NUMEL]
+        x = carray(floats_at(row[_VALUES]), (n,))
+        if row[_RESIDUAL] == _NOTHING:
+            bits = _max_magnitude_bits(x)
+        elif row[_SOURCE] == _NOTHING:
+            bits = _add_residual(x, x, carray(floats_at(row[_RESIDUAL]), (n,)))
+        elif row[_HALF]:
+            residual = carray(floats_at(row[_RESIDUAL]), (n,))
+            halves = carray(halves_at(row[_SOURCE]), (n,))
+            bits = _add_to_bfloat16(x, halves, residual)
+        else:
+            residual = carray(floats_at(row[_RESIDUAL]), (n,))
+            bits = _add_residual(x, carray(floats_at(row[_SOURCE]), (n,)), residual)
+        frame = carray(bytes_at(row[_OUT]), (SCALE_BYTES + (n + 4) // 5,))
+        found[k] = _encode(x, bits, sparsity, frame)
+
+
+@kernel()
 def _write_special(largest: np.float32, frame: Bytes) -> np.int64:
     """Write the frame of values that are all zero, or not all finite."""
     frame[:SCALE_BYTES] = 0
@@ -215,15 +318,16 @@ def _max_magnitude_bits(x: Floats) -> np.int32:
 
 
 @kernel()
-def _add_residual(x: Floats, residual: Floats) -> np.int32:
-    """Add ``residual`` to ``x`` and return the largest bit pattern of the sum.
+def _add_residual(x: Floats, source: Floats, residual: Floats) -> np.int32:
+    """Make ``x`` the sum of both, and return the largest bit pattern in it.
 
-    0 if ``x`` was all zero: then there is nothing to say, whatever the residual is.
+    0 if ``source`` was all zero: then there is nothing to say, whatever the residual
+    is. ``source`` may be ``x``.
     """
     any_bits, largest = np.int32(0), np.int32(0)
     for i in range(x.size):
-        any_bits |= bits_of(x[i])
-        x[i] += residual[i]
+        any_bits |= bits_of(source[i])
+        x[i] = source[i] + residual[i]
         largest = max(largest, bits_of(x[i]) & _MAGNITUDE)
     return largest if any_bits & _MAGNITUDE != 0 else np.int32(0)
 
@@ -406,6 +510,57 @@ def _more(folded: Bytes) -> np.uint16:
     for j in range(folded.size):
         more = np.uint16(more + np.uint16(max(folded[j], literal) - literal))
     return more
+
+
+@kernel()
+def _check_all(data: Bytes, pieces: Integers, sizes: Integers) -> bool:
+    """Find the sizes of pieces in a row; return whether all are whole."""
+    at = 0
+    for k in range(sizes.size):
+        n = pieces[0, k]
+        if not pieces[1, k]:
+            sizes[k] = 4 * n
+        else:
+            if data.size - at < SCALE_BYTES:
+                return False
+            scale = data[at : at + SCALE_BYTES].view(np.float32)[0]
+            sizes[k] = SCALE_BYTES
+            if bits_of(scale) != 0 and not np.isnan(scale):
+                if not (np.isfinite(scale) and scale > 0):
+                    return False
+                problem, used, _ = _check(data[at + SCALE_BYTES :], n)
+                if problem != _OK:
+                    return False
+                sizes[k] += used
+        at += sizes[k]
+        if at > data.size:
+            return False
+    return True
+
+
+@kernel()
+def _add_all(frames: Integers) -> None:
+    """Add every frame of a table, in its order."""
+    for k in range(frames.shape[0]):
+        row = frames[k]
+        values = carray(floats_at(row[_ACC]), (row[_ELEMENTS],))
+        if row[_FIRST_OF_SUM]:
+            values[:] = 0
+        _add_frame(carray(bytes_at(row[_FRAME]), (row[_BYTES],)), values)
+
+
+@kernel()
+def _add_frame(frame: Bytes, values: Floats) -> None:
+    """Add a frame to values: the way that is the shorter for its content."""
+    scale = frame[:SCALE_BYTES].view(np.float32)[0]
+    body = frame[SCALE_BYTES:]
+    share = _DENSE_SHARE if values.size < _LARGE else _LARGE_DENSE_SHARE
+    if np.isnan(scale):
+        values[:] = np.nan
+    elif body.size > share * ((values.size + 4) // 5):
+        _add_dense(body, scale, values)
+    elif body.size > 0:
+        _add(body, scale, values)
 
 
 @kernel()

@@ -83,6 +83,16 @@ def _prefetch(_context: Any, data: Any, _at: Any) -> Any:
     return types.void(data, types.uint64), emit
 
 
+def _at_address(kind: Any, made: Any) -> Any:
+    def definition(_context: Any, _address: Any) -> Any:
+        def emit(_codegen: Any, builder: Any, _signature: Any, given: Any) -> Any:
+            return builder.inttoptr(given[0], kind.as_pointer())
+
+        return cast(Any, types.CPointer)(made)(types.int64), emit
+
+    return definition
+
+
 def _instruction(definition: Any) -> Any:
     return cast(Any, intrinsic)(definition)
 
@@ -96,5 +106,9 @@ bits_of: Callable[..., np.int32] = _instruction(_bits_of)
 float_of: Callable[..., np.float32] = _instruction(_float_of)
 # Array, place, word: eight bytes are written, the lowest first.
 write_word: Callable[..., None] = _instruction(_write_word)
+# An address in memory: a pointer to values of that type there, for ``numba.carray``.
+floats_at: Callable[..., Any] = _instruction(_at_address(ir.FloatType(), types.float32))
+halves_at: Callable[..., Any] = _instruction(_at_address(ir.IntType(16), types.uint16))
+bytes_at: Callable[..., Any] = _instruction(_at_address(_BYTE, types.uint8))
 # Array, place: the line with that element is on its way, to be written soon.
 prefetch: Callable[..., None] = _instruction(_prefetch)

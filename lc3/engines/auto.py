@@ -87,9 +87,9 @@ class AutoEngine:
         world = self.transport.world
         mine = () if self.direct else pieces[self.transport.rank]
         owned = [piece for piece in mine if piece.name in owing]
-        for piece in owned:
-            values = grads[piece.name][piece.start : piece.stop]
-            values.add_(self.residuals.of_owned(piece), alpha=world)
+        for piece, owed in zip(owned, self.residuals.of_owned(owned)[0], strict=True):
+            assert owed is not None  # it is coded
+            grads[piece.name][piece.start : piece.stop].add_(owed, alpha=world)
         flat = torch.cat([grad.reshape(-1) for grad in grads.values()])
         if wire == "bfloat16":
             flat = (flat / world).bfloat16()
@@ -102,13 +102,15 @@ class AutoEngine:
         parts = torch.split(flat, [grad.numel() for grad in grads.values()])
         for grad, part in zip(grads.values(), parts, strict=True):
             grad.copy_(part)
-        for piece in chain.from_iterable(self._engine.pieces(owing)):
-            if grads[piece.name].isfinite().all():
-                self.residuals.keep_sent(piece, torch.zeros((), dtype=torch.float32))
-                self.owing.discard(piece.name)
-        for piece in owned:
-            if piece.name not in self.owing:
-                self.residuals.keep_owned(piece, torch.zeros((), dtype=torch.float32))
+        gone = {name for name in owing if grads[name].isfinite().all()}
+        self.owing -= gone
+        sent = [
+            piece
+            for piece in chain.from_iterable(self._engine.pieces(owing))
+            if piece.name in gone
+        ]
+        self.residuals.clear_sent(sent)
+        self.residuals.clear_owned([piece for piece in owned if piece.name in gone])
 
     def native_form(self, names: Collection[str], elements: int) -> Wire | None:
         """See ``Exchange.native_form``."""

@@ -16,7 +16,7 @@ from lc3.engines.exchange import NO_HALF_GRADS
 from lc3.format import scale_of
 from lc3.meter import Meter
 from lc3.plan import Layout, Plan
-from lc3.residual import Residuals
+from lc3.residual import Kept, Residuals
 from lc3.transport.channel import sum_of
 from lc3.transport.protocol import Transport
 from lc3.wire.coder import Coder
@@ -89,17 +89,21 @@ class Direct(Engine):
             by_sender: the bytes of each piece by sender, of all or some of the ranks.
         """
         sums: list[tuple[Tensor, Sequence[Tensor]]] = []
+        kept: list[Kept] = []
         said = zip(*by_sender, strict=True)
         for (piece, view), chunks in zip(views_of(pieces, grads), said, strict=True):
             if not piece.coded:
                 view.copy_(sum_of(chunks))
-            elif sum(map(scale_of, chunks)) <= _LARGEST_FLOAT:
-                self.residuals.keep_sent(piece, view)
-                sums.append((view.zero_(), chunks))
-            else:
-                self.residuals.keep_sent(piece, None)
+                continue
+            lost = not sum(map(scale_of, chunks)) <= _LARGEST_FLOAT
+            kept.append((piece, view, lost))
+            if not lost:
+                sums.append((view, chunks))
+        self.residuals.keep_sent(kept)
+        for _, view, lost in kept:
+            if lost:
                 view.fill_(torch.nan)
-        self.messages.coder.add(sums)
+        self.messages.coder.sum(sums)
         self.divide(grads.values())
 
 

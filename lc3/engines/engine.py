@@ -7,8 +7,8 @@ finite, so a step that fails, or overflows on any rank, leaves all residuals as 
 were. ``lc3.engines.direct`` goes the same way by one hop.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from lc3.meter import NORMS_EVERY, Meter
 from lc3.plan import Layout, Piece, Plan
 from lc3.residual import Residuals, arena
 from lc3.transport.channel import Channel, floats, sum_of
-from lc3.transport.protocol import Transport
-from lc3.wire.coder import Coder
+from lc3.transport.protocol import Lazily, NotMadeError, Transport
+from lc3.wire.coder import Coder, Sums
 from lc3.wire.messages import Messages
 
 
@@ -111,20 +111,20 @@ class Engine:
         """Do what ``all_reduce`` does, at any world size; see there."""
         owned = pieces[self.transport.rank]
         means = self.reduce_scatter(pieces, grads, step, bucket, half_grads)
-        residuals = [self.residuals.of_owned(p) if p.coded else None for p in owned]
-        arrived = self.all_gather(pieces, means, residuals, step, bucket)
+        owed, left, read = self.residuals.to_pull(zip(owned, means, strict=True))
+        arrived = self.all_gather(pieces, left, owed, step, bucket, read)
         with self.meter.stage("decode"):
             pulled = self.messages.unpack(arrived, pieces, step, bucket)
             self.keep_residuals(pieces, pulled, grads)
-            for piece, values in views_of(pieces, grads):
-                if piece.coded:
-                    values.zero_()
-            self.apply(pieces, pulled, grads)
+            self._write(pieces, pulled, grads, self.messages.coder.sum)
             mine = pulled[self.transport.rank]
-            for piece, mean, chunk in zip(owned, means, mine, strict=True):
-                if piece.coded:
-                    left = None if is_nan_frame(chunk) else mean
-                    self.residuals.keep_owned(piece, left)
+            self.residuals.keep_owned(
+                [
+                    (piece, mean, is_nan_frame(chunk))
+                    for piece, mean, chunk in zip(owned, left, mine, strict=True)
+                    if piece.coded
+                ]
+            )
 
     def pieces(self, names: Iterable[str]) -> Layout:
         """Return the pieces of some parameters by owner, in plan order."""
@@ -147,9 +147,9 @@ class Engine:
 
         Args:
             pieces: by owner, in plan order.
-            values: by parameter name, float32[numel]. Left holding, for coded pieces,
-                values plus residual less what the frames carry: the residual to be,
-                see ``keep_residuals``.
+            values: by parameter name, float32[numel]. Where residuals are not held in
+                a second copy left holding, for coded pieces, values plus residual less
+                what the frames carry: the residual to be, see ``keep_residuals``.
             step: see ``Exchange.all_reduce``.
             bucket: see ``Exchange.all_reduce``.
             half_grads: see ``Exchange.all_reduce``.
@@ -159,20 +159,25 @@ class Engine:
             exchange uses again. NaN where some rank's values were not finite.
         """
         messages = self.pushes(pieces, values, step, bucket, half_grads)
-        with self.meter.stage("exchange"):
-            arrived = self.transport.all_to_all(messages)
+        try:
+            with self.meter.stage("exchange"):
+                arrived = self.transport.all_to_all(messages)
+        except NotMadeError as error:
+            raise error.__cause__ or error from None
         with self.meter.stage("decode"):
             owned = pieces[self.transport.rank]
             by_sender = self.messages.unpack(
                 arrived, [owned] * len(arrived), step, bucket
             )
-            means = [self.mean_of(piece).zero_() for piece in owned]
-            said = list(zip(*by_sender, strict=True))
-            both = list(zip(owned, means, said, strict=True))
-            self.messages.coder.add([(m, frames) for p, m, frames in both if p.coded])
-            for piece, mean, chunks_of in both:
-                if not piece.coded:
+            means = list(map(self.mean_of, owned))
+            said = zip(*by_sender, strict=True)
+            sums: list[tuple[Tensor, Sequence[Tensor]]] = []
+            for piece, mean, chunks_of in zip(owned, means, said, strict=True):
+                if piece.coded:
+                    sums.append((mean, chunks_of))
+                else:
                     mean.copy_(sum_of(chunks_of))
+            self.messages.coder.sum(sums)
             self.divide(means)
         return means
 
@@ -188,31 +193,48 @@ class Engine:
         step: int,
         bucket: int,
         half_grads: Mapping[str, Tensor],
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """Return a message for each list of pieces; see ``reduce_scatter``."""
         if bucket == 0 and self.budget.target is not None:
             self.channel.keep_budget(step)
+        wanted = step % NORMS_EVERY == 0
+        if wanted:
+            widen(values, half_grads)
+            half_grads = NO_HALF_GRADS
+        both = views_of(pieces, values)
+        residuals, left, sources = self.residuals.to_send(both)
+        if half_grads:
+            sources = [view for _, view in views_of(pieces, half_grads)]
+        sparsity, direction = self.budget.sparsity, self.meter.push
+
+        def made(some: Layout, part: slice) -> list[Tensor]:
+            given = left[part], residuals[part], sparsity, direction, step, bucket
+            return self.messages.make(some, *given, sources[part])
+
+        several = self.elements_of(pieces) >= self.messages.coder.several_calls_from
+        if several and len(pieces) > 1 and not wanted:
+            return self._one_by_one(pieces, made)
         with self.meter.stage("encode"):
-            both = views_of(pieces, values)
-            views = [view for _, view in both]
-            residuals = [
-                self.residuals.of_sent(p) if p.coded else None for p, _ in both
-            ]
-            coded = [view for piece, view in both if piece.coded]
-            wanted = step % NORMS_EVERY == 0
+            coded = [i for i, (piece, _) in enumerate(both) if piece.coded]
+            before = _square([both[i][1] for i in coded]) if wanted else 0.0
+            messages = made(pieces, slice(None))
             if wanted:
-                widen(values, half_grads)
-                half_grads = NO_HALF_GRADS
-            halves = views_of(pieces, half_grads) if half_grads else ()
-            sources = [view for _, view in halves]
-            before = _square(coded) if wanted else 0.0
-            sparsity, direction = self.budget.sparsity, self.meter.push
-            messages = self.messages.make(
-                pieces, views, residuals, sparsity, direction, step, bucket, sources
-            )
-            if wanted:
-                self.meter.add_norms(step, before, _square(coded))
+                self.meter.add_norms(step, before, _square([left[i] for i in coded]))
             return messages
+
+    def _one_by_one(
+        self, pieces: Layout, make: Callable[[Layout, slice], list[Tensor]]
+    ) -> Lazily:
+        """Return messages that are made while those before them travel."""
+        ends = list(accumulate(map(len, pieces)))
+        first = (self.transport.rank + 1) % len(pieces)
+
+        def made(rank: int, within: str | None = "exchange") -> Tensor:
+            part = slice(ends[rank] - len(pieces[rank]), ends[rank])
+            with self.meter.stage("encode", within):
+                return make((pieces[rank],), part)[0]
+
+        return Lazily(made, len(pieces), {first: made(first, None)})
 
     def all_gather(
         self,
@@ -221,6 +243,7 @@ class Engine:
         residuals: Sequence[Tensor | None],
         step: int,
         bucket: int,
+        sources: Sequence[Tensor | None] = (),
     ) -> list[Tensor]:
         """Pull: send what this rank owns to everybody, return what everybody sent.
 
@@ -234,6 +257,7 @@ class Engine:
             residuals: for each of them what earlier frames did not carry, or ``None``.
             step: see ``Exchange.all_reduce``.
             bucket: see ``Exchange.all_reduce``.
+            sources: of each piece what ``values`` are to be, if they are not yet.
 
         Returns:
             By owner its message, uint8[*]: see ``Messages.unpack``.
@@ -242,7 +266,7 @@ class Engine:
         sparsity, direction = self.budget.pull_sparsity, self.meter.pull
         with self.meter.stage("encode"):
             (message,) = self.messages.make(
-                [owned], values, residuals, sparsity, direction, step, bucket
+                [owned], values, residuals, sparsity, direction, step, bucket, sources
             )
         with self.meter.stage("exchange"):
             return self.transport.all_gather(message)
@@ -258,11 +282,15 @@ class Engine:
         left: Mapping[str, Tensor],
     ) -> None:
         """Make what a push has ``left`` the residual, where the pull is finite."""
+        both = views_of(pieces, left)
         chunks = chain.from_iterable(pulled)
-        for (piece, view), chunk in zip(views_of(pieces, left), chunks, strict=True):
-            if piece.coded:
-                lost = is_nan_frame(chunk)
-                self.residuals.keep_sent(piece, None if lost else view)
+        self.residuals.keep_sent(
+            [
+                (piece, view, is_nan_frame(chunk))
+                for (piece, view), chunk in zip(both, chunks, strict=True)
+                if piece.coded
+            ]
+        )
 
     def apply(
         self,
@@ -271,6 +299,15 @@ class Engine:
         into: Mapping[str, Tensor],
     ) -> None:
         """Add coded pieces to ``into``, float32[numel] by name; copy raw ones there."""
+        self._write(pieces, pulled, into, self.messages.coder.add)
+
+    def _write(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        pulled: Sequence[Sequence[Tensor]],
+        into: Mapping[str, Tensor],
+        write: Callable[[Sums], None],
+    ) -> None:
         sums: list[tuple[Tensor, list[Tensor]]] = []
         chunks = chain.from_iterable(pulled)
         for (piece, view), chunk in zip(views_of(pieces, into), chunks, strict=True):
@@ -278,7 +315,7 @@ class Engine:
                 sums.append((view, [chunk]))
             else:
                 view.copy_(floats(chunk))
-        self.messages.coder.add(sums)
+        write(sums)
 
     @property
     def senders(self) -> int:

@@ -144,8 +144,7 @@ class Buckets:
     def _buffer_for(self, buffer: Tensor) -> Tensor:
         """Return float32[numel] for what a half-precision bucket becomes.
 
-        Memory used again by the next bucket; first for the residuals to be, which the
-        old ones must outlive until the pull has arrived, then for the mean.
+        Memory used again by the next bucket.
         """
         if not self._wide or self._wide[0].numel() < buffer.numel():
             self._wide = [

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lc3.errors import ExchangeError, FormatError, PeerError
-from lc3.transport.protocol import MOST_BYTES, SIZE_BYTES
+from lc3.transport.protocol import MOST_BYTES, SIZE_BYTES, NotMadeError
 
 if not dist.is_initialized():
     # DDP imports this with its first model. The default group is the default argument
@@ -26,6 +26,7 @@ _WORD, _WORD_S = (
     "lc3/stopped",
     2.0,
 )  # the key, and how long to look for the store's host
+_NOT_MADE_S = 5.0  # that what left already may take
 _BUFFER_BYTES, _BUFFERS_BYTES = 1 << 18, 1 << 25  # of one receive, and of all
 _FIRST, _REST = 0, 1  # parts of a message
 _TAG = 0x3C3000
@@ -59,7 +60,10 @@ class Pairwise:
         self.world = len(members)
         self.sent_bytes = self.rounds = 0
         self.most_bytes = MOST_BYTES
-        self._peers = [r for r in range(self.world) if r != self.rank]
+        # Each begins with another, so that not all send to the first at once.
+        self._peers = [
+            (self.rank + ahead) % self.world for ahead in range(1, self.world)
+        ]
         buffers = max(1, ahead) * len(self._peers)
         buffer = min(_BUFFER_BYTES, _BUFFERS_BYTES // max(1, buffers))
         self._buffers = torch.empty(buffers, buffer, dtype=torch.uint8)
@@ -73,15 +77,12 @@ class Pairwise:
         if self.world == 1:
             return list(messages)
         with self._transport_errors():
-            arrived = self._moved(messages, timeout_s)
-        sizes = [messages[peer].numel() for peer in self._peers]
-        self.sent_bytes += sum(sizes) + SIZE_BYTES * (self.world - 1)
-        return arrived
+            return self._moved(messages, timeout_s)
 
     def _moved(
         self, messages: Sequence[Tensor], timeout_s: float | None
     ) -> list[Tensor]:
-        """Move messages, and count the rounds."""
+        """Move messages, and count the round and the bytes."""
         arrived = self._pairwise(messages, timeout_s)
         self.rounds += 1
         return arrived
@@ -94,16 +95,22 @@ class Pairwise:
             self._post()
         sending: list[Any] = []
         prefixed: dict[int, Tensor] = {}  # all_gather: one for everybody
-        for peer in self._peers:
-            message = messages[peer]
-            if id(message) not in prefixed:
-                size = torch.tensor([message.numel()], dtype=torch.int64).view(
-                    torch.uint8
-                )
-                prefixed[id(message)] = torch.cat([size, message])
-            parts = self._parts(prefixed[id(message)])
-            sending += map(self._send, parts, repeat(peer), (_FIRST, _REST))
-        arrived = list(messages)
+        try:
+            for peer in self._peers:
+                message = messages[peer]
+                if id(message) not in prefixed:
+                    size = torch.tensor([message.numel()], dtype=torch.int64)
+                    prefixed[id(message)] = torch.cat([size.view(torch.uint8), message])
+                self.sent_bytes += SIZE_BYTES + message.numel()
+                parts = self._parts(prefixed[id(message)])
+                sending += map(self._send, parts, repeat(peer), (_FIRST, _REST))
+            # This rank's own is made while those travel.
+            arrived = [messages[self.rank]] * self.world
+        except NotMadeError:
+            for work in sending:  # of memory that is not ours behind this
+                with suppress(RuntimeError):
+                    self._wait(work, _NOT_MADE_S)
+            raise
         read: list[tuple[int, Tensor]] = []
         for peer in self._peers:
             buffer, receiving = self._posted[peer].popleft()
@@ -257,8 +264,10 @@ class GroupTransport(Pairwise):
     ) -> list[Tensor]:
         if self._one_round:
             return super()._moved(messages, timeout_s)
-        arrived = self._sizes_then_bytes(messages, timeout_s)
+        arrived = self._sizes_then_bytes(list(messages), timeout_s)
         self.rounds += 2
+        sizes = [messages[peer].numel() for peer in self._peers]
+        self.sent_bytes += sum(sizes) + SIZE_BYTES * (self.world - 1)
         return arrived
 
     def _sizes_then_bytes(

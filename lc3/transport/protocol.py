@@ -4,13 +4,53 @@ Two transports have the same methods: ``GroupTransport`` over a process group of
 torch.distributed, and ``LoopbackTransport``, N ranks as N threads of one process.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 SIZE_BYTES = 8  # of what announces a message's length
 MOST_BYTES = 1 << 26  # of a message, but for what a plan is about
+
+
+class NotMadeError(Exception):
+    """A message could not be made; the cause says why."""
+
+
+class Lazily(Sequence[Tensor]):
+    """Messages that are made when they are asked for, each once.
+
+    Args:
+        make: returns the message to a rank, uint8[*].
+        world: number of ranks.
+        made: those by rank that there are.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Tensor], world: int, made: dict[int, Tensor]
+    ) -> None:
+        self._make = make
+        self._world = world
+        self._made = made
+
+    def __len__(self) -> int:
+        return self._world
+
+    def __getitem__(self, rank: Any) -> Any:
+        """Return the message to a rank.
+
+        Raises:
+            NotMadeError: see there.
+        """
+        if not 0 <= rank < self._world:
+            raise IndexError(rank)
+        if (message := self._made.get(rank)) is None:
+            try:
+                message = self._make(rank)
+            except Exception as error:
+                raise NotMadeError from error
+            self._made[rank] = message
+        return message
 
 
 class Transport(Protocol):
@@ -37,7 +77,11 @@ class Transport(Protocol):
     ) -> list[Tensor]:
         """Send ``messages[r]``, uint8[*], to each rank r; return what came, by rank.
 
+        Messages may be ``Lazily`` made: then each can leave before the next is made,
+        and this rank's own is made last.
+
         Raises:
+            NotMadeError: one of them could not be made.
             ExchangeError: the transport failed, or took more than ``timeout_s``
                 (default: the group's own timeout).
         """

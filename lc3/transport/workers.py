@@ -1,7 +1,7 @@
 """Threads that share out independent jobs: kernels that release the GIL."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -34,13 +34,23 @@ class Workers:
         Raises:
             What a job raised; the others have ended by then.
         """
+        return self.share(lambda some: [job(index) for index in some], weights)
+
+    def share(
+        self, job: Callable[[Sequence[int]], list[T]], weights: Sequence[int]
+    ) -> list[T]:
+        """Return what ``job`` returns of every i, called with some of them a thread.
+
+        Raises:
+            See ``map``.
+        """
+        everything = range(len(weights))
         if self._pool is None or len(weights) == 1 or sum(weights) < INLINE_WEIGHT:
-            return [job(index) for index in range(len(weights))]
+            return job(everything) if weights else []
         results: dict[int, T] = {}
 
-        def work(indices: Iterable[int]) -> None:
-            for index in indices:
-                results[index] = job(index)
+        def work(some: Sequence[int]) -> None:
+            results.update(zip(some, job(some), strict=True))
 
         mine, *others = balanced(weights, self.threads)
         running = [self._pool.submit(work, group) for group in others if group]
@@ -51,7 +61,7 @@ class Workers:
         for error in errors:
             if error is not None:
                 raise error
-        return [results[index] for index in range(len(weights))]
+        return [results[index] for index in everything]
 
     def close(self) -> None:
         """End the threads. Calling it again does nothing."""

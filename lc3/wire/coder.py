@@ -5,16 +5,19 @@ of a gradient on an accelerator only its frames come to the host, and only what 
 goes back. Pieces of one call do not overlap.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lc3.codec import Codec, codec_for
+from lc3.codec import Codec, Encoded, codec_for
 from lc3.transport.workers import Workers
 
 T = TypeVar("T")
+Sums = Sequence[tuple[Tensor, Sequence[Tensor]]]  # values with their frames
+_SEVERAL_CALLS_FROM = 1 << 18  # on one thread; of less a call takes too much
 _HOST = torch.device("cpu")
 
 
@@ -30,6 +33,8 @@ class Coder:
         device: device of the values.
         threads: number of codec threads on the host.
         host: checks what arrives: a frame is host bytes until it has been.
+        several_calls_from: elements of a bucket, from which messages had better be made
+            by a call each, so that they leave earlier.
     """
 
     def __init__(
@@ -41,9 +46,13 @@ class Coder:
         self.threads = threads
         self._workers = Workers(threads)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
-        # A backend that is better at all pieces at once than at one after the other.
+        # Backends that are better at all pieces at once than at one after the other.
         batch = getattr(codec, "Batch", None)
         self._batch = None if batch is None else batch(device)
+        one_call = threads > 1 or batch is not None
+        self.several_calls_from = sys.maxsize if one_call else _SEVERAL_CALLS_FROM
+        self._encode_all = getattr(codec, "encode_all", self._one_by_one)
+        self._add_all = getattr(codec, "add_all", self._add_one_by_one)
 
     def encode(
         self,
@@ -51,7 +60,7 @@ class Coder:
         residuals: Sequence[Tensor | None],
         sparsity: float,
         density: float | None,
-        sources: Sequence[Tensor] = (),
+        sources: Sequence[Tensor | None] = (),
     ) -> list[tuple[Tensor, int]]:
         """Write every piece plus its residual as a frame; see ``Codec.encode``.
 
@@ -60,55 +69,100 @@ class Coder:
             residuals: float32[piece] each, or ``None``.
             sparsity: see ``Codec.encode``.
             density: see ``Codec.encode``.
-            sources: every piece's half-precision source or none, see ``Codec.encode``.
+            sources: every piece's source or ``None``, see ``Codec.encode``; or none.
 
         Returns:
             For each piece its frame, uint8[*] on the host, until the next call, and how
             many values it sends.
         """
+        if not sources:
+            sources = [None] * len(values)
         if self._batch is not None:
-            for value, source in zip(values, sources, strict=False):
-                value.copy_(source)
+            for value, source in zip(values, sources, strict=True):
+                if source is not None:
+                    value.copy_(source)
             frames_of: list[tuple[Tensor, int]] = self._batch.encode(
                 values, residuals, sparsity, density
             )
             return frames_of
-        sizes = [self._codec.max_frame_bytes(x.numel()) for x in values]
-        if self._scratch.numel() < sum(sizes):
-            self._scratch = self._scratch.new_empty(sum(sizes))
-        buffers = torch.split(self._scratch[: sum(sizes)], sizes)
+        numels = [x.numel() for x in values]
+        sizes = [self._codec.max_frame_bytes(n) for n in numels]
+        room = sum(sizes)
+        if self._scratch.numel() < room:
+            self._scratch = self._scratch.new_empty(room)
+        buffers = torch.split(self._scratch[:room], sizes)
 
-        def encode(index: int) -> tuple[int, int]:
-            return self._codec.encode(
-                values[index],
+        def encode(some: Sequence[int]) -> list[Encoded]:
+            found: list[Encoded] = self._encode_all(
+                _some(values, some),
                 sparsity,
-                buffers[index],
-                residuals[index],
+                _some(buffers, some),
+                _some(residuals, some),
                 density,
-                sources[index] if sources else None,
+                _some(sources, some),
             )
+            return found
 
-        done = self.map(encode, [x.numel() for x in values])
+        if self.threads == 1:
+            done = encode(range(len(values)))
+        else:
+            done = self._workers.share(encode, numels)
         frames = [b[:used] for b, (used, _) in zip(buffers, done, strict=True)]
+        if self.device != _HOST:
+            frames = self.to_host(frames)
         digits = [sent for _, sent in done]
-        return list(zip(self.to_host(frames), digits, strict=True))
+        return list(zip(frames, digits, strict=True))
 
-    def add(self, sums: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+    def _one_by_one(
+        self,
+        values: Sequence[Tensor],
+        sparsity: float,
+        outs: Sequence[Tensor],
+        residuals: Sequence[Tensor | None],
+        density: float | None,
+        sources: Sequence[Tensor | None],
+    ) -> list[Encoded]:
+        each = zip(values, outs, residuals, sources, strict=True)
+        return [
+            self._codec.encode(x, sparsity, out, residual, density, source)
+            for x, out, residual, source in each
+        ]
+
+    def add(self, sums: Sums) -> None:
         """Add checked frames to values, each value's in their order.
 
         Args:
             sums: values, float32[piece], contiguous, with their frames, on the host.
         """
+        self._sum(sums, anew=False)
+
+    def sum(self, sums: Sums) -> None:
+        """Do what ``add`` does, to values that are set to 0 before."""
+        self._sum(sums, anew=True)
+
+    def _sum(self, sums: Sums, *, anew: bool) -> None:
         if self._batch is not None:
+            for acc, _ in sums if anew else ():
+                acc.zero_()
             self._batch.add(sums)
             return
 
-        def add(index: int) -> None:
-            acc, frames = sums[index]
+        def add(some: Sequence[int]) -> list[None]:
+            self._add_all(_some(sums, some), anew=anew)
+            return [None] * len(some)
+
+        if self.threads == 1:
+            self._add_all(sums, anew=anew)
+        else:
+            sizes = [len(frames) * acc.numel() for acc, frames in sums]
+            self._workers.share(add, sizes)
+
+    def _add_one_by_one(self, sums: Sums, *, anew: bool) -> None:
+        for acc, frames in sums:
+            if anew:
+                acc.zero_()
             for frame in frames:
                 self._codec.add(frame.to(self.device), acc)
-
-        self.map(add, [len(frames) * acc.numel() for acc, frames in sums])
 
     def map(self, job: Callable[[int], T], weights: Sequence[int]) -> list[T]:
         """Return ``job(i)`` of every i, on the coding threads; see ``Workers.map``."""
@@ -127,3 +181,10 @@ class Coder:
     def close(self) -> None:
         """End the threads. Calling it again does nothing."""
         self._workers.close()
+
+
+def _some(everything: Sequence[T], which: Sequence[int]) -> Sequence[T]:
+    """Return the elements at some places."""
+    if isinstance(which, range):
+        return everything  # all of them, in their order
+    return [everything[index] for index in which]

@@ -122,19 +122,58 @@ def _chunks_of(
     body: Tensor, coding: str, pieces: Sequence[Piece], codec: Codec
 ) -> list[Tensor]:
     """Return of each piece in a body its bytes, checked."""
-    raw_bytes = sum([4 * piece.numel for piece in pieces if not piece.coded])
-    if coding == "rans":
-        numels = [piece.numel for piece in pieces if piece.coded]
-        values, rest = _take_raw_part(body, raw_bytes)
-        raw, frames = _Cursor(values), _Cursor(rans.decompress(rest, numels))
-    elif coding == "zstd":
-        most = raw_bytes + sum(
-            codec.max_frame_bytes(piece.numel) for piece in pieces if piece.coded
-        )
-        frames = _Cursor(decompress(body, most))
-        raw = _Cursor(frames.skip(raw_bytes))
-    else:  # both kinds in one row
-        raw = frames = _Cursor(body)
+    raw = [piece for piece in pieces if not piece.coded]
+    raw_bytes = sum([4 * piece.numel for piece in raw])
+    if coding == "none":  # both kinds in one row
+        values = frames = body
+        rows = [(body, pieces)]
+    else:
+        coded = [piece for piece in pieces if piece.coded]
+        if coding == "rans":
+            values, rest = _take_raw_part(body, raw_bytes)
+            frames = rans.decompress(rest, [piece.numel for piece in coded])
+        else:
+            most = raw_bytes + sum([codec.max_frame_bytes(p.numel) for p in coded])
+            data = decompress(body, most)
+            values, frames = data[:raw_bytes], data[raw_bytes:]
+        rows = [(values, raw), (frames, coded)]
+    found: list[list[Tensor]] = []
+    for data, some in rows:
+        if (chunks := _split(data, some, codec)) is None:
+            break
+        found.append(chunks)
+    if len(found) < len(rows):
+        read = _Cursor(frames)
+        read_raw = read if values is frames else _Cursor(values)
+        return _one_by_one(read_raw, read, pieces, codec)
+    if not raw or coding == "none":
+        return found[-1]
+    of_raw, of_coded = map(iter, found)
+    return [next(of_coded if piece.coded else of_raw) for piece in pieces]
+
+
+def _split(data: Tensor, pieces: Sequence[Piece], codec: Codec) -> list[Tensor] | None:
+    """Return of each of some pieces in a row its bytes, checked, by one call.
+
+    ``None``: something is wrong, or the codec has no such call.
+    """
+    check_all = getattr(codec, "check_all", None)
+    if check_all is None:
+        return None
+    numels = [piece.numel for piece in pieces]
+    sizes = check_all(data, numels, [piece.coded for piece in pieces])
+    if sizes is None or sum(sizes) != data.numel():
+        return None
+    return list(torch.split(data, sizes)) if sizes else []
+
+
+def _one_by_one(
+    raw: "_Cursor", frames: "_Cursor", pieces: Sequence[Piece], codec: Codec
+) -> list[Tensor]:
+    """Return of each piece its bytes, checked, or say what is wrong with which.
+
+    ``raw`` and ``frames`` are one where both kinds are in one row.
+    """
     chunks = []
     for piece in pieces:
         if piece.coded:

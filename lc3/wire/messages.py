@@ -41,6 +41,7 @@ class Messages:
         self._rank = rank
         self._entropy = entropy
         self._budget = budget
+        self._made: tuple[Tensor, list[Tensor]] | None = None  # for this rank itself
 
     def make(
         self,
@@ -51,7 +52,7 @@ class Messages:
         direction: Direction,
         step: int,
         bucket: int,
-        sources: Sequence[Tensor] = (),
+        sources: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """Return a message, uint8[*], for each list of pieces.
 
@@ -67,17 +68,21 @@ class Messages:
             direction: counts what is sent.
             step: see ``Exchange.all_reduce``.
             bucket: see ``Exchange.all_reduce``.
-            sources: of every piece what ``values`` are to be, if any; float16 or
-                bfloat16[piece].
+            sources: of every piece what ``values`` are to be, if they are not yet:
+                float32, float16 or bfloat16[piece]; or none.
         """
         everything = [piece for some in pieces for piece in some]
+        sources = sources or [None] * len(everything)
         left = iter(
             self.encode(everything, values, residuals, sparsity, direction, sources)
         )
         parts = [[next(left) for _ in some] for some in pieces]
-        return self.pack(
+        messages = self.pack(
             pieces, parts, direction, Tag(self._rank, step, bucket, self._fingerprint)
         )
+        mine = self._rank if len(pieces) > 1 else 0
+        self._made = messages[mine], parts[mine]
+        return messages
 
     def encode(
         self,
@@ -86,7 +91,7 @@ class Messages:
         residuals: Sequence[Tensor | None],
         sparsity: float,
         direction: Direction,
-        sources: Sequence[Tensor],
+        sources: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """Return each piece's bytes, uint8[*], until the next call; see ``make``."""
         coded = [i for i, piece in enumerate(pieces) if piece.coded]
@@ -95,11 +100,12 @@ class Messages:
             [residuals[i] for i in coded],
             sparsity,
             self._budget.density,
-            [sources[i] for i in coded] if sources else (),
+            [sources[i] for i in coded],
         )
         raw = [i for i, piece in enumerate(pieces) if not piece.coded]
-        for i in raw if sources else ():
-            values[i].copy_(sources[i])
+        for i in raw:
+            if (source := sources[i]) is not None:
+                values[i].copy_(source)
         plain = self.coder.to_host([values[i] for i in raw]) if raw else []
         chunks = dict(zip(raw, plain, strict=True))
         for i, (frame, nonzero) in zip(coded, frames, strict=True):
@@ -138,14 +144,25 @@ class Messages:
     ) -> list[list[Tensor]]:
         """Return by sender the checked bytes of each of its pieces; see ``unpack``."""
         return self._map(
-            lambda sender: unpack(
-                arrived[sender],
-                Tag(sender, step, bucket, self._fingerprint),
-                pieces[sender],
-                self.coder.host,
+            lambda sender: self._read(
+                sender, arrived[sender], pieces[sender], step, bucket
             ),
             pieces,
         )
+
+    def _read(
+        self,
+        sender: int,
+        message: Tensor,
+        pieces: Sequence[Piece],
+        step: int,
+        bucket: int,
+    ) -> list[Tensor]:
+        """Return the bytes of each piece of a message, or of this rank's own."""
+        if self._made is not None and message is self._made[0]:
+            return self._made[1]  # it has not travelled
+        tag = Tag(sender, step, bucket, self._fingerprint)
+        return unpack(message, tag, pieces, self.coder.host)
 
     def readable(
         self,
@@ -157,9 +174,8 @@ class Messages:
         """Return by sender the bytes of each piece, or why they cannot be read."""
 
         def read(sender: int) -> list[Tensor] | Lc3Error:
-            tag = Tag(sender, step, bucket, self._fingerprint)
             try:
-                return unpack(arrived[sender], tag, pieces, self.coder.host)
+                return self._read(sender, arrived[sender], pieces, step, bucket)
             except Lc3Error as error:
                 return error
 
