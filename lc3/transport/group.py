@@ -99,8 +99,9 @@ class Pairwise:
             for peer in self._peers:
                 message = messages[peer]
                 if id(message) not in prefixed:
-                    size = torch.tensor([message.numel()], dtype=torch.int64)
-                    prefixed[id(message)] = torch.cat([size.view(torch.uint8), message])
+                    size = bytearray(message.numel().to_bytes(SIZE_BYTES, "little"))
+                    announced = torch.frombuffer(size, dtype=torch.uint8)
+                    prefixed[id(message)] = torch.cat([announced, message])
                 self.sent_bytes += SIZE_BYTES + message.numel()
                 parts = self._parts(prefixed[id(message)])
                 sending += map(self._send, parts, repeat(peer), (_FIRST, _REST))
@@ -115,7 +116,8 @@ class Pairwise:
         for peer in self._peers:
             buffer, receiving = self._posted[peer].popleft()
             self._wait(receiving, timeout_s)
-            numel = int(buffer[:SIZE_BYTES].view(torch.int64))
+            head = buffer[:SIZE_BYTES].numpy().tobytes()
+            numel = int.from_bytes(head, "little", signed=True)
             self._check_size(peer, numel)
             arrived[peer] = torch.empty(numel, dtype=torch.uint8)
             first, *rest = self._parts(arrived[peer], SIZE_BYTES)
@@ -334,11 +336,11 @@ class GroupTransport(Pairwise):
 
     def _send(self, data: Tensor, peer: int, part: int) -> Any:
         to, tag = self._members[peer], self._tags[part]
-        return dist.isend(data, group=self._group, tag=tag, group_dst=to)
+        return self._group.send([data], to, tag)
 
     def _receive(self, buffer: Tensor, peer: int, part: int) -> Any:
         of, tag = self._members[peer], self._tags[part]
-        return dist.irecv(buffer, group=self._group, tag=tag, group_src=of)
+        return self._group.recv([buffer], of, tag)
 
     def _start(
         self,
