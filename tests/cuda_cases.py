@@ -24,7 +24,7 @@ from lc3.engines.engine import Engine
 from lc3.meter import Meter
 from lc3.plan import make_plan
 from lc3.transport.protocol import Transport
-from lc3.wire.coder import Coder
+from lc3.wire.coder import Coder, Sums
 from tests.oracle import Oracle
 from tests.test_engine import SMALL, in_threads, random_gradients
 
@@ -175,9 +175,9 @@ class OneAtATime(Coder):
         with self._lock:
             return [(f.clone(), d) for f, d in super().encode(*arguments)]
 
-    def add(self, sums: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+    def _sum(self, sums: Sums, *, anew: bool) -> None:
         with self._lock:
-            super().add(sums)
+            super()._sum(sums, anew=anew)
 
 
 def whole_exchange() -> int:
