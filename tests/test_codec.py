@@ -181,7 +181,7 @@ def test_many_pieces_at_once_are_as_one_by_one(
         reference.encode(x, 1.5, out, r, None, s)
         for x, out, r, s in zip(each, outs, residuals, sources, strict=True)
     ]
-    found = cpu.encode_all(several, 1.5, several_outs, residuals, None, sources)
+    found = cpu.encode_all(several, 1.5, several_outs, residuals, sources)
     assert found == one_by_one
     frames = [out[:used] for out, (used, _) in zip(outs, found, strict=True)]
     for x, y in zip(each, several, strict=True):
@@ -212,7 +212,7 @@ def test_many_pieces_at_once_are_as_one_by_one(
 def test_values_that_are_not_in_a_row_are_refused() -> None:
     x, out = torch.zeros(8)[::2], torch.zeros(9, dtype=torch.uint8)
     with pytest.raises(lc3.InputError, match=r"4 values with strides .* contiguous"):
-        cpu.encode_all([x], 1.0, [out], [None], None, [None])
+        cpu.encode_all([x], 1.0, [out], [None], [None])
     with pytest.raises(lc3.InputError, match=r"4 values with strides .* contiguous"):
         cpu.add_all([(x, [out])], anew=False)
 
@@ -550,7 +550,7 @@ def test_nothing_compiles_in_a_step() -> None:
         "      for g in (None, x * 1, x.half(), x.bfloat16()):\n"
         "        used, _ = cpu.encode(x.clone(), s, out, r, d, g)\n"
         "        decode_add(cpu, out[:used], x.clone())\n"
-        "        cpu.encode_all([x.clone()] * 2, s, [out] * 2, [r] * 2, d, [g] * 2)\n"
+        "        cpu.encode_all([x.clone()] * 2, s, [out] * 2, [r] * 2, [g] * 2)\n"
         "        (used,) = cpu.check_all(out, [x.numel()], [True])\n"
         "        cpu.add_all([(x.clone(), [out[:used]])], anew=False)\n"
         "assert before == [len(k.signatures) for k in kernels]"

@@ -150,6 +150,6 @@ def warm_up(codec: Codec, device: torch.device | str = "cpu") -> None:
             used, _ = codec.encode(x.clone(), 1.0, out, residual, density, source)
             decode_add(codec, out[:used], torch.zeros_like(x))
             if hasattr(every, "encode_all"):
-                every.encode_all([x.clone()], 1.0, [out], [residual], density, [source])
+                every.encode_all([x.clone()], 1.0, [out], [residual], [source])
                 every.check_all(out[:used], [x.numel()], [True])
                 every.add_all([(torch.zeros_like(x), [out[:used]])], anew=True)

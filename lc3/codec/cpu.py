@@ -195,13 +195,13 @@ def encode_all(
     sparsity: float,
     outs: Sequence[Tensor],
     residuals: Sequence[Tensor | None],
-    density: float | None,
     sources: Sequence[Tensor | None],
 ) -> list[Encoded]:
-    """Encode some pieces, each as ``encode`` does, by one call."""
-    if density is not None:
-        each = zip(values, outs, residuals, sources, strict=True)
-        return [encode(x, sparsity, out, r, density, s) for x, out, r, s in each]
+    """Encode some pieces, each as ``encode`` does without a density, by one call.
+
+    Raises:
+        InputError: values of a piece are not contiguous.
+    """
     rows = []
     for x, out, r, s in zip(values, outs, residuals, sources, strict=True):
         if not x.is_contiguous():
@@ -241,6 +241,9 @@ def add_all(sums: Sequence[tuple[Tensor, Sequence[Tensor]]], *, anew: bool) -> N
     Args:
         sums: values, float32[n], with their frames.
         anew: set the values to 0 before.
+
+    Raises:
+        InputError: some values are not contiguous.
     """
     rows = []
     for acc, frames in sums:

@@ -51,7 +51,7 @@ class Coder:
         self._batch = None if batch is None else batch(device)
         one_call = threads > 1 or batch is not None
         self.several_calls_from = sys.maxsize if one_call else _SEVERAL_CALLS_FROM
-        self._encode_all = getattr(codec, "encode_all", self._one_by_one)
+        self._encode_all = getattr(codec, "encode_all", None)
         self._add_all = getattr(codec, "add_all", self._add_one_by_one)
 
     def encode(
@@ -93,15 +93,17 @@ class Coder:
         buffers = torch.split(self._scratch[:room], sizes)
 
         def encode(some: Sequence[int]) -> list[Encoded]:
-            found: list[Encoded] = self._encode_all(
-                _some(values, some),
-                sparsity,
-                _some(buffers, some),
-                _some(residuals, some),
-                density,
-                _some(sources, some),
-            )
-            return found
+            x, out = _some(values, some), _some(buffers, some)
+            owed, read = _some(residuals, some), _some(sources, some)
+            if density is None and self._encode_all is not None:
+                found: list[Encoded] = self._encode_all(x, sparsity, out, owed, read)
+                return found
+            return [
+                self._codec.encode(piece, sparsity, frame, residual, density, source)
+                for piece, frame, residual, source in zip(
+                    x, out, owed, read, strict=True
+                )
+            ]
 
         if self.threads == 1:
             done = encode(range(len(values)))
@@ -112,21 +114,6 @@ class Coder:
             frames = self.to_host(frames)
         digits = [sent for _, sent in done]
         return list(zip(frames, digits, strict=True))
-
-    def _one_by_one(
-        self,
-        values: Sequence[Tensor],
-        sparsity: float,
-        outs: Sequence[Tensor],
-        residuals: Sequence[Tensor | None],
-        density: float | None,
-        sources: Sequence[Tensor | None],
-    ) -> list[Encoded]:
-        each = zip(values, outs, residuals, sources, strict=True)
-        return [
-            self._codec.encode(x, sparsity, out, residual, density, source)
-            for x, out, residual, source in each
-        ]
 
     def add(self, sums: Sums) -> None:
         """Add checked frames to values, each value's in their order.
